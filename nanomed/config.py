@@ -1,0 +1,181 @@
+"""Every knob of a training run: one flat frozen dataclass, and recipes that fill it for the models of the paper.
+
+A recipe is a base; each flag on the command line overrides one field of it. `parse` is all the command line there is. The
+doc comment under a field is its `--help` text.
+
+What the paper (arXiv 2604.19394) publishes of its training: AdamW, 500 warm-up steps, linear decay, 2 epochs, packing. It
+publishes no learning rate, batch size or window: those of the recipes are ours, and marked so.
+"""
+
+import argparse
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from nanomed import InputError
+
+MINIATURE = Path("bins/miniature")  # data/miniature.py writes it, train.py calls that where it is missing
+
+
+@dataclass(frozen=True)
+class Config:
+    """Continue the pre-training of a Hugging Face checkpoint on packed token bins."""
+
+    recipe: str = "miniature"
+    """The base that single flags override: qwen2.5-7b, mistral-7b, mistral-small-24b, smollm2-135m, miniature."""
+
+    # --- what goes in and out
+    init: str = ""
+    """Model to start from: a local folder or a hub id. A folder with config.json but no weights starts from random ones."""
+    data: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Training bins (data/prepare.py makes them). Repeat the flag to mix sets.
+    `bins/general@0.1` replays a tenth of its documents each epoch, another tenth in the next: the knob against forgetting."""
+    val: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """NAME=BINS, a validation set, read whole at step 0, every --eval-every steps and at the end.
+    Repeat the flag: a set of the target domain beside a general one is the forgetting meter."""
+    out: str = ""
+    """Run folder: metrics, checkpoints, curves.svg and at the end hf/, which transformers and vLLM load.
+    The same command on the same folder goes on from its newest whole checkpoint. Default: runs/RECIPE."""
+
+    # --- how long and how much at a time
+    epochs: int = 2
+    """Passes over the data; each is permuted and packed anew."""
+    steps: int | None = None
+    """Optimiser steps; overrides --epochs."""
+    seq_len: int = 4096
+    """Tokens in a window. Documents are packed into windows without loss or padding, and never attend to one another."""
+    batch_tokens: int = 1048576
+    """Tokens of one optimiser step, over all GPUs and micro-batches; the same run for any number of GPUs."""
+    micro_batch: int = 1
+    """Windows in one forward pass. More fill a GPU better and take more memory; the result is the same."""
+
+    # --- the optimiser
+    lr: float = 1e-5
+    """Peak learning rate. Continual pre-training wants a small one; large ones learn faster and forget more."""
+    warmup_steps: int = 500
+    """Linear warm-up from 0; then linear decay to 0 at the last step."""
+    weight_decay: float = 0.1
+    """AdamW's decoupled decay; norms and biases are spared."""
+    beta1: float = 0.9
+    """AdamW: decay of the gradient's running mean."""
+    beta2: float = 0.95
+    """AdamW: decay of the squared gradient's running mean."""
+    eps: float = 1e-8
+    """AdamW: added to the denominator."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    optimizer_states: Literal["fp32", "bf16"] = "fp32"
+    """Precision of AdamW's two running means: bf16 saves 4 bytes a parameter."""
+    seed: int = 0
+    """Order of the documents, and random weights where there are none to load."""
+
+    # --- the machine
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Of hidden states and matrix products. Parameters, gradient sums and the loss are float32 either way."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation checkpointing: `selective` keeps only the outputs of matrix products and attention.
+    `full` keeps only each block's input, for a third more arithmetic."""
+    compile: bool = True
+    """torch.compile each block: slower to start, faster to run."""
+    replicas: int = 1
+    """HSDP: shard within groups of GPUs / REPLICAS, replicate across them. Sharding over all of them is 1."""
+    deterministic: bool = False
+    """Bit-identical repeats on GPUs too, at some cost in speed. (The CPU is deterministic as it is.)"""
+
+    # --- what is kept and shown
+    checkpoint_every: int = 500
+    """Steps between checkpoints, which are written while training goes on."""
+    keep: int = 2
+    """Newest whole checkpoints to keep."""
+    eval_every: int = 500
+    """Steps between evaluations of the --val sets."""
+    log_every: int = 10
+    """Steps between lines of the progress bar; metrics.jsonl has every step. The device is waited for only then."""
+    tensorboard: bool = False
+    """Also write TensorBoard files to OUT/tensorboard."""
+    wandb: str = ""
+    """Also log to this Weights & Biases project."""
+
+
+# These may change when a run goes on: they move its losses by rounding at most.
+FREE_FIELDS = frozenset(
+    "out data val micro_batch recompute compile replicas checkpoint_every keep eval_every log_every tensorboard wandb".split()
+)  # data and val are held to the contents of the bins, not to their paths
+
+# lr, batch_tokens, seq_len: ours, the paper publishes none.
+RECIPES = {
+    "qwen2.5-7b": Config("qwen2.5-7b", init="Qwen/Qwen2.5-7B-Instruct", recompute="selective"),
+    "mistral-7b": Config("mistral-7b", init="mistralai/Mistral-7B-Instruct-v0.3", recompute="selective"),
+    "mistral-small-24b": Config(
+        "mistral-small-24b", init="mistralai/Mistral-Small-24B-Instruct-2501", recompute="full"
+    ),
+    "smollm2-135m": Config(
+        "smollm2-135m", init="HuggingFaceTB/SmolLM2-135M-Instruct", lr=1e-4, seq_len=2048, batch_tokens=65536, micro_batch=4
+    ),
+    "miniature": Config(
+        init=str(MINIATURE / "model"),
+        data=(str(MINIATURE / "med"), str(MINIATURE / "general")),
+        val=(f"med={MINIATURE / 'val-med'}", f"general={MINIATURE / 'val-general'}"),
+        steps=150,
+        seq_len=256,
+        batch_tokens=2048,
+        micro_batch=8,
+        lr=2e-3,
+        warmup_steps=20,
+        precision="fp32",
+        compile=False,
+        checkpoint_every=50,
+        eval_every=50,
+        log_every=1,
+    ),
+}
+
+
+def parse(argv: list[str]) -> Config:
+    """Command line → Config: the recipe first, then every flag over it. Exits with usage on an unknown flag."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", default="miniature")
+    name = first.parse_known_args(argv)[0].recipe
+    if name not in RECIPES:
+        raise InputError(f"--recipe {name}: no such recipe; there are {', '.join(RECIPES)}")
+    base = RECIPES[name]
+    # An appending flag extends its default; a --data on the command line must replace the recipe's.
+    config = tyro.cli(
+        Config,
+        default=dataclasses.replace(base, data=(), val=()),
+        args=argv,
+        prog="train.py",
+    )
+    return validated(
+        dataclasses.replace(
+            config,
+            data=config.data or base.data,
+            val=config.val or (() if config.data else base.val),
+            out=config.out or f"runs/{name}",
+        )
+    )
+
+
+def validated(c: Config) -> Config:
+    """The config itself, or InputError naming the first flag that cannot be."""
+    positive = "seq_len batch_tokens micro_batch epochs log_every checkpoint_every eval_every keep replicas".split()
+    for field in positive + ["steps"] * (c.steps is not None):
+        if getattr(c, field) < 1:
+            raise InputError(f"--{field.replace('_', '-')} {getattr(c, field)}: must be at least 1")
+    if not c.data:
+        raise InputError("--data: no training bins given; make some with data/prepare.py")
+    if c.batch_tokens % (c.seq_len * c.micro_batch):
+        raise InputError(
+            f"--batch-tokens {c.batch_tokens}: not a multiple of --seq-len {c.seq_len} x --micro-batch {c.micro_batch}"
+        )
+    if c.lr <= 0 or c.warmup_steps < 0:
+        raise InputError(f"--lr {c.lr}, --warmup-steps {c.warmup_steps}: need lr > 0 and warm-up >= 0")
+    return c
+
+
+if __name__ == "__main__":
+    print(parse(sys.argv[1:]))

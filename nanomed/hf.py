@@ -1,0 +1,156 @@
+"""Hugging Face checkpoints on disk: which files, and what their config.json says.
+
+config.json comes in two spellings, transformers 4's (`rope_theta`, `torch_dtype`) and 5's (`rope_parameters`, `dtype`). A
+reader that falls back to a default where it misses a field trains with the wrong maths and says nothing; this one has no
+default for what changes the maths, and refuses by name every field it does not know.
+
+No pickle is ever loaded and no code of a repository ever run.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
+
+from nanomed import InputError
+from nanomed.model import ModelConfig
+
+CARRIED = (  # to the export as they are, whichever are there
+    "config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
+    "vocab.json merges.txt tokenizer.model tekken.json chat_template.jinja"
+).split()
+
+# Fields of config.json that do not change what the trunk computes.
+_HARMLESS = set(
+    "architectures model_type transformers_version torch_dtype dtype _name_or_path use_cache max_position_embeddings "
+    "bos_token_id eos_token_id pad_token_id unk_token_id initializer_range pretraining_tp max_window_layers".split()
+)
+
+
+# --- config.json ---------------------------------------------------------------------------------------------------
+
+
+def model_config(folder: Path) -> ModelConfig:
+    """Read FOLDER/config.json. InputError where a field is missing, unknown, or asks for maths that the decoder has not."""
+    path = folder / "config.json"
+    raw = read_json(path)
+    fields = dict(raw)
+
+    def refuse(what: str):
+        raise InputError(f"{path}: {what}")
+
+    def need(name: str):
+        if fields.get(name) is None:
+            refuse(f"{name} is missing; it changes the maths, so it is never guessed")
+        return fields.pop(name)
+
+    model_type = need("model_type")
+    if model_type not in ("llama", "mistral", "qwen2"):
+        refuse(f"model_type {model_type!r} is not supported; llama, mistral and qwen2 are")
+    if (act := need("hidden_act")) != "silu":
+        refuse(f"hidden_act {act!r} is not supported; silu is")
+    n_layers, n_heads, hidden_size = need("num_hidden_layers"), need("num_attention_heads"), need("hidden_size")
+    attention_bias = bool(fields.pop("attention_bias", False)) and model_type == "llama"
+    config = ModelConfig(
+        vocab_size=need("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=need("intermediate_size"),
+        num_hidden_layers=n_layers,
+        num_attention_heads=n_heads,
+        num_key_value_heads=need("num_key_value_heads"),
+        head_dim=fields.pop("head_dim", None) or hidden_size // n_heads,
+        rms_norm_eps=need("rms_norm_eps"),
+        rope_theta=_rope_theta(fields, refuse),
+        tie_word_embeddings=bool(fields.pop("tie_word_embeddings", False)),
+        qkv_bias=model_type == "qwen2" or attention_bias,
+        o_bias=attention_bias,
+        mlp_bias=bool(fields.pop("mlp_bias", False)),
+        windows=_windows(model_type, fields, n_layers),
+        initializer_range=fields.get("initializer_range", 0.02),
+    )
+    # Whatever is left and not empty, off or zero may change the maths: softcaps, multipliers, quantisation, ...
+    if unknown := sorted(name for name in fields.keys() - _HARMLESS if fields[name]):
+        refuse(f"{unknown[0]} = {fields[unknown[0]]!r} is not supported")
+    return config
+
+
+def _rope_theta(fields: dict, refuse: Callable) -> float:
+    """The base of RoPE from either spelling; any scaling of it is refused."""
+    old, scaling, new = fields.pop("rope_theta", None), fields.pop("rope_scaling", None), fields.pop("rope_parameters", None)
+    for name, scheme in (("rope_scaling", scaling), ("rope_parameters", new)):
+        kind = (scheme or {}).get("rope_type", (scheme or {}).get("type", "default"))
+        extra = (scheme or {}).keys() - {"rope_type", "type", "rope_theta"}
+        if kind != "default" or any(scheme[e] not in (None, 1, 1.0) for e in extra):
+            refuse(f"{name} = {scheme} is not supported; only plain RoPE (rope_type default) is")
+    thetas = {float(t) for t in (old, (scaling or {}).get("rope_theta"), (new or {}).get("rope_theta")) if t is not None}
+    if len(thetas) != 1:
+        refuse(f"rope_theta must stand there once, found {sorted(thetas) or 'none'}; it changes the maths, so it is never guessed")
+    return thetas.pop()
+
+
+def _windows(model_type: str, fields: dict, n_layers: int) -> tuple[int | None, ...]:
+    """The sliding window of every layer where one is in force; Qwen2 files carry one that mostly is not."""
+    window, in_force = fields.pop("sliding_window", None), fields.pop("use_sliding_window", model_type == "mistral")
+    types = fields.pop("layer_types", None)
+    if model_type == "llama" or not in_force or window is None:
+        return ()
+    if types is None:
+        first = fields.get("max_window_layers", 0) if model_type == "qwen2" else 0
+        types = ["sliding_attention" if i >= first else "full_attention" for i in range(n_layers)]
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+# --- finding files -------------------------------------------------------------------------------------------------
+
+
+def fetch(init: str) -> Path:
+    """A local folder as it is, or a hub id downloaded: its JSON and tokenizer files, then only the weights the index names."""
+    folder = Path(init)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"--init {init}: the folder has no config.json")
+        return folder
+    if init.startswith((".", "/")) or init.count("/") != 1:
+        raise InputError(f"--init {init}: neither a local folder nor a hub id (owner/name)")
+    try:
+        folder = Path(snapshot_download(init, allow_patterns=[*CARRIED, "model.safetensors.index.json"]))
+        index = folder / "model.safetensors.index.json"
+        names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+        snapshot_download(init, allow_patterns=names)
+    except (OSError, HFValidationError, ValueError) as error:
+        raise InputError(f"--init {init}: no such local folder, and the hub says: {str(error).splitlines()[0]}") from error
+    return folder
+
+
+def find_weights(folder: Path) -> dict[str, Path]:
+    """Tensor name → the file that holds it: what the index names, or the one model.safetensors; empty where neither is.
+
+    Never a glob: repositories hold the same weights under other names too (Mistral's consolidated.safetensors).
+    """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.exists():
+        return {name: folder / file for name, file in read_json(index)["weight_map"].items()}
+    if not single.exists():
+        return {}
+    return dict.fromkeys(open_safetensors(single).keys(), single)
+
+
+def open_safetensors(path: Path):
+    """A safetensors file opened lazily, or InputError where it is missing or cut short."""
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: missing, though the index names it; fetch the checkpoint again") from error
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error}); fetch it again") from error
+
+
+def read_json(path: Path) -> dict:
+    """The file's JSON, or InputError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from error

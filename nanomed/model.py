@@ -1,0 +1,161 @@
+"""The decoder: Llama, Mistral and Qwen2 in one, under Hugging Face's parameter names.
+
+The three differ in so little (biases on q/k/v, tied embeddings, a sliding window) that one module with four switches is all
+of them. Names, shapes and the half-split RoPE layout are Hugging Face's own: importing and exporting a checkpoint is a
+copy, and there is no permutation to get wrong.
+
+All tensors are packed: N tokens of many documents in one row, no batch dimension, no padding. Letters in comments:
+N tokens, D hidden size, H query heads, K key/value heads, F intermediate size, V vocabulary.
+
+Parameters stay in float32 (the optimiser's masters). FSDP hands them to the forward pass in bf16; without FSDP, on one
+process, `Linear` casts them where they are used. Either way the matrix products run in the dtype of the hidden states.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanomed.attention import attention
+from nanomed.batches import Batch
+from nanomed.kernels.linear_cross_entropy import linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What of a config.json changes the maths; nanomed.hf.model_config reads it."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int  # read, never derived: Mistral-Small has 5120 hidden and 32 heads of 128
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    windows: tuple[int | None, ...] = ()  # sliding window of each layer in tokens, None: full attention
+    initializer_range: float = 0.02
+
+
+class Linear(nn.Linear):
+    """x Wᵀ + b in x's dtype: the cast is a no-op where FSDP has already gathered W in bf16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · w, computed in float32 and rounded once."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (N, H, d), (N, 1, d/2) twice -> (N, H, d)
+    """Rotate the pairs (x_i, x_{i + d/2}) by the token's angle, in float32 (low precision drifts at long range)."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: ModelConfig, layer: int):
+        super().__init__()
+        q_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = Linear(c.hidden_size, q_size, bias=c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, kv_size, bias=c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, kv_size, bias=c.qkv_bias)
+        self.o_proj = Linear(q_size, c.hidden_size, bias=c.o_bias)
+        self.head_dim = c.head_dim
+        self.window = c.windows[layer] if c.windows else None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        y = attention(rope(q, cos, sin), rope(k, cos, sin), v, cu_seqlens, max_seqlen, self.window)
+        return self.o_proj(y.flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c, layer)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, max_seqlen)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Head(Linear):
+    """lm_head with the loss inside its forward, so that FSDP holds the weight whole there and logits never exist whole."""
+
+    def forward(self, x: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+        return linear_cross_entropy(x, self.weight, targets, scale)
+
+
+class Trunk(nn.Module):
+    """`model.*` of a checkpoint: embedding, blocks, final norm."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c, layer) for layer in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+
+class Decoder(nn.Module):
+    """A causal language model whose forward pass is its loss."""
+
+    def __init__(self, c: ModelConfig, dtype: torch.dtype = torch.float32):
+        """dtype: of the hidden states and matrix products; parameters are made in torch's default dtype."""
+        super().__init__()
+        self.config, self.dtype = c, dtype
+        self.model = Trunk(c)
+        self.lm_head = Head(c.hidden_size, c.vocab_size, bias=False)
+        if c.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def rope_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:  # (N,) -> (N, 1, head_dim / 2) twice
+        """cos and sin of every token's angles, float32; computed once a step and shared by all layers."""
+        exponent = torch.arange(0, self.config.head_dim, 2, device=positions.device) / self.config.head_dim
+        angle = positions[:, None] * self.config.rope_theta**-exponent
+        return angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
+
+    def hidden(self, batch: Batch) -> Tensor:  # (N, D)
+        """The trunk: final hidden states of the batch's tokens, after the last norm."""
+        x = self.model.embed_tokens(batch.tokens).to(self.dtype)
+        cos, sin = self.rope_tables(batch.positions)
+        for block in self.model.layers:
+            x = block(x, cos, sin, batch.cu_seqlens, batch.max_seqlen)
+        return self.model.norm(x)
+
+    def logits(self, hidden: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:  # (N, D) -> (rows, V)
+        """lm_head on the chosen rows only; needs an unsharded model."""
+        return F.linear(hidden[rows], self.lm_head.weight.to(hidden.dtype))
+
+    def forward(self, batch: Batch, scale: Tensor) -> Tensor:  # () float32 -> () float32
+        """scale · Σ of the negative log-likelihood, in nats, over the batch's labelled tokens."""
+        return self.lm_head(self.hidden(batch), batch.labels, scale)

@@ -1,0 +1,143 @@
+"""Many processes, one model: the process group, and activation checkpointing → torch.compile → fully_shard.
+
+The order matters: recomputation must lie inside the compiled region, and FSDP's all-gathers outside of it. Each of the
+three wraps a block's forward *function* or hooks its module, never its place in the tree: parameter names stay Hugging
+Face's throughout.
+
+FSDP2 cuts every parameter by rows over all ranks. A block is gathered in bf16 just before it runs and freed after; its
+gradient is summed in float32 to the ranks that own the rows. Per rank: 16 bytes · parameters / ranks for weights, gradients
+and AdamW's means, and two gathered blocks. One process alone goes without FSDP: there is nothing to shard and its copies
+cost time.
+"""
+
+import os
+import shutil
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from nanomed import InputError
+from nanomed.config import Config
+from nanomed.model import Decoder
+
+START_TIMEOUT, STEP_TIMEOUT, SLOW_TIMEOUT = timedelta(seconds=300), timedelta(seconds=100), timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of them."""
+
+    rank: int
+    local_rank: int  # on this machine
+    size: int
+    device: torch.device
+    slow: dist.ProcessGroup  # gloo, 30 minutes: for waits in which one rank downloads or writes
+
+    def first(self) -> bool:
+        """Is this the process that prints and writes?"""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks, patiently."""
+        dist.barrier(group=self.slow)
+
+
+def start(config: Config) -> World:
+    """Join the process group that torchrun describes, or be a group of one without it."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    # Asynchronous checkpoints talk over gloo beside NCCL's traffic.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=START_TIMEOUT, **alone)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    world = World(dist.get_rank(), local_rank, dist.get_world_size(), device, dist.new_group(backend="gloo", timeout=SLOW_TIMEOUT))
+    if world.size % config.replicas:
+        raise InputError(f"--replicas {config.replicas}: does not divide the {world.size} processes")
+    return world
+
+
+def print0(*text) -> None:
+    """Print once, not once a rank."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(*text, file=sys.stderr, flush=True)
+
+
+def parallelize(model: Decoder, config: Config, world: World) -> DeviceMesh | None:
+    """Recompute, compile and shard the decoder's blocks as the config says. Call on the meta device, before weights exist."""
+    blocks = model.model.layers
+    for block in blocks:
+        if config.recompute != "none":
+            context = {"context_fn": _selective_contexts} if config.recompute == "selective" else {}
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **context)
+    if config.compile and _can_compile(world.device):
+        for block in blocks:
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+    if world.size == 1:
+        return None
+    mesh = _mesh(world, config.replicas)
+    low = torch.bfloat16 if config.precision == "bf16" else None
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    shard = partial(fully_shard, mesh=mesh, mp_policy=policy)
+    for block in blocks:
+        shard(block)
+    if not model.config.tie_word_embeddings:  # tied weights cannot be in two groups: they stay in the root's
+        shard(model.model.embed_tokens)
+        # Backward starts with these two: freeing them after forward would only gather them again at once.
+        shard([model.model.norm, model.lm_head], reshard_after_forward=False)
+    shard(model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # the loss is already divided by the tokens of all ranks: sum, do not average
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return mesh
+
+
+def _mesh(world: World, replicas: int) -> DeviceMesh:
+    if replicas == 1:
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    shape = (replicas, world.size // replicas)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def shorten_timeouts(mesh: DeviceMesh) -> None:
+    """After the first step (start-up and compilation are slow): from now on a dead rank shows within 100 seconds."""
+    for group in {dist.group.WORLD, *mesh.get_all_groups()}:
+        dist.distributed_c10d._set_pg_timeout(STEP_TIMEOUT, group)
+
+
+def _can_compile(device: torch.device) -> bool:
+    if device.type != "cpu" or any(shutil.which(c) for c in (os.environ.get("CXX", ""), "g++", "clang++") if c):
+        return True
+    print0("no C++ compiler found: running without torch.compile")
+    return False
+
+
+def _saved_ops() -> set:
+    """The operations whose outputs selective recomputation keeps: matrix products and attention, by far the dearest."""
+    ops = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.nanomed.document_sdpa.default}
+    for library, name in (("torch_attn", "_varlen_attn"), ("flash_attn", "_flash_attn_varlen_forward")):
+        with suppress(AttributeError):  # registered only where it is installed
+            ops.add(getattr(getattr(torch.ops, library), name).default)
+    return ops
+
+
+def _selective_contexts():
+    saved = _saved_ops()
+
+    def policy(_context, op, *_args, **_kwargs):
+        return CheckpointPolicy.MUST_SAVE if op in saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)

@@ -1,0 +1,86 @@
+"""The run folder: what belongs to it, and whether this command may go on in it.
+
+    config.json     every knob, as given
+    run.json        what else decides the result, or tells it: data and tokenizer hashes, versions, git commit, device
+    metrics.jsonl   checkpoints/   curves.svg   hf/ (written last: a run with hf/ is finished)
+
+A run goes on only with the config and the data it began with; a field that moves its losses by rounding at most may change.
+"""
+
+import dataclasses
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+import numpy
+import torch
+
+import nanomed
+from nanomed import InputError
+from nanomed.batches import Stream
+from nanomed.checkpoint import write_durably
+from nanomed.config import FREE_FIELDS, Config
+from nanomed.hf import read_json
+
+
+def data_identity(train: Stream, vals: dict[str, Stream]) -> dict:
+    """What of the data decides the losses: the sets' contents and shares, wherever they lie."""
+    return {
+        "data": [[bins.fingerprint, share] for bins, share in train.sources],
+        "val": {name: stream.bins[0].fingerprint for name, stream in vals.items()},
+        "tokenizer_sha256": train.bins[0].tokenizer_sha256,
+    }
+
+
+def is_finished(out: Path) -> bool:
+    """Has the run in this folder reached its end and exported its model?"""
+    return (out / "hf" / "config.json").exists()
+
+
+def check_run(out: Path, config: Config, identity: dict) -> None:
+    """InputError if OUT belongs to something else than a run of this config on this data; nothing is written."""
+    if not out.exists() or all(p.suffix == ".tmp" for p in out.iterdir()):
+        return
+    if not (out / "run.json").exists() and set(p.name for p in out.iterdir()) - {"config.json"}:
+        raise InputError(f"--out {out}: the folder is not empty and not a run's; choose another")
+    for field, old in _read(out / "config.json").items():
+        new = json.loads(json.dumps(dataclasses.asdict(config))).get(field)
+        if field not in FREE_FIELDS and old != new:
+            raise InputError(
+                f"--out {out}: belongs to a run with --{field.replace('_', '-')} {old}, this one has {new}; "
+                "choose another --out or the same flags"
+            )
+    for key, old in _read(out / "run.json").get("identity", {}).items():
+        if key in ("data", "tokenizer_sha256") and old != json.loads(json.dumps(identity))[key]:
+            raise InputError(f"--out {out}: the run began on other data ({key} differs); a run cannot change its data")
+
+
+def create_run(out: Path, config: Config, identity: dict, device: torch.device) -> None:
+    """Write config.json and run.json of a new run; those of one that goes on stay as they are."""
+    if (out / "run.json").exists():
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    run = {
+        "identity": identity,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "versions": {"nanomed": nanomed.__version__, "torch": torch.__version__, "numpy": numpy.__version__,
+                     "python": platform.python_version()},
+        "git_commit": _git_commit(),
+    }  # fmt: skip
+    write_durably(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+    write_durably(out / "run.json", json.dumps(run, indent=1))
+
+
+def _read(path: Path) -> dict:
+    return read_json(path) if path.exists() else {}
+
+
+def _git_commit() -> str | None:
+    try:
+        here = Path(nanomed.__file__).parent
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,186 @@
+"""Weights in and out of safetensors, a rank's own rows at a time.
+
+In: every rank reads its rows of every tensor straight from the shards. Out: every rank writes its rows straight into files
+whose headers are known beforehand. No rank ever holds the whole model, nothing is gathered, and no tensor is renamed, since
+the decoder's names are Hugging Face's. (torch's HuggingFaceStorageWriter writes everything twice and needs a
+consolidation; a safetensors file is 8 bytes of length, a JSON header and the raw tensors, so a range of rows is one seek
+and one write.) All ranks must see the same file system, as they must for checkpoints.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from nanomed import InputError
+from nanomed.hf import CARRIED, find_weights, open_safetensors, read_json
+from nanomed.parallel import World
+
+EXPORT_SHARD_BYTES = 5 * 10**9
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+# --- weights in ----------------------------------------------------------------------------------------------------
+
+
+def my_rows(param: Tensor) -> tuple[int, int]:
+    """The rows [start, stop) of the whole tensor that this rank holds: FSDP2 cuts dimension 0 as torch.chunk does."""
+    if not isinstance(param, DTensor):
+        return 0, param.shape[0]
+    dim = param.placements.index(Shard(0))
+    size = -(-param.shape[0] // param.device_mesh.size(dim))
+    start = min(param.device_mesh.get_local_rank(dim) * size, param.shape[0])
+    return start, min(start + size, param.shape[0])
+
+
+def local(param: Tensor) -> Tensor:
+    """This rank's part of a parameter as a plain tensor that shares its memory."""
+    return param.to_local() if isinstance(param, DTensor) else param.data
+
+
+def check_weights(model: nn.Module, folder: Path) -> dict[str, Path]:
+    """find_weights, or InputError naming the first tensor that is missing, extra, misshapen or of a dtype we do not read."""
+    files, params = find_weights(folder), dict(model.named_parameters())
+    if missing := sorted(params.keys() - files.keys()):
+        raise InputError(f"{folder}: tensor {missing[0]} is missing from its safetensors ({len(missing)} in all)")
+    if extra := sorted(files.keys() - params.keys()):
+        raise InputError(
+            f"{folder}: tensor {extra[0]} has no place in the model that config.json describes ({len(extra)} in all)"
+        )
+    handles = {file: open_safetensors(file) for file in set(files.values())}
+    for name, file in files.items():
+        if name not in handles[file].keys():
+            raise InputError(f"{file}: tensor {name} is missing, though the index names it")
+        found = handles[file].get_slice(name)
+        if list(found.get_shape()) != list(params[name].shape):
+            raise InputError(
+                f"{file}: tensor {name} has shape {found.get_shape()}, config.json asks for {list(params[name].shape)}"
+            )
+        if found.get_dtype() not in DTYPES:
+            raise InputError(f"{file}: tensor {name} has dtype {found.get_dtype()}; {', '.join(DTYPES)} are read")
+    return files
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Fill the (possibly sharded) model; every rank reads its own rows only. Check with check_weights before."""
+    files = check_weights(model, folder)
+    handles = {file: open_safetensors(file) for file in set(files.values())}
+    for name, param in model.named_parameters():
+        start, stop = my_rows(param)
+        if start < stop:
+            local(param).copy_(handles[files[name]].get_slice(name)[start:stop])
+
+
+@torch.no_grad()
+def random_weights(model: nn.Module, std: float, seed: int) -> None:
+    """Fill the (possibly sharded) model for training from scratch: matrices normal, norms 1, biases 0; same for any ranks."""
+    for i, (name, param) in enumerate(model.named_parameters()):
+        start, stop = my_rows(param)
+        if param.ndim == 1:
+            local(param).fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            generator = torch.Generator().manual_seed(seed * 100_003 + i)
+            local(param).copy_(torch.empty(param.shape).normal_(0.0, std, generator=generator)[start:stop])
+
+
+# --- weights out ---------------------------------------------------------------------------------------------------
+
+
+def export(model: nn.Module, source: Path, out: Path, world: World) -> None:
+    """Write the model as OUT: safetensors of the source's dtypes and at most 5 GB each, and the source's other files.
+
+    Called by all ranks. Everything is written in OUT.tmp, made durable and renamed last.
+    """
+    tmp, first = out.with_name(out.name + ".tmp"), world.first()
+    dtypes = source_dtypes(model, source)
+    plan = _export_plan(model, dtypes)
+    if first:
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+        for name in CARRIED:
+            if (source / name).exists():
+                shutil.copyfile(source / name, tmp / name)
+        for file, tensors in plan.items():
+            _write_header(tmp / file, tensors)
+        _write_index(tmp, plan)
+    world.barrier()
+    params = dict(model.named_parameters())
+    for file, tensors in plan.items():
+        _write_rows(tmp / file, tensors, params)
+    world.barrier()
+    if first:
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(tmp, out)
+
+
+def source_dtypes(model: nn.Module, source: Path) -> dict[str, torch.dtype]:
+    """Dtype of every tensor in the source checkpoint; config.json's where it has no weights."""
+    files = find_weights(source)
+    if not files:
+        raw = read_json(source / "config.json")
+        named = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+        return dict.fromkeys(dict(model.named_parameters()), getattr(torch, named))
+    handles = {file: open_safetensors(file) for file in set(files.values())}
+    return {name: DTYPES[handles[file].get_slice(name).get_dtype()] for name, file in files.items()}
+
+
+def _export_plan(model: nn.Module, dtypes: dict) -> dict[str, dict[str, dict]]:
+    """File name → tensor name → its entry in that file's header."""
+    files, size = [{}], 0
+    for name, param in model.named_parameters():
+        n_bytes = param.numel() * dtypes[name].itemsize
+        if files[-1] and size + n_bytes > EXPORT_SHARD_BYTES:
+            files.append({})
+            size = 0
+        files[-1][name] = {
+            "dtype": DTYPE_NAMES[dtypes[name]], "shape": list(param.shape), "data_offsets": [size, size + n_bytes],
+        }  # fmt: skip
+        size += n_bytes
+    if len(files) == 1:
+        return {"model.safetensors": files[0]}
+    return {f"model-{i:05}-of-{len(files):05}.safetensors": tensors for i, tensors in enumerate(files, 1)}
+
+
+def _header(tensors: dict[str, dict]) -> bytes:
+    text = json.dumps({"__metadata__": {"format": "pt"}, **tensors}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_header(path: Path, tensors: dict[str, dict]) -> None:
+    """A file of its final length with the header in place and holes for the tensors."""
+    header = _header(tensors)
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + max(entry["data_offsets"][1] for entry in tensors.values()))
+
+
+def _write_index(folder: Path, plan: dict[str, dict[str, dict]]) -> None:
+    if len(plan) > 1:
+        total = sum(max(e["data_offsets"][1] for e in tensors.values()) for tensors in plan.values())
+        weight_map = {name: file for file, tensors in plan.items() for name in tensors}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_rows(path: Path, tensors: dict[str, dict], params: dict[str, Tensor]) -> None:
+    """Put this rank's rows of every tensor where they belong. Of HSDP's replicas only the first writes."""
+    base = len(_header(tensors))
+    with path.open("r+b") as file:
+        for name, entry in tensors.items():
+            param = params[name]
+            start, stop = my_rows(param)
+            if start == stop or (isinstance(param, DTensor) and param.device_mesh.ndim > 1 and param.device_mesh.get_local_rank(0)):
+                continue
+            rows = local(param).detach().to(DTYPES[entry["dtype"]]).cpu().contiguous()
+            row_bytes = rows.element_size() * rows[0].numel()
+            file.seek(base + entry["data_offsets"][0] + start * row_bytes)
+            file.write(rows.view(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,144 @@
+"""The decoder against transformers, config.json's traps, and packing."""
+
+import json
+
+import pytest
+import torch
+from conftest import batch_of, save_reference
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+
+from nanomed import InputError, hf, weights
+from nanomed.model import Decoder
+
+SMALL = dict(vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
+             num_key_value_heads=2, max_position_embeddings=128)  # fmt: skip
+ROPE = {"rope_type": "default", "rope_theta": 1e6}
+CONFIGS = {
+    "llama": LlamaConfig(**SMALL, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}),
+    "llama-biases": LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True, rope_parameters=ROPE),
+    "llama-tied-mha": LlamaConfig(**SMALL | {"num_key_value_heads": 6}, tie_word_embeddings=True, rope_parameters=ROPE),
+    "mistral": MistralConfig(**SMALL, head_dim=16, sliding_window=None, rope_parameters=ROPE),
+    "mistral-window": MistralConfig(**SMALL, sliding_window=7, rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+    "qwen2": Qwen2Config(**SMALL, use_sliding_window=False, sliding_window=9, rope_parameters=ROPE, rms_norm_eps=1e-5),
+    "qwen2-tied": Qwen2Config(**SMALL, tie_word_embeddings=True, rope_parameters=ROPE),
+    "qwen2-window": Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=5, max_window_layers=1, rope_parameters=ROPE),
+}
+
+
+def load(folder) -> Decoder:
+    model = Decoder(hf.model_config(folder))
+    weights.load_weights(model, folder)
+    return model
+
+
+def spell_as_transformers_4(path) -> None:
+    """Rewrite a config.json of transformers 5 the way transformers 4 wrote it, as the hub's files still are."""
+    raw = json.loads(path.read_text())
+    raw |= {"rope_theta": raw.pop("rope_parameters")["rope_theta"], "rope_scaling": None, "torch_dtype": raw.pop("dtype")}
+    raw.pop("layer_types", None)
+    path.write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize("spelling", [4, 5])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_equal_transformers(name, spelling, tmp_path):
+    reference = save_reference(CONFIGS[name], tmp_path)
+    if spelling == 4:
+        spell_as_transformers_4(tmp_path / "config.json")
+    tokens = torch.randint(0, SMALL["vocab_size"], (33,))
+    expected = reference(tokens[None]).logits[0]
+    model = load(tmp_path)
+    logits = model.logits(model.hidden(batch_of([tokens])))
+    assert (logits - expected).abs().max() <= 1e-4
+    assert expected.std() > 0.1  # the reference says something
+
+
+@pytest.mark.parametrize("name", ["llama-tied-mha", "mistral-window", "qwen2"])
+def test_loss_and_gradients_equal_transformers(name, tmp_path):
+    reference = save_reference(CONFIGS[name], tmp_path)
+    tokens = torch.randint(0, SMALL["vocab_size"], (29,))
+    reference(tokens[None], labels=tokens[None]).loss.backward()
+    model = load(tmp_path)
+    batch = batch_of([tokens])
+    loss = model(batch, torch.tensor(1 / 28))
+    loss.backward()
+    expected = dict(reference.named_parameters())
+    for param_name, param in model.named_parameters():
+        torch.testing.assert_close(param.grad, expected[param_name].grad, rtol=1e-4, atol=1e-6, msg=param_name)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2-tied"])
+def test_packed_documents_equal_the_same_documents_alone(name, tmp_path):
+    save_reference(CONFIGS[name], tmp_path)
+    model = load(tmp_path)
+    documents = [torch.randint(0, SMALL["vocab_size"], (n,)) for n in (5, 1, 17, 30, 2)]
+    packed = model.logits(model.hidden(batch_of(documents, pad_to=64)))
+    at = 0
+    for document in documents:
+        alone = model.logits(model.hidden(batch_of([document])))
+        assert (packed[at : at + len(document)] - alone).abs().max() <= 1e-4
+        at += len(document)
+
+
+def test_autoload_gives_the_same_class_of_model(tmp_path):
+    """The reference above really is what AutoModel makes of the folder, in both spellings."""
+    save_reference(CONFIGS["qwen2"], tmp_path)
+    tokens = torch.randint(0, SMALL["vocab_size"], (1, 12))
+    before = AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits
+    spell_as_transformers_4(tmp_path / "config.json")
+    assert torch.equal(before, AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits)
+
+
+# The fields of the real files on the hub.
+QWEN = dict(architectures=["Qwen2ForCausalLM"], attention_dropout=0.0, bos_token_id=151643, eos_token_id=151645, hidden_act="silu",
+            hidden_size=3584, initializer_range=0.02, intermediate_size=18944, max_position_embeddings=32768, max_window_layers=28,
+            model_type="qwen2", num_attention_heads=28, num_hidden_layers=28, num_key_value_heads=4, rms_norm_eps=1e-06,
+            rope_theta=1000000.0, sliding_window=131072, tie_word_embeddings=False, torch_dtype="bfloat16",
+            transformers_version="4.43.1", use_cache=True, use_sliding_window=False, vocab_size=152064)  # fmt: skip
+MISTRAL_SMALL = dict(architectures=["MistralForCausalLM"], attention_dropout=0.0, bos_token_id=1, eos_token_id=2, head_dim=128,
+                     hidden_act="silu", hidden_size=5120, initializer_range=0.02, intermediate_size=32768,
+                     max_position_embeddings=32768, model_type="mistral", num_attention_heads=32, num_hidden_layers=40,
+                     num_key_value_heads=8, rms_norm_eps=1e-05, rope_theta=100000000.0, sliding_window=None,
+                     tie_word_embeddings=False, torch_dtype="bfloat16", use_cache=True, vocab_size=131072)  # fmt: skip
+
+
+def config_of(tmp_path, raw: dict):
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    return hf.model_config(tmp_path)
+
+
+def test_the_real_models_configs(tmp_path):
+    qwen = config_of(tmp_path, QWEN)
+    assert (qwen.head_dim, qwen.rope_theta, qwen.windows, qwen.qkv_bias, qwen.o_bias) == (128, 1e6, (), True, False)
+    small = config_of(tmp_path, MISTRAL_SMALL)
+    assert (small.head_dim, small.rope_theta, small.windows, small.qkv_bias) == (128, 1e8, (), False)
+    v01 = config_of(tmp_path, MISTRAL_SMALL | {"sliding_window": 4096})
+    assert v01.windows == (4096,) * 40
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "gemma2"}, "gemma2"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3"),
+        ({"rope_theta": None}, "rope_theta"),
+        ({"rope_theta": None, "rope_parameters": {"rope_type": "default"}}, "rope_theta"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, "rope_theta"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "partial_rotary"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"num_key_value_heads": None}, "num_key_value_heads"),
+        ({"rms_norm_eps": None}, "rms_norm_eps"),
+    ],
+)
+def test_what_changes_the_maths_is_refused_by_name(change, named, tmp_path):
+    with pytest.raises(InputError, match=named):
+        config_of(tmp_path, QWEN | change)
+
+
+@pytest.mark.parametrize("missing", ["rope_theta", "num_key_value_heads", "hidden_size", "vocab_size", "model_type"])
+def test_missing_fields_are_never_guessed(missing, tmp_path):
+    with pytest.raises(InputError, match=missing):
+        config_of(tmp_path, {k: v for k, v in QWEN.items() if k != missing})

@@ -1,0 +1,210 @@
+"""Continue the pre-training of a Hugging Face checkpoint on packed token bins: the whole story, top to bottom.
+
+    torchrun train.py                                     the built-in corpus, on whatever this machine has
+    torchrun --nproc-per-node 8 train.py --recipe qwen2.5-7b --data bins/finemed-de --val med=bins/val-med --out runs/q7b
+
+Stopped by anything at all, the same command goes on from its newest whole checkpoint, on as many ranks as there are.
+"""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from nanomed import InputError, batches, hf, optim, parallel, runs, weights
+from nanomed.batches import Shape, Stream
+from nanomed.bins import tokenizer_sha256
+from nanomed.checkpoint import Checkpointer
+from nanomed.config import MINIATURE, Config, parse
+from nanomed.metrics import Metrics
+from nanomed.model import Decoder
+from nanomed.parallel import World, print0
+from nanomed.plot import plot_curves
+
+
+def train(config: Config, world: World) -> None:
+    """One run, from the command line's config to RUN/hf. InputError where it cannot be; then nothing was trained."""
+    out = Path(config.out)
+
+    # --- what goes in: model files, training and validation bins
+    source = get_source(config, world)
+    model_config = hf.model_config(source)
+    stream, vals = open_data(config, source, model_config.vocab_size)
+    windows = config.batch_tokens // config.seq_len  # of one step
+    n_steps = count_steps(config, stream)
+    shape = batch_shape(config, stream, vals, n_steps * windows)
+    identity = runs.data_identity(stream, vals)
+    runs.check_run(out, config, identity)
+    if runs.is_finished(out):
+        return print0(f"{out}: this run is finished; its model is in {out / 'hf'}")
+
+    # --- the model: described on no device, cut over the ranks, then filled
+    with torch.device("meta"):
+        model = Decoder(model_config, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    has_weights = bool(hf.find_weights(source)) and bool(weights.check_weights(model, source))
+    world.barrier()  # every rank has found its input whole
+    if world.first():
+        runs.create_run(out, config, identity, world.device)
+    mesh = parallel.parallelize(model, config, world)
+    model.to_empty(device=world.device)
+    optimizer = optim.make_adamw(model, config)
+    checkpoints = Checkpointer(out / "checkpoints", config.keep, model, optimizer, world)
+    step = first_step = checkpoints.resume()
+    if step == 0 and has_weights:
+        weights.load_weights(model, source)
+    elif step == 0:
+        weights.random_weights(model, model_config.initializer_range, config.seed)
+
+    # --- the loop
+    metrics = Metrics(out, config, world, model, step, n_steps)
+    loader = batches.Prefetch(
+        batch.pinned() if world.device.type == "cuda" else batch
+        for s in range(step, n_steps)
+        for batch in batches.train_batches(stream, shape, s, windows, world.rank, world.size)
+    )
+    n_micro = -(-windows // (config.micro_batch * world.size))
+    print_start(config, world, model, stream, vals, metrics, n_steps, n_micro)
+    if step == 0:  # also the smoke test: what is wrong with data or weights shows before a step is spent
+        metrics.validation(0, validate(model, vals, shape, world))
+    metrics.restart_clock()
+    while step < n_steps:
+        torch.manual_seed(config.seed + step * world.size + world.rank)  # so no random state needs saving
+        n_labels = batches.n_labels(stream, config.seq_len, step, windows)
+        scale = torch.tensor(1 / max(1, n_labels), device=world.device)  # the mean over the whole step's tokens
+        loss, len2 = torch.zeros((), device=world.device), 0
+        for _ in range(n_micro):
+            batch = next(loader)
+            micro_loss = model(batch.to(world.device), scale)
+            micro_loss.backward()
+            loss += micro_loss.detach()
+            len2 += batch.sum_squared_lens
+        grad_norm = optim.clip(model, config.clip_norm)
+        lr = optim.lr_at(step, n_steps, config)
+        optim.set_lr(optimizer, lr)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        metrics.add(step, lr, loss, grad_norm, len2)
+        checkpoints.poll()
+        last, due = step == n_steps, [step % n == 0 for n in (config.log_every, config.eval_every, config.checkpoint_every)]
+        if last or any(due):
+            metrics.flush(loader.wait_s)
+            if last or due[1]:
+                metrics.validation(step, validate(model, vals, shape, world))
+            if last or due[2]:
+                checkpoints.save(step)
+            metrics.restart_clock()
+        if step == first_step + 1 and mesh is not None and world.device.type == "cuda":
+            parallel.shorten_timeouts(mesh)
+    loader.close()
+    metrics.close()
+
+    # --- what comes out
+    checkpoints.wait()
+    if world.first():
+        print0(f"curves: {plot_curves(out)}")
+    weights.export(model, source, out / "hf", world)
+    print0(f"model:  {out / 'hf'}")
+
+
+def get_source(config: Config, world: World) -> Path:
+    """The folder of the model to start from. One process a machine downloads it, or makes the built-in corpus."""
+    if world.local_rank == 0:
+        if config.init == str(MINIATURE / "model") and not MINIATURE.exists():
+            script = Path(__file__).resolve().parent / "data" / "miniature.py"
+            subprocess.run([sys.executable, script, "--out", MINIATURE], check=True)
+        hf.fetch(config.init)
+    world.barrier()
+    return hf.fetch(config.init)
+
+
+def open_data(config: Config, source: Path, vocab_size: int) -> tuple[Stream, dict[str, Stream]]:
+    """The training stream and the validation sets by name; their tokens must be the model's tokens."""
+    stream = Stream(batches.open_sources(config.data), config.seed, vocab_size)
+    vals = {}
+    for spec in config.val:
+        name, _, folder = spec.rpartition("=")
+        if not name.isidentifier():
+            raise InputError(f"--val {spec}: must be NAME=BINS with a name of letters, digits and _")
+        vals[name] = Stream(batches.open_sources([folder]), None, vocab_size)
+    tokenizer = source / "tokenizer.json"
+    expected = tokenizer_sha256(tokenizer)
+    for bins in [*stream.bins, *(b for v in vals.values() for b in v.bins)]:
+        if bins.tokenizer_sha256 != expected:
+            raise InputError(f"{bins.folder}: was made with another tokenizer than {tokenizer}; prepare it with --tokenizer {source}")
+        if bins.vocab_size > vocab_size:
+            raise InputError(f"{bins.folder}: its vocabulary has {bins.vocab_size} entries, the model's {vocab_size}")
+    return stream, vals
+
+
+def count_steps(config: Config, stream: Stream) -> int:
+    """Steps of the run: --steps, or as many whole ones as --epochs hold."""
+    n_tokens = stream.start_of(config.epochs)
+    n_steps = config.steps or n_tokens // config.batch_tokens
+    if n_steps == 0:
+        raise InputError(f"--data: {n_tokens:,} tokens in {config.epochs} epochs are fewer than one step of {config.batch_tokens:,}")
+    if config.warmup_steps >= n_steps:
+        raise InputError(f"--warmup-steps {config.warmup_steps}: the run has only {n_steps} steps")
+    return n_steps
+
+
+def batch_shape(config: Config, stream: Stream, vals: dict[str, Stream], n_windows: int) -> Shape:
+    """One shape for every batch of the run, so that nothing recompiles: as many pieces as any of them needs, and a few."""
+    sizes = [(stream, n_windows)] + [(v, -(-v.start_of(1) // config.seq_len)) for v in vals.values()]
+    most = max(batches.max_pieces(s, config.seq_len, config.micro_batch, n) for s, n in sizes)
+    return Shape(config.seq_len, config.micro_batch, -(-(most + 1) // 16) * 16)
+
+
+@torch.no_grad()
+def validate(model: Decoder, vals: dict[str, Stream], shape: Shape, world: World) -> dict[str, float]:
+    """Mean loss in nats a token and bits per byte of every validation set, read whole.
+
+    Bits per byte = Σ NLL over every token but each document's first / (ln 2 · bytes of the texts): unlike the loss it
+    compares models with different tokenizers.
+    """
+    results = {}
+    for name, stream in vals.items():
+        nll = torch.zeros((), dtype=torch.float64, device=world.device)
+        one = torch.ones((), device=world.device)
+        rounds = batches.val_batches(stream, shape, world.rank, world.size)
+        for batch in tqdm(rounds, desc=f"val {name}", leave=False, delay=3, disable=not world.first()):
+            nll += model(batch.to(world.device), one)
+        dist.all_reduce(nll)
+        results[f"val_{name}_loss"] = nll.item() / max(1, stream.start_of(1) - len(stream.lengths))
+        results[f"val_{name}_bpb"] = nll.item() / (math.log(2) * stream.bins[0].n_bytes)
+    return results
+
+
+def print_start(config, world, model, stream, vals, metrics, n_steps, n_micro) -> None:
+    """What is about to happen, with the formula behind each figure of the progress bar."""
+    n_params = sum(p.numel() for p in model.parameters())
+    epoch, total = stream.start_of(1), n_steps * config.batch_tokens
+    peak = f"{metrics.peak / 1e12:.0f} TFLOP/s dense bf16" if metrics.peak else "n/a (peak unknown for this device)"
+    print0(f"model   {config.init}: {n_params / 1e6:,.1f} M parameters, {config.precision}")
+    print0(f"data    {len(stream.lengths):,} documents, {epoch:,} tokens an epoch; {len(vals)} validation sets")
+    print0(f"run     {n_steps:,} steps x {config.batch_tokens:,} tokens = {total / epoch:.2f} epochs; {world.size} x "
+           f"{world.device.type}, {n_micro} x {config.micro_batch} windows of {config.seq_len} a rank and step")  # fmt: skip
+    if config.steps is None:
+        print0(f"        the last {stream.start_of(config.epochs) - total:,} tokens fill no step and are dropped")
+    print0(f"FLOPs   {metrics.per_token:,} a token (6 x parameters in matrix products) + {metrics.per_len2:,} x squared "
+           f"document lengths; MFU over {peak}")  # fmt: skip
+
+
+def main() -> None:
+    """Train; an input that cannot be is one line and exit status 1."""
+    try:
+        config = parse(sys.argv[1:])
+        world = parallel.start(config)
+        train(config, world)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
