@@ -16,14 +16,15 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from nanomed import InputError, batches, hf, optim, parallel, runs, weights
-from nanomed.batches import Shape, Stream
+from nanomed.batches import Shape
 from nanomed.bins import tokenizer_sha256
 from nanomed.checkpoint import Checkpointer
 from nanomed.config import MINIATURE, Config, parse
-from nanomed.metrics import Metrics
+from nanomed.metrics import Metrics, attention_flops, flops_per_token, peak_flops
 from nanomed.model import Decoder
 from nanomed.parallel import World, print0
 from nanomed.plot import plot_curves
+from nanomed.stream import Stream, open_sources
 
 
 def train(config: Config, world: World) -> None:
@@ -60,6 +61,7 @@ def train(config: Config, world: World) -> None:
         weights.random_weights(model, model_config.initializer_range, config.seed)
 
     # --- the loop
+    print_start(config, world, model, stream, vals, n_steps)
     metrics = Metrics(out, config, world, model, step, n_steps)
     loader = batches.Prefetch(
         batch.pinned() if world.device.type == "cuda" else batch
@@ -67,7 +69,6 @@ def train(config: Config, world: World) -> None:
         for batch in batches.train_batches(stream, shape, s, windows, world.rank, world.size)
     )
     n_micro = -(-windows // (config.micro_batch * world.size))
-    print_start(config, world, model, stream, vals, metrics, n_steps, n_micro)
     if step == 0:  # also the smoke test: what is wrong with data or weights shows before a step is spent
         metrics.validation(0, validate(model, vals, shape, world))
     metrics.restart_clock()
@@ -90,7 +91,10 @@ def train(config: Config, world: World) -> None:
         step += 1
         metrics.add(step, lr, loss, grad_norm, len2)
         checkpoints.poll()
-        last, due = step == n_steps, [step % n == 0 for n in (config.log_every, config.eval_every, config.checkpoint_every)]
+        last, due = (
+            step == n_steps,
+            [step % n == 0 for n in (config.log_every, config.eval_every, config.checkpoint_every)],
+        )
         if last or any(due):
             metrics.flush(loader.wait_s)
             if last or due[1]:
@@ -124,18 +128,20 @@ def get_source(config: Config, world: World) -> Path:
 
 def open_data(config: Config, source: Path, vocab_size: int) -> tuple[Stream, dict[str, Stream]]:
     """The training stream and the validation sets by name; their tokens must be the model's tokens."""
-    stream = Stream(batches.open_sources(config.data), config.seed, vocab_size)
+    stream = Stream(open_sources(config.data), config.seed, vocab_size)
     vals = {}
     for spec in config.val:
         name, _, folder = spec.rpartition("=")
         if not name.isidentifier():
             raise InputError(f"--val {spec}: must be NAME=BINS with a name of letters, digits and _")
-        vals[name] = Stream(batches.open_sources([folder]), None, vocab_size)
+        vals[name] = Stream(open_sources([folder]), None, vocab_size)
     tokenizer = source / "tokenizer.json"
     expected = tokenizer_sha256(tokenizer)
     for bins in [*stream.bins, *(b for v in vals.values() for b in v.bins)]:
         if bins.tokenizer_sha256 != expected:
-            raise InputError(f"{bins.folder}: was made with another tokenizer than {tokenizer}; prepare it with --tokenizer {source}")
+            raise InputError(
+                f"{bins.folder}: was made with another tokenizer than {tokenizer}; prepare it with --tokenizer {source}"
+            )
         if bins.vocab_size > vocab_size:
             raise InputError(f"{bins.folder}: its vocabulary has {bins.vocab_size} entries, the model's {vocab_size}")
     return stream, vals
@@ -146,7 +152,9 @@ def count_steps(config: Config, stream: Stream) -> int:
     n_tokens = stream.start_of(config.epochs)
     n_steps = config.steps or n_tokens // config.batch_tokens
     if n_steps == 0:
-        raise InputError(f"--data: {n_tokens:,} tokens in {config.epochs} epochs are fewer than one step of {config.batch_tokens:,}")
+        raise InputError(
+            f"--data: {n_tokens:,} tokens in {config.epochs} epochs are fewer than one step of {config.batch_tokens:,}"
+        )
     if config.warmup_steps >= n_steps:
         raise InputError(f"--warmup-steps {config.warmup_steps}: the run has only {n_steps} steps")
     return n_steps
@@ -171,27 +179,35 @@ def validate(model: Decoder, vals: dict[str, Stream], shape: Shape, world: World
         nll = torch.zeros((), dtype=torch.float64, device=world.device)
         one = torch.ones((), device=world.device)
         rounds = batches.val_batches(stream, shape, world.rank, world.size)
-        for batch in tqdm(rounds, desc=f"val {name}", leave=False, delay=3, disable=not world.first()):
+        total = batches.val_rounds(stream, shape, world.size)
+        for batch in tqdm(rounds, f"val {name}", total, leave=False, delay=3, disable=not world.first()):
             nll += model(batch.to(world.device), one)
         dist.all_reduce(nll)
         results[f"val_{name}_loss"] = nll.item() / max(1, stream.start_of(1) - len(stream.lengths))
         results[f"val_{name}_bpb"] = nll.item() / (math.log(2) * stream.bins[0].n_bytes)
+    parallel.reshard(model)
     return results
 
 
-def print_start(config, world, model, stream, vals, metrics, n_steps, n_micro) -> None:
-    """What is about to happen, with the formula behind each figure of the progress bar."""
+def print_start(config: Config, world: World, model: Decoder, stream: Stream, vals: dict, n_steps: int) -> None:
+    """What is about to happen, and the formula behind the figures of the progress bar."""
     n_params = sum(p.numel() for p in model.parameters())
     epoch, total = stream.start_of(1), n_steps * config.batch_tokens
-    peak = f"{metrics.peak / 1e12:.0f} TFLOP/s dense bf16" if metrics.peak else "n/a (peak unknown for this device)"
+    peak = peak_flops(world.device, config.precision)
     print0(f"model   {config.init}: {n_params / 1e6:,.1f} M parameters, {config.precision}")
-    print0(f"data    {len(stream.lengths):,} documents, {epoch:,} tokens an epoch; {len(vals)} validation sets")
-    print0(f"run     {n_steps:,} steps x {config.batch_tokens:,} tokens = {total / epoch:.2f} epochs; {world.size} x "
-           f"{world.device.type}, {n_micro} x {config.micro_batch} windows of {config.seq_len} a rank and step")  # fmt: skip
+    print0(
+        f"data    {len(stream.lengths):,} documents, {epoch:,} tokens an epoch; validation: {', '.join(vals) or 'none'}"
+    )
+    print0(
+        f"run     {n_steps:,} steps x {config.batch_tokens:,} tokens = {total / epoch:.2f} epochs, windows of {config.seq_len}"
+    )
     if config.steps is None:
         print0(f"        the last {stream.start_of(config.epochs) - total:,} tokens fill no step and are dropped")
-    print0(f"FLOPs   {metrics.per_token:,} a token (6 x parameters in matrix products) + {metrics.per_len2:,} x squared "
-           f"document lengths; MFU over {peak}")  # fmt: skip
+    print0(f"device  {world.size} x {world.device.type}, {config.micro_batch} windows in a forward pass")
+    print0(
+        f"FLOPs   {flops_per_token(model):,} a token (6 x parameters in matrix products) + {attention_flops(model):,} x squared "
+        f"document lengths; MFU over {f'{peak / 1e12:.0f} TFLOP/s (dense bf16)' if peak else 'n/a: peak unknown here'}"
+    )
 
 
 def main() -> None:
@@ -203,7 +219,9 @@ def main() -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
-    dist.destroy_process_group()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

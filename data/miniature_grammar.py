@@ -6,9 +6,10 @@ A cell writes a phrase once, in a small notation, and a template asks for the fo
     template   "Typisch {symptom:ist|sind} {symptom:nom}."       Typisch sind ein trockener Husten und Fieber.
                "Man erkennt sie an {symptom:dat}."               Man erkennt sie an einem trockenen Husten und Fieber.
 
-`Infarkt|s:m` carries a suffix: the genitive of m and n (des Infarkts), the dative of p (`Gelenke|n:p`, den Gelenken), every
-case but the nominative of a weak noun (`Elefant|en:m`, dem Elefanten). Genders are m, f, n and p for the plural; ` + `
-joins parts that decline each for itself. The specs a template may use are in `Phrase.__format__`.
+`d~`, `ein~` and `dies~` are the articles. `Infarkt|s:m` carries a suffix: the genitive of m and n (des Infarkts), the
+dative of p (`Gelenke|n:p`, den Gelenken), every case but the nominative of a weak noun (`Elefant|en:m`, dem Elefanten).
+Genders are m, f, n and p for the plural; ` + ` joins parts that decline each for itself. The specs a template may use
+are in `Phrase.__format__`.
 
 Why not a language model or a grammar library: endings of German noun phrases are three small tables, and with them
 every sentence of the corpus is right by construction.
@@ -16,12 +17,19 @@ every sentence of the corpus is right by construction.
 
 import re
 from dataclasses import dataclass
+from functools import cache
 
 CASES = ("nom", "acc", "dat", "gen")
 # One row a case, in the order m f n p.
 DEFINITE = {"nom": "der die das die", "acc": "den die das die", "dat": "dem der dem den", "gen": "des der des der"}
-INDEFINITE = {"nom": "ein eine ein -", "acc": "einen eine ein -", "dat": "einem einer einem -", "gen": "eines einer eines -"}
-WEAK = {"nom": "e e e en", "acc": "en e e en", "dat": "en en en en", "gen": "en en en en"}  # after der, die, das
+INDEFINITE = {
+    "nom": "ein eine ein -",
+    "acc": "einen eine ein -",
+    "dat": "einem einer einem -",
+    "gen": "eines einer eines -",
+}
+DEMONSTRATIVE = {"nom": "er e es e", "acc": "en e es e", "dat": "em er em en", "gen": "es er es er"}  # dies~
+WEAK = {"nom": "e e e en", "acc": "en e e en", "dat": "en en en en", "gen": "en en en en"}  # after der, dieser
 MIXED = {"nom": "er e es e", "acc": "en e es e", "dat": "en en en en", "gen": "en en en en"}  # after ein, eine
 STRONG = {"nom": "er e es e", "acc": "en e es e", "dat": "em er em en", "gen": "en er en er"}  # without an article
 PRONOUNS = {"m": "er", "f": "sie", "n": "es", "p": "sie"}
@@ -46,23 +54,27 @@ class Part:
     words: str
     gender: str
 
+    @cache  # noqa: B019  (parts are few, and each form is asked for a hundred times)
     def declined(self, case: str, article: str | None = None) -> str:
-        """The words in a case; `article` (`d~`, `ein~`) replaces the one that is written, None keeps it."""
+        """The words in a case; `article` (`d~`, `ein~`) replaces the one that is written, but never `dies~`."""
         words = self.words.split()
-        if article is not None:
+        if article is not None and words[0] != "dies~":
             words = [article, *words[words[0] in ("d~", "ein~") :]]
-        endings = {"d~": WEAK, "ein~": MIXED}.get(words[0], STRONG)
-        return " ".join(filter(None, (self._word(word, case, endings) for word in words)))
+        if words[0] == "ein~" and self.gender == "p":  # German has no plural of ein
+            words = words[1:]
+        endings = {"d~": WEAK, "dies~": WEAK, "ein~": MIXED}.get(words[0], STRONG)
+        return " ".join(self._word(word, case, endings) for word in words)
 
     def _word(self, word: str, case: str, endings: dict[str, str]) -> str:
         if word == "d~":
             return ending(DEFINITE, case, self.gender)
-        if word == "ein~":  # German has no plural of ein
-            return "" if self.gender == "p" else ending(INDEFINITE, case, self.gender)
+        if word == "ein~":
+            return ending(INDEFINITE, case, self.gender)
         if "~" in word:
-            return word.replace("~", ending(endings, case, self.gender))
+            return word.replace("~", ending(DEMONSTRATIVE if word == "dies~" else endings, case, self.gender))
         stem, bar, suffix = word.partition("|")
-        return stem + self._suffix(suffix, case) if bar else word
+        comma = "," * suffix.endswith(",")
+        return stem + self._suffix(suffix.rstrip(","), case) + comma if bar else word
 
     def _suffix(self, suffix: str, case: str) -> str:
         if self.gender == "m" and suffix in ("n", "en"):  # weak noun: der Elefant, den Elefanten

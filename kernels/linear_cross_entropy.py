@@ -38,7 +38,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx = torch.empty_like(hidden) if with_grad else None
         dw = torch.zeros(weight.shape, dtype=torch.float32, device=hidden.device) if with_grad else None
         for h, y, d in zip(
-            hidden.split(chunk), targets.split(chunk), dx.split(chunk) if with_grad else targets.split(chunk), strict=True
+            hidden.split(chunk),
+            targets.split(chunk),
+            dx.split(chunk) if with_grad else targets.split(chunk),
+            strict=True,
         ):
             logp = F.log_softmax(h @ w.T, dim=-1, dtype=torch.float32)
             loss += F.nll_loss(logp, y, ignore_index=IGNORED, reduction="sum")

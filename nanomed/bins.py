@@ -73,10 +73,8 @@ def bos_id(tokenizer: Tokenizer, config: dict, bos: str = "auto") -> int | None:
     """The id that begins every document, or None. config: contents of tokenizer_config.json.
 
     "auto": the one that the tokenizer's own post-processor puts before a text, if it does (Mistral yes, Qwen no).
-    "no": none. "yes": that one, else the configured bos_token; InputError if there is neither.
+    "no": none. "yes": that one, else config's bos_token; InputError if there is neither.
     """
-    if bos not in ("auto", "yes", "no"):
-        raise InputError(f"bos is {bos!r}, expected auto, yes or no")
     probe = tokenizer.encode("a", add_special_tokens=True)
     n_front = (*probe.special_tokens_mask, 0).index(0)  # how many tokens were put in front
     if bos == "no" or (bos == "auto" and n_front == 0):
@@ -103,7 +101,7 @@ def settings_of(vocab_size: int, separator: int, bos: int | None, tokenizer_sha2
 
 
 class ShardWriter:
-    """Streams one shard to *.tmp files, `commit` makes it durable. settings: of `settings_of`; engine: for the record."""
+    """Streams one shard to *.tmp files, `commit` makes it durable. settings: `settings_of`; engine: for the record."""
 
     def __init__(self, folder: Path, index: int, settings: dict, engine: str):
         self.base = f"{Path(folder) / shard_name(index)}"
@@ -138,8 +136,7 @@ class ShardWriter:
             framed, n_more = np.insert(ids, places, np.tile([bos, separator], lengths.size)), 2
         self._append(0, framed.astype("<" + self.settings["dtype"]))
         self._append(1, (self.n_tokens + np.cumsum(lengths + n_more)).astype("<u8"))
-        self.n_docs += lengths.size
-        self.n_tokens += framed.size
+        self.n_docs, self.n_tokens = self.n_docs + lengths.size, self.n_tokens + framed.size
         self.n_bytes += int(n_bytes)
 
     def commit(self, source: dict) -> None:
@@ -157,7 +154,7 @@ class ShardWriter:
 def committed_shards(folder: Path) -> list[dict]:
     """The JSONs of shards 0, 1, ... as far as committed. InputError if one disagrees with its files or with shard 0."""
     shards: list[dict] = []
-    while (path := Path(folder) / f"{shard_name(len(shards))}.json").exists():
+    while (path := Path(folder, f"{shard_name(len(shards))}.json")).exists():
         shard = _read_record(path, (*SETTINGS, *CONTENT, "source"))
         expected = shards[0] if shards else settings_of(*(shard[key] for key in SETTINGS[1:]))
         for key in SETTINGS:
@@ -187,8 +184,7 @@ class Bins:
 
     n_docs, n_tokens, n_bytes (UTF-8, of the texts), vocab_size, separator, bos (or None), tokenizer_sha256: as recorded
     fingerprint    sha256 over the shards' checksums: identifies the data, whatever the folder is called
-    lengths        int64 (n_docs,): tokens of every document, BOS and separator included
-    shards         the shards' JSON records
+    lengths        int64 (n_docs,): tokens of every document, BOS and separator included; shards: their JSON records
     """
 
     def __init__(self, folder: str | Path):
@@ -229,8 +225,8 @@ class Bins:
             raise IndexError(f"no tokens [{start}, {stop}) in document {doc} of {self.n_docs}")
         index = bisect.bisect_right(self._first_doc, doc) - 1
         tokens, offsets = self._maps[index]
-        begin = int(offsets[doc - self._first_doc[index]])
-        return tokens[begin + start : begin + stop]
+        start_of_doc = int(offsets[doc - self._first_doc[index]])
+        return tokens[start_of_doc + start : start_of_doc + stop]
 
 
 def verify(folder: str | Path, deep: bool = True, progress=None) -> Bins:
@@ -259,10 +255,9 @@ def _verify_shard(bins: Bins, index: int, progress) -> None:
         if progress:
             progress(chunk.nbytes)
     _expect(path, "number of separators", n_separators, shard["n_docs"])
-    all_end = bool((tokens[offsets[1:] - np.uint64(1)] == bins.separator).all())  # as many as documents: so none inside
-    _expect(path, "a separator at the end of every document", all_end, True)
-    all_begin = bins.bos is None or bool((tokens[offsets[:-1]] == bins.bos).all())
-    _expect(path, "BOS at the start of every document", all_begin, True)
+    ends = tokens[offsets[1:] - np.uint64(1)]  # all are separators and there are no more of them: so none is inside
+    _expect(path, "a separator at every end", bool((ends == bins.separator).all()), True)
+    _expect(path, "BOS at every start", bins.bos is None or bool((tokens[offsets[:-1]] == bins.bos).all()), True)
     _expect(path, "sha256", digest.hexdigest(), shard["sha256_bin"])
     _expect(path.with_suffix(".idx"), "sha256", hashlib.sha256(offsets).hexdigest(), shard["sha256_idx"])
 
@@ -280,8 +275,8 @@ def read_json(path: Path) -> dict:
 
 def _read_record(path: Path, keys: tuple[str, ...]) -> dict:
     record = read_json(path)
-    found = (record.get("format"), record.get("version"))
-    _expect(path, "format and version", found, ("nanomed-bins", 1), "not bins, or another version's: prepare again")
+    for key, expected in (("format", "nanomed-bins"), ("version", 1)):
+        _expect(path, key, record.get(key), expected, "not bins, or another version's: prepare again")
     _expect(path, "missing keys", [key for key in keys if key not in record], [])
     return record
 

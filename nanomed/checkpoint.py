@@ -112,7 +112,9 @@ class Checkpointer:
         keep = {path for _, path in whole(self.folder)[-self.keep :]}
         for path in self.folder.glob("step-*"):
             if path not in keep:
-                (path / "DONE").unlink(missing_ok=True)  # first, so that a kill half-way leaves nothing that looks whole
+                (path / "DONE").unlink(
+                    missing_ok=True
+                )  # first, so that a kill half-way leaves nothing that looks whole
                 shutil.rmtree(path, ignore_errors=True)
 
 

@@ -103,7 +103,21 @@ class Config:
 
 # These may change when a run goes on: they move its losses by rounding at most.
 FREE_FIELDS = frozenset(
-    "out data val micro_batch recompute compile replicas checkpoint_every keep eval_every log_every tensorboard wandb".split()
+    [
+        "out",
+        "data",
+        "val",
+        "micro_batch",
+        "recompute",
+        "compile",
+        "replicas",
+        "checkpoint_every",
+        "keep",
+        "eval_every",
+        "log_every",
+        "tensorboard",
+        "wandb",
+    ]
 )  # data and val are held to the contents of the bins, not to their paths
 
 # lr, batch_tokens, seq_len: ours, the paper publishes none.
@@ -114,7 +128,12 @@ RECIPES = {
         "mistral-small-24b", init="mistralai/Mistral-Small-24B-Instruct-2501", recompute="full"
     ),
     "smollm2-135m": Config(
-        "smollm2-135m", init="HuggingFaceTB/SmolLM2-135M-Instruct", lr=1e-4, seq_len=2048, batch_tokens=65536, micro_batch=4
+        "smollm2-135m",
+        init="HuggingFaceTB/SmolLM2-135M-Instruct",
+        lr=1e-4,
+        seq_len=2048,
+        batch_tokens=65536,
+        micro_batch=4,
     ),
     "miniature": Config(
         init=str(MINIATURE / "model"),
@@ -162,7 +181,17 @@ def parse(argv: list[str]) -> Config:
 
 def validated(c: Config) -> Config:
     """The config itself, or InputError naming the first flag that cannot be."""
-    positive = "seq_len batch_tokens micro_batch epochs log_every checkpoint_every eval_every keep replicas".split()
+    positive = [
+        "seq_len",
+        "batch_tokens",
+        "micro_batch",
+        "epochs",
+        "log_every",
+        "checkpoint_every",
+        "eval_every",
+        "keep",
+        "replicas",
+    ]
     for field in positive + ["steps"] * (c.steps is not None):
         if getattr(c, field) < 1:
             raise InputError(f"--{field.replace('_', '-')} {getattr(c, field)}: must be at least 1")

@@ -9,6 +9,7 @@ No pickle is ever loaded and no code of a repository ever run.
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -16,7 +17,6 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
 from nanomed import InputError
-from nanomed.model import ModelConfig
 
 CARRIED = (  # to the export as they are, whichever are there
     "config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
@@ -25,12 +25,48 @@ CARRIED = (  # to the export as they are, whichever are there
 
 # Fields of config.json that do not change what the trunk computes.
 _HARMLESS = set(
-    "architectures model_type transformers_version torch_dtype dtype _name_or_path use_cache max_position_embeddings "
-    "bos_token_id eos_token_id pad_token_id unk_token_id initializer_range pretraining_tp max_window_layers".split()
+    [
+        "architectures",
+        "model_type",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "_name_or_path",
+        "use_cache",
+        "max_position_embeddings",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "unk_token_id",
+        "initializer_range",
+        "pretraining_tp",
+        "max_window_layers",
+    ]
 )
 
 
 # --- config.json ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What of a config.json decides the maths."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int  # read, never derived: Mistral-Small has 5120 hidden and 32 heads of 128
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    windows: tuple[int | None, ...] = ()  # sliding window of each layer in tokens, None: full attention
+    initializer_range: float = 0.02
 
 
 def model_config(folder: Path) -> ModelConfig:
@@ -79,15 +115,23 @@ def model_config(folder: Path) -> ModelConfig:
 
 def _rope_theta(fields: dict, refuse: Callable) -> float:
     """The base of RoPE from either spelling; any scaling of it is refused."""
-    old, scaling, new = fields.pop("rope_theta", None), fields.pop("rope_scaling", None), fields.pop("rope_parameters", None)
+    old, scaling, new = (
+        fields.pop("rope_theta", None),
+        fields.pop("rope_scaling", None),
+        fields.pop("rope_parameters", None),
+    )
     for name, scheme in (("rope_scaling", scaling), ("rope_parameters", new)):
         kind = (scheme or {}).get("rope_type", (scheme or {}).get("type", "default"))
         extra = (scheme or {}).keys() - {"rope_type", "type", "rope_theta"}
         if kind != "default" or any(scheme[e] not in (None, 1, 1.0) for e in extra):
             refuse(f"{name} = {scheme} is not supported; only plain RoPE (rope_type default) is")
-    thetas = {float(t) for t in (old, (scaling or {}).get("rope_theta"), (new or {}).get("rope_theta")) if t is not None}
+    thetas = {
+        float(t) for t in (old, (scaling or {}).get("rope_theta"), (new or {}).get("rope_theta")) if t is not None
+    }
     if len(thetas) != 1:
-        refuse(f"rope_theta must stand there once, found {sorted(thetas) or 'none'}; it changes the maths, so it is never guessed")
+        refuse(
+            f"rope_theta must stand there once, found {sorted(thetas) or 'none'}; it changes the maths, so it is never guessed"
+        )
     return thetas.pop()
 
 
@@ -121,7 +165,9 @@ def fetch(init: str) -> Path:
         names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
         snapshot_download(init, allow_patterns=names)
     except (OSError, HFValidationError, ValueError) as error:
-        raise InputError(f"--init {init}: no such local folder, and the hub says: {str(error).splitlines()[0]}") from error
+        raise InputError(
+            f"--init {init}: no such local folder, and the hub says: {str(error).splitlines()[0]}"
+        ) from error
     return folder
 
 

@@ -55,7 +55,9 @@ def flops_per_token(model: Decoder) -> int:
     """6 · parameters in matrix products. Call before sharding or after: global shapes are counted."""
     tied = model.config.tie_word_embeddings
     return 6 * sum(
-        p.numel() for name, p in model.named_parameters() if p.ndim > 1 and (tied or name != "model.embed_tokens.weight")
+        p.numel()
+        for name, p in model.named_parameters()
+        if p.ndim > 1 and (tied or name != "model.embed_tokens.weight")
     )
 
 
@@ -99,7 +101,9 @@ class Metrics:
         """Write all steps noted since the last flush. wait_s: seconds in total that steps have waited for data."""
         if not self._rows:
             return
-        values = torch.stack([v.double() for v in self._values] + [torch.tensor(float(self._len2)).double().to(self.world.device)])
+        values = torch.stack(
+            [v.double() for v in self._values] + [torch.tensor(float(self._len2)).double().to(self.world.device)]
+        )
         dist.all_reduce(values)
         *values, len2 = values.tolist()
         seconds = time.perf_counter() - self._start

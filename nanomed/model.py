@@ -11,36 +11,14 @@ Parameters stay in float32 (the optimiser's masters). FSDP hands them to the for
 process, `Linear` casts them where they are used. Either way the matrix products run in the dtype of the hidden states.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanomed.attention import attention
 from nanomed.batches import Batch
+from nanomed.hf import ModelConfig
 from nanomed.kernels.linear_cross_entropy import linear_cross_entropy
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """What of a config.json changes the maths; nanomed.hf.model_config reads it."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int  # read, never derived: Mistral-Small has 5120 hidden and 32 heads of 128
-    rms_norm_eps: float
-    rope_theta: float
-    tie_word_embeddings: bool
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    windows: tuple[int | None, ...] = ()  # sliding window of each layer in tokens, None: full attention
-    initializer_range: float = 0.02
 
 
 class Linear(nn.Linear):

@@ -20,9 +20,7 @@ def make_adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
         {"params": [p for p in params if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(
-        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-    )
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
     dtype = torch.bfloat16 if config.optimizer_states == "bf16" else torch.float32
     for p in params:
         optimizer.state[p] = {

@@ -63,7 +63,9 @@ def start(config: Config) -> World:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    world = World(dist.get_rank(), local_rank, dist.get_world_size(), device, dist.new_group(backend="gloo", timeout=SLOW_TIMEOUT))
+    world = World(
+        dist.get_rank(), local_rank, dist.get_world_size(), device, dist.new_group(backend="gloo", timeout=SLOW_TIMEOUT)
+    )
     if world.size % config.replicas:
         raise InputError(f"--replicas {config.replicas}: does not divide the {world.size} processes")
     return world
@@ -99,7 +101,9 @@ def parallelize(model: Decoder, config: Config, world: World) -> DeviceMesh | No
         shard([model.model.norm, model.lm_head], reshard_after_forward=False)
     shard(model)
     for module in model.modules():
-        if isinstance(module, FSDPModule):  # the loss is already divided by the tokens of all ranks: sum, do not average
+        if isinstance(
+            module, FSDPModule
+        ):  # the loss is already divided by the tokens of all ranks: sum, do not average
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return mesh
@@ -110,6 +114,14 @@ def _mesh(world: World, replicas: int) -> DeviceMesh:
         return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
     shape = (replicas, world.size // replicas)
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def reshard(model: Decoder) -> None:
+    """Free what a forward pass without a backward has left gathered (norm, head, root): until then the model's parameters
+    are the whole tensors, which neither the optimiser nor a checkpoint knows."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def shorten_timeouts(mesh: DeviceMesh) -> None:

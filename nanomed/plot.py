@@ -30,7 +30,9 @@ def plot_curves(run: Path) -> Path:
     rows = read_metrics(run / "metrics.jsonl")
     train = [r for r in rows if "loss" in r]
     names = sorted({k for r in rows for k in r if k.startswith("val_") and k.endswith("_bpb")})
-    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "nanomed", "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update(
+        {"svg.fonttype": "none", "svg.hashsalt": "nanomed", "axes.spines.top": False, "axes.spines.right": False}
+    )
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     left.plot([r["tokens"] / 1e6 for r in train], [r["loss"] for r in train], lw=0.8, color="0.6", label="training")
     for name in names:

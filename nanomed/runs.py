@@ -18,10 +18,10 @@ import torch
 
 import nanomed
 from nanomed import InputError
-from nanomed.batches import Stream
 from nanomed.checkpoint import write_durably
 from nanomed.config import FREE_FIELDS, Config
 from nanomed.hf import read_json
+from nanomed.stream import Stream
 
 
 def data_identity(train: Stream, vals: dict[str, Stream]) -> dict:
@@ -80,7 +80,11 @@ def _git_commit() -> str | None:
     try:
         here = Path(nanomed.__file__).parent
         return subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True, check=True
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

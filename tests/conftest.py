@@ -4,11 +4,21 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reached for the hub would hang where there is none
 
+import json
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nanomed.batches import Batch
+from nanomed.bins import ShardWriter, settings_of, tokenizer_sha256, write_manifest
 from nanomed.kernels.linear_cross_entropy import IGNORED
 
 
@@ -41,3 +51,107 @@ def save_reference(config, folder, dtype=torch.float32):
         torch.nn.init.normal_(param, 1.0 if param.ndim == 1 else 0.0, 0.1)
     model.save_pretrained(folder)
     return model.eval()
+
+
+def write_bins(
+    folder, documents: list[list[int]], vocab_size: int, tokenizer_sha256: str = "0" * 64, n_bytes: int = 1000
+):
+    """Token lists (without separator) → a finished set of bins."""
+    folder.mkdir(parents=True)
+    writer = ShardWriter(folder, 0, settings_of(vocab_size, 0, None, tokenizer_sha256), "test")
+    ids = np.array([token for document in documents for token in document])
+    writer.write(ids, np.array([len(d) for d in documents]), n_bytes=n_bytes)
+    writer.commit({"name": "test"})
+    write_manifest(folder)
+    return folder
+
+
+# --- a whole tiny training run -------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parent.parent
+SENTENCES = ("Das Herz pumpt Blut.", "Die Leber baut Alkohol ab.", "Fieber ist ein Symptom.", "Der Arzt hört die Lunge ab.",
+             "Insulin senkt den Blutzucker.", "Die Niere filtert das Blut.")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A random model of 30 thousand parameters with its own tokenizer, and bins of German sentences."""
+
+    model: Path
+    train: Path
+    val: Path
+    texts: list[str]  # of the validation set
+
+    def flags(self, out: Path, **changes) -> list[str]:
+        """Command line of a 20-step run; changes override or add flags, None removes one."""
+        flags = dict(init=self.model, data=self.train, val=f"med={self.val}", out=out, steps=20, seq_len=32, batch_tokens=256,
+                     micro_batch=2, lr=1e-2, warmup_steps=2, checkpoint_every=5, eval_every=10)  # fmt: skip
+        flags |= changes
+        return [
+            x for name, value in flags.items() if value is not None for x in (f"--{name.replace('_', '-')}", str(value))
+        ]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Tiny:
+    folder = tmp_path_factory.mktemp("tiny")
+    return make_tiny(folder)
+
+
+def make_tiny(folder: Path) -> Tiny:
+    """Write the tiny model, its tokenizer and bins below the folder."""
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(SENTENCES, k=rng.randint(1, 6))) for _ in range(400)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    model = folder / "model"
+    config = LlamaConfig(vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=0)  # fmt: skip
+    save_reference(config, model, torch.bfloat16)
+    tokenizer.save(str(model / "tokenizer.json"))
+    (model / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "eos_token": "<|endoftext|>",
+                "chat_template": "{{ messages }}",
+            }
+        )
+    )
+    digest = tokenizer_sha256(model / "tokenizer.json")
+    encode = lambda part: [tokenizer.encode(t, add_special_tokens=False).ids for t in part]  # noqa: E731
+    write_bins(folder / "train", encode(texts[20:]), 320, tokenizer_sha256=digest)
+    write_bins(
+        folder / "val",
+        encode(texts[:20]),
+        320,
+        tokenizer_sha256=digest,
+        n_bytes=sum(len(t.encode()) for t in texts[:20]),
+    )
+    return Tiny(model, folder / "train", folder / "val", texts[:20])
+
+
+def command(nproc: int, flags: list[str], script: Path = ROOT / "train.py") -> list[str]:
+    """train.py's command line, through torchrun for several processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"] if nproc > 1 else []
+    return [sys.executable, *launcher, str(script), *flags]
+
+
+def run_train(flags: list[str], nproc: int = 1, script: Path = ROOT / "train.py") -> subprocess.CompletedProcess:
+    """Run train.py as a user does; the finished process with its output."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command(nproc, flags, script), capture_output=True, text=True, timeout=240, env=env)
+
+
+def read_losses(out: Path) -> list[float]:
+    """Training loss of every step, from metrics.jsonl."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = [r for r in rows if "loss" in r]
+    assert [r["step"] for r in rows] == list(range(1, len(rows) + 1))
+    return [r["loss"] for r in rows]

@@ -18,10 +18,14 @@ CONFIGS = {
     "llama-biases": LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True, rope_parameters=ROPE),
     "llama-tied-mha": LlamaConfig(**SMALL | {"num_key_value_heads": 6}, tie_word_embeddings=True, rope_parameters=ROPE),
     "mistral": MistralConfig(**SMALL, head_dim=16, sliding_window=None, rope_parameters=ROPE),
-    "mistral-window": MistralConfig(**SMALL, sliding_window=7, rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+    "mistral-window": MistralConfig(
+        **SMALL, sliding_window=7, rope_parameters={"rope_type": "default", "rope_theta": 1e4}
+    ),
     "qwen2": Qwen2Config(**SMALL, use_sliding_window=False, sliding_window=9, rope_parameters=ROPE, rms_norm_eps=1e-5),
     "qwen2-tied": Qwen2Config(**SMALL, tie_word_embeddings=True, rope_parameters=ROPE),
-    "qwen2-window": Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=5, max_window_layers=1, rope_parameters=ROPE),
+    "qwen2-window": Qwen2Config(
+        **SMALL, use_sliding_window=True, sliding_window=5, max_window_layers=1, rope_parameters=ROPE
+    ),
 }
 
 
@@ -34,7 +38,11 @@ def load(folder) -> Decoder:
 def spell_as_transformers_4(path) -> None:
     """Rewrite a config.json of transformers 5 the way transformers 4 wrote it, as the hub's files still are."""
     raw = json.loads(path.read_text())
-    raw |= {"rope_theta": raw.pop("rope_parameters")["rope_theta"], "rope_scaling": None, "torch_dtype": raw.pop("dtype")}
+    raw |= {
+        "rope_theta": raw.pop("rope_parameters")["rope_theta"],
+        "rope_scaling": None,
+        "torch_dtype": raw.pop("dtype"),
+    }
     raw.pop("layer_types", None)
     path.write_text(json.dumps(raw))
 
@@ -126,7 +134,10 @@ def test_the_real_models_configs(tmp_path):
         ({"rope_theta": None}, "rope_theta"),
         ({"rope_theta": None, "rope_parameters": {"rope_type": "default"}}, "rope_theta"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, "rope_theta"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "partial_rotary"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}},
+            "partial_rotary",
+        ),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"num_key_value_heads": None}, "num_key_value_heads"),

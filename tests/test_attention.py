@@ -1,0 +1,121 @@
+"""Attention by document against one dense masked reference, in every implementation that this machine has."""
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanomed import attention as module
+from nanomed.attention import attention
+
+
+def dense(q, k, v, cu_seqlens, window):
+    """softmax over one (N, N) mask, in float64: (N, H, d), (N, K, d) twice, (docs + 1,) -> (N, H, d)."""
+    n, n_heads = q.shape[:2]
+    k, v = (x.repeat_interleave(n_heads // x.shape[1], dim=1) for x in (k, v))
+    i = torch.arange(n, device=q.device)
+    document = torch.searchsorted(cu_seqlens.long(), i, right=True)
+    seen = (document[:, None] == document) & (i[:, None] >= i)
+    if window is not None:
+        seen &= i[:, None] - i < window
+    q, k, v = q.double(), k.double(), v.double()
+    scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), v)
+
+
+# (device, dtype, the implementation that must run or None where there is only one, tolerance)
+CASES = [("cpu", torch.float64, None, 1e-12), ("cpu", torch.float32, None, 1e-5), ("cpu", torch.bfloat16, None, 2e-2)]
+if torch.cuda.is_available():  # built here, so that a machine without a GPU has nothing to skip
+    ways = {"flash": module.flash_attn_varlen_func, "varlen": module.varlen_attn}
+    CASES += [("cuda", torch.bfloat16, name, 2e-2) for name, way in ways.items() if way is not None]
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[2] or case[0]}-{str(case[1])[6:]}", scope="module")
+def case(request):
+    """(device, dtype, tolerance), with `attention` held to one implementation."""
+    device, dtype, name, tolerance = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "varlen":
+            patch.setattr(module, "flash_attn_varlen_func", None)
+        yield device, dtype, tolerance
+
+
+def inputs(lengths, n_heads, n_kv, head_dim, device, dtype, seed=0):
+    """q, k, v that want gradients, dy, and cu_seqlens; a length of 0 repeats an entry."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [n_heads, n_kv, n_kv, n_heads]
+    q, k, v, dy = (torch.randn(sum(lengths), h, head_dim, generator=generator).to(device, dtype) for h in sizes)
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+    return [x.requires_grad_() for x in (q, k, v)], dy, cu_seqlens
+
+
+def check(lengths, heads, window, case):
+    device, dtype, tolerance = case
+    qkv, dy, cu_seqlens = inputs(lengths, *heads, 16, device, dtype)
+    y = attention(*qkv, cu_seqlens, max(lengths) + 3, window)
+    assert y.dtype == dtype
+    expected = dense(*qkv, cu_seqlens, window)
+    compare = partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance, check_dtype=False)
+    compare(y, expected)
+    wanted = torch.autograd.grad(expected, qkv, dy.double())
+    for got, want, name in zip(torch.autograd.grad(y, qkv, dy), wanted, "qkv", strict=True):
+        compare(got, want, msg=lambda text, name=name: f"d{name}: {text}")
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=6).filter(any),
+    heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 2), (4, 1)]),
+    window=st.one_of(st.none(), st.integers(1, 24)),
+)
+def test_equals_the_dense_block_diagonal_mask(case, lengths, heads, window):
+    """Values and gradients, for any borders, grouped heads and sliding windows."""
+    check(lengths, heads, window, case)
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 39, 40, 1000])
+def test_the_corners(case, window):
+    """One-token documents, repeated borders first, within and last, windows of 1 and beyond the longest document."""
+    check([0, 1, 1, 0, 0, 40, 1, 0, 0], (4, 2), window, case)
+
+
+def test_a_window_of_one_sees_only_itself(case):
+    device, dtype, tolerance = case
+    (q, k, v), _, cu_seqlens = inputs([7, 3], 4, 4, 16, device, dtype)
+    torch.testing.assert_close(attention(q, k, v, cu_seqlens, 7, 1), v, rtol=tolerance, atol=tolerance)
+
+
+def test_documents_do_not_see_each_other(case):
+    """The second document's output keeps its bits when the first one changes, and the other way round."""
+    device, dtype, _ = case
+    (q, k, v), _, cu_seqlens = inputs([9, 14], 4, 2, 16, device, dtype)
+    before = attention(q, k, v, cu_seqlens, 14)
+    for changed, kept in ((slice(0, 9), slice(9, 23)), (slice(9, 23), slice(0, 9))):
+        q2, k2, v2 = (x.detach().clone() for x in (q, k, v))
+        for x in (q2, k2, v2):
+            x[changed] += 1
+        after = attention(q2, k2, v2, cu_seqlens, 14)
+        assert torch.equal(before[kept], after[kept])
+        assert not torch.equal(before[changed], after[changed])
+
+
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_custom_ops_keep_torch_s_rules(dtype, window):
+    """Schema, fake tensors (what torch.compile sees), autograd registration."""
+    qkv, dy, cu_seqlens = inputs([5, 0, 1, 6], 4, 2, 8, "cpu", dtype)
+    torch.library.opcheck(torch.ops.nanomed.document_sdpa.default, (*qkv, cu_seqlens, window))
+    with torch.no_grad():
+        saved = torch.ops.nanomed.document_sdpa(*qkv, cu_seqlens, window)
+        plain = [x.detach() for x in qkv]
+        torch.library.opcheck(
+            torch.ops.nanomed.document_sdpa_backward.default, (dy, *plain, *saved, cu_seqlens, window)
+        )
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_gradcheck(window):
+    qkv, _, cu_seqlens = inputs([3, 0, 1, 4], 2, 1, 4, "cpu", torch.float64)
+    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, cu_seqlens, 4, window), qkv)
