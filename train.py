@@ -1,7 +1,7 @@
 """Continue the pre-training of a Hugging Face checkpoint on packed token bins: the whole story, top to bottom.
 
-    torchrun train.py                                     the built-in corpus, on whatever this machine has
-    torchrun --nproc-per-node 8 train.py --recipe qwen2.5-7b --data bins/finemed-de --val med=bins/val-med --out runs/q7b
+    torchrun train.py                                   the built-in corpus, on whatever this machine has
+    torchrun --nproc-per-node 8 train.py --recipe qwen2.5-7b --data bins/finemed-de --val med=bins/val-med
 
 Stopped by anything at all, the same command goes on from its newest whole checkpoint, on as many ranks as there are.
 """
@@ -161,7 +161,7 @@ def count_steps(config: Config, stream: Stream) -> int:
 
 
 def batch_shape(config: Config, stream: Stream, vals: dict[str, Stream], n_windows: int) -> Shape:
-    """One shape for every batch of the run, so that nothing recompiles: as many pieces as any of them needs, and a few."""
+    """One shape for every batch of the run, so that nothing recompiles: as many pieces as any of them needs."""
     sizes = [(stream, n_windows)] + [(v, -(-v.start_of(1) // config.seq_len)) for v in vals.values()]
     most = max(batches.max_pieces(s, config.seq_len, config.micro_batch, n) for s, n in sizes)
     return Shape(config.seq_len, config.micro_batch, -(-(most + 1) // 16) * 16)
@@ -199,14 +199,15 @@ def print_start(config: Config, world: World, model: Decoder, stream: Stream, va
         f"data    {len(stream.lengths):,} documents, {epoch:,} tokens an epoch; validation: {', '.join(vals) or 'none'}"
     )
     print0(
-        f"run     {n_steps:,} steps x {config.batch_tokens:,} tokens = {total / epoch:.2f} epochs, windows of {config.seq_len}"
+        f"run     {n_steps:,} steps x {config.batch_tokens:,} tokens = {total / epoch:.2f} epochs, "
+        f"windows of {config.seq_len}"
     )
     if config.steps is None:
         print0(f"        the last {stream.start_of(config.epochs) - total:,} tokens fill no step and are dropped")
     print0(f"device  {world.size} x {world.device.type}, {config.micro_batch} windows in a forward pass")
     print0(
-        f"FLOPs   {flops_per_token(model):,} a token (6 x parameters in matrix products) + {attention_flops(model):,} x squared "
-        f"document lengths; MFU over {f'{peak / 1e12:.0f} TFLOP/s (dense bf16)' if peak else 'n/a: peak unknown here'}"
+        f"FLOPs   {flops_per_token(model):,} a token (6 x parameters in matrix products) + {attention_flops(model):,} x "
+        f"squared document lengths; MFU over {f'{peak / 1e12:.0f} TFLOP/s (dense bf16)' if peak else 'n/a: peak unknown here'}"
     )
 
 

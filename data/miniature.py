@@ -25,7 +25,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: nanomed/ lies beside data/
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from miniature_templates import (
     MAX_CHARS,
@@ -44,8 +44,6 @@ from miniature_templates import (
     read_table,
     sheet,
 )
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
 from nanomed import InputError
 
 SETS = ("med", "general", "val-med", "val-general")
@@ -178,7 +176,7 @@ def write_model(folder: Path, tokenizer: Tokenizer) -> None:
 
 def build(out: Path, seed: int) -> None:
     """Write everything under a temporary name beside `out`, and rename it when it is whole."""
-    from prepare import prepare  # data/ is on the path of a script that lies in it
+    from prepare import prepare  # it is slow to import, and --help does not need it
 
     partial = out.with_name(f".{out.name}.partial")
     if partial.exists():

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from miniature_grammar import SPECS, Phrase, contract
-
 from nanomed import InputError
 
 FOLDER = Path(__file__).parent / "miniature_tables"

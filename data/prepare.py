@@ -5,289 +5,40 @@
 One process reads the inputs in order and cuts them into batches of 1 MiB of raw rows; workers parse and encode them;
 the first process takes the results back in order, cuts shards and writes. So order and slices cannot depend on the
 number of workers, and a process holds a few batches however large the input is. (A process per input would be as fast
-only with at least as many inputs as cores.) Workers are spawned: a fork would copy the held locks of the tokenizer's
-threads.
+only with at least as many inputs as cores.)
 
 A shard is a slice of one input: it ends with the document that brings it to 256 MiB of text. Inputs are hashed first
 (one more reading, at disk speed), so a second run knows what the committed shards hold: it goes on behind them, or
 stops with one line if tokenizer, settings or inputs differ. Each input has a shard, if only an empty one.
 
-Text that spells a special token, "<|endoftext|>" say, is encoded as the ordinary characters it is; else a web page
-could end a document or open a chat turn. Added tokens that are not special (Qwen's <tool_call>, runs of spaces) do
-become their ids, as in any use of the tokenizer; the separator and BOS never do, special or not.
-
 Empty texts are skipped and counted, blank lines of .jsonl skipped. Whatever else is not text is an error that names
 file and line (row, for Parquet; from 1): better to know of damage than to train on it.
 
-Costs: a worker encodes 2 to 2.5 MB/s of German and takes 80 to 300 MB (vocabulary, one batch or one
-long document); the first process can read and write about 190 MB/s, enough for 70 workers.
+Costs: the first process can read and write about 190 MB/s, enough for 70 workers; see encoding.py for theirs.
 """
 
 import argparse
 import fcntl
-import functools
-import gzip
 import hashlib
-import io
-import json
 import multiprocessing
 import os
 import re
-import signal
 import sys
-import threading
 import time
-import zlib
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import tokenizers
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a clone, installed or not
+from encoding import ENGINE, Encoded, Job, encode_file, find_tokenizer, load_tokenizer, start_worker
 from nanomed import InputError, bins
+from reading import SUFFIXES
 
 SLICE_BYTES = 256 << 20  # text of a shard
-BATCH_BYTES = 1 << 20  # raw rows of a batch
-ENGINE = f"tokenizers {tokenizers.__version__}"
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a worker needs to know; small, since it goes with every batch."""
-
-    tokenizer: str  # path of tokenizer.json
-    tokenizer_sha256: str
-    separator: int
-    bos: int | None
-    text_key: str
-
-
-@dataclass
-class Encoded:
-    """A batch after encoding: D documents of T tokens, without BOS and separator."""
-
-    ids: np.ndarray  # uint32 (T,)
-    lengths: np.ndarray  # int64 (D,), tokens
-    n_bytes: np.ndarray  # int64 (D,), UTF-8
-    rows: np.ndarray  # int64 (D,), row of the input that a document is, from 0
-    empty: list[int]  # rows whose text is ""
-    end_row: int  # row after the batch
-    position: int  # bytes of the input read so far
-
-
-# ---- the tokenizer ----
-
-
-def find_tokenizer(model: str | Path) -> tuple[Path, dict]:
-    """tokenizer.json of a folder, that file itself, or of a hub id; and the configuration beside it.
-
-    From the hub only the tokenizer's three files come. The configuration is tokenizer_config.json over
-    special_tokens_map.json, {} where neither is. InputError if there is no tokenizer.json.
-    """
-    path = Path(model)
-    if not path.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model)):
-        from huggingface_hub import snapshot_download  # slow to import
-
-        names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
-        try:
-            path = Path(snapshot_download(str(model), allow_patterns=names))
-        except (OSError, ValueError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise InputError(f"{model}: no such folder, and not to be had from the hub: {reason}") from None
-    path = path / "tokenizer.json" if path.is_dir() else path
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected a folder with tokenizer.json, that file or a hub id")
-    config: dict = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (path.parent / name).is_file():
-            config |= {key: value for key, value in bins.read_json(path.parent / name).items() if value is not None}
-    return path, config
-
-
-def load_tokenizer(path: Path) -> Tokenizer:
-    """A Tokenizer from tokenizer.json; InputError if the library refuses it."""
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # it raises bare Exception
-        raise InputError(f"{path}: refused by tokenizers {tokenizers.__version__}: {error}") from None
-
-
-@functools.lru_cache(maxsize=1)  # loading takes a second; a worker does it once
-def load_engine(job: Job) -> Callable[[list[str]], list[list[int]]]:
-    """The function that encodes texts to ids. This is the seam for another engine, which must give the same ids."""
-    spec = json.loads(Path(job.tokenizer).read_text("utf-8"))
-    # As saved, truncation would cut documents silently, and dropout would make other bins each time.
-    spec["truncation"] = spec["padding"] = None
-    if "dropout" in spec["model"]:
-        spec["model"]["dropout"] = None
-    for token in spec.get("added_tokens") or []:
-        token["special"] = token["special"] or token["id"] in (job.separator, job.bos)
-    tokenizer = Tokenizer.from_str(json.dumps(spec))
-    tokenizer.encode_special_tokens = True  # "do encode their spelling", that is: as ordinary text
-    return lambda texts: [code.ids for code in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-# ---- reading ----
-
-
-def read_rows(path: Path, text_key: str) -> Iterator[tuple[bytes | None, int]]:
-    """Raw rows and the input's bytes read so far: a line of JSON, or the UTF-8 of a Parquet text (None for null)."""
-    with path.open("rb") as raw:
-        if path.suffix == ".parquet":
-            yield from read_parquet(path, text_key)
-            return
-        lines: io.BufferedIOBase = raw
-        if path.suffix == ".gz":
-            lines = gzip.GzipFile(fileobj=raw)
-        elif path.suffix == ".zst":  # by pyarrow: zstandard's own reader takes a truncated file for a whole one
-            lines = io.BufferedReader(pyarrow().CompressedInputStream(pyarrow().PythonFile(raw), "zstd"), 1 << 20)
-        for line in lines:
-            yield line, raw.tell()
-
-
-def read_parquet(path: Path, text_key: str) -> Iterator[tuple[bytes | None, int]]:
-    pa = pyarrow()
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path, buffer_size=1 << 20) as file:  # buffered: else a whole column chunk is in memory
-        names = file.schema_arrow.names
-        if text_key not in names:
-            raise InputError(f"{path}: no column {text_key!r}, it has {', '.join(names)}; name one with --text-key")
-        kind = file.schema_arrow.field(text_key).type
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise InputError(f"{path}: column {text_key!r} is {kind}, expected string; name another with --text-key")
-        n_read, n_rows, size = 0, file.metadata.num_rows, path.stat().st_size
-        for batch in file.iter_batches(batch_size=256, columns=[text_key], use_threads=False):
-            for text in batch.column(0).cast(pa.large_string()).cast(pa.large_binary()).to_pylist():
-                n_read += 1
-                yield text, size * n_read // n_rows
-
-
-def pyarrow():
-    try:
-        import pyarrow
-    except ImportError:
-        raise InputError("reading .zst and .parquet needs pyarrow: pip install 'nanomed[data]'") from None
-    return pyarrow
-
-
-def read_batches(path: Path, text_key: str, first_row: int) -> Iterator[tuple[int, list[bytes | None], int]]:
-    """(row of the first, raw rows, bytes of the input read so far), about BATCH_BYTES each, from `first_row` on."""
-    rows, size, n_read, position = [], 0, 0, 0
-    try:
-        for row, position in read_rows(path, text_key):
-            n_read += 1
-            if n_read <= first_row:
-                continue
-            rows.append(row)
-            size += len(row or b"")
-            if size >= BATCH_BYTES:
-                yield n_read - len(rows), rows, position
-                rows, size = [], 0
-    except (EOFError, OSError, zlib.error, ValueError) as error:  # pyarrow's are OSErrors and ValueErrors
-        where = f"after row {n_read}" if path.suffix == ".parquet" else f"after line {n_read}"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: unreadable {where}, truncated or damaged: {reason}; fetch it again") from None
-    if rows:
-        yield n_read - len(rows), rows, position
-
-
-# ---- encoding ----
-
-
-def parse_row(row: bytes | None, text_key: str, is_json: bool) -> str | None:
-    """The text of a raw row, None for a blank line; ValueError says what is wrong with it."""
-    if not is_json:
-        if row is None:
-            raise ValueError(f"{text_key!r} is null, expected a string")
-        return row.decode("utf-8")
-    line = row.decode("utf-8")
-    if not line.strip():
-        return None
-    try:
-        record = json.loads(line)
-    except RecursionError:
-        raise ValueError("JSON nested too deeply") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"a JSON {type(record).__name__}, expected an object with the key {text_key!r}")
-    if text_key not in record:
-        raise ValueError(
-            f"no key {text_key!r}, it has {', '.join(map(repr, [*record][:12]))}; name one with --text-key"
-        )
-    text = record[text_key]
-    if not isinstance(text, str):
-        raise ValueError(f"{text_key!r} is of type {type(text).__name__}, expected a string")
-    return text
-
-
-def encode_rows(job: Job, path: Path, first_row: int, rows: list[bytes | None], position: int) -> Encoded:
-    """Parse and encode a batch, in a worker; InputError names file and line of the first bad row."""
-    is_json = path.suffix != ".parquet"
-    where = f"{path}: {'line' if is_json else 'row'}"
-    texts, n_bytes, places, empty = [], [], [], []
-    for number, row in enumerate(rows, first_row):
-        try:
-            text = parse_row(row, job.text_key, is_json)
-            size = len(text.encode("utf-8")) if text else 0  # fails for half a surrogate pair, which JSON can spell
-        except UnicodeError as error:
-            raise InputError(f"{where} {number + 1}: not valid UTF-8: {error}; expected UTF-8 text") from None
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where} {number + 1}: not valid JSON: {error}; expected one object a line") from None
-        except ValueError as error:
-            raise InputError(f"{where} {number + 1}: {error}") from None
-        if text:
-            texts.append(text)
-            n_bytes.append(size)
-            places.append(number)
-        elif text == "":
-            empty.append(number)
-    ids = [np.array(code, np.uint32) for code in load_engine(job)(texts)]
-    for code, number in zip(ids, places, strict=True):
-        if (code == job.separator).any():  # a word-level vocabulary can do that, or a Unigram one
-            what = (
-                f"its text encodes to the separator's id {job.separator}; remove it, or choose another with --eos TOKEN"
-            )
-            raise InputError(f"{where} {number + 1}: {what}")
-    lengths = np.array([code.size for code in ids], np.int64)
-    flat = np.concatenate(ids) if ids else np.empty(0, np.uint32)
-    end_row = first_row + len(rows)
-    return Encoded(flat, lengths, np.array(n_bytes, np.int64), np.array(places, np.int64), empty, end_row, position)
-
-
-def start_worker() -> None:
-    """In a fresh process: one thread, Ctrl-C left to the parent, and no life after it (kill -9 included)."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def encode_file(
-    job: Job, path: Path, first_row: int, pool: ProcessPoolExecutor | None, workers: int
-) -> Iterator[Encoded]:
-    """The batches of a file, encoded, in order; two per worker are under way."""
-    waiting: deque = deque()
-    for batch in read_batches(path, job.text_key, first_row):
-        if pool is None:
-            yield encode_rows(job, path, *batch)
-            continue
-        waiting.append(pool.submit(encode_rows, job, path, *batch))
-        if len(waiting) > 2 * workers:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-# ---- shards ----
 
 
 def take(batch: Encoded, room: int) -> tuple[Encoded, Encoded]:

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a clone, installed or not
-from data.prepare import find_tokenizer, load_tokenizer
+from encoding import find_tokenizer, load_tokenizer
 from nanomed import InputError
 from nanomed.bins import Bins, tokenizer_sha256, verify
 

@@ -3,13 +3,14 @@
     loss = scale · Σ_i [ logsumexp(W h_i) − (W h_i)[y_i] ]        over the tokens i whose target y_i is not IGNORED
     ∂loss/∂logits_ij = scale · (softmax(W h_i)_j − [j = y_i])
 
-At V = 152,064 the logits of 8,192 tokens take 2.5 GB in bf16 and 5 GB in fp32, several times over with their gradient:
-more than anything else in a step. Here `chunk` tokens at a time go through the matrix product, the softmax and both
-gradient products, all in the forward pass, because the gradient needs nothing from later layers but one scalar. What stays is dX
-(N, D) and dW (V, D); backward multiplies them by that scalar.
+At V = 152,064 the logits of 8,192 tokens take 2.5 GB in bf16 and 5 GB in fp32, several times over with their
+gradient: more than anything else in a step. Here `chunk` tokens at a time go through the matrix product, the softmax
+and both gradient products, all in the forward pass, because the gradient needs nothing from later layers but one
+scalar. What stays is dX (N, D) and dW (V, D); backward multiplies them by that scalar.
 
-Cost: 6·N·D·V FLOP, as without chunks; memory dX + dW + about 6 bytes · chunk · V. Each chunk reads and writes dW once, so
-small chunks lose time; dW is accumulated in float32 across chunks, since a bf16 accumulator loses 1 % after 64 of them.
+Cost: 6·N·D·V FLOP, as without chunks; memory dX + dW + about 6 bytes · chunk · V. Each chunk reads and writes dW
+once, so small chunks lose time; dW is accumulated in float32 across chunks, since a bf16 accumulator loses 1 % after
+64 of them.
 """
 
 import torch
@@ -61,7 +62,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _logits_grad(logp: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-    """scale · (softmax − onehot), formed in float32 (p − 1 would cancel in bf16), zero rows where IGNORED; reuses logp."""
+    """scale · (softmax − onehot), formed in float32 (p − 1 cancels in bf16), zero rows where IGNORED; reuses logp."""
     valid = targets != IGNORED
     grad = logp.exp_()
     grad.scatter_add_(1, targets.clamp(min=0).unsqueeze(1), -valid.to(grad.dtype).unsqueeze(1))

@@ -9,6 +9,6 @@ __version__ = "0.1.0"
 class InputError(Exception):
     """A wrong input. Its message is one line for the user: what was found, where, what was expected, what to do.
 
-    Scripts catch it at the top, print `error: <message>` and exit with status 1; anything else that is raised is a bug of
-    ours and keeps its traceback.
+    Scripts catch it at the top, print `error: <message>` and exit with status 1; anything else that is raised is a
+    bug of ours and keeps its traceback.
     """

@@ -1,8 +1,9 @@
 """Causal attention that never crosses a document: packed tokens in, packed tokens out.
 
-A window holds the ends, wholes and beginnings of many documents. One dense mask over it would be right and slow: L² scores
-where Σ len² suffice (documents of 200 tokens in windows of 2,048: a tenth), and torch's fused kernels refuse arbitrary
-masks. All three ways below take the documents' borders instead (`cu_seqlens`, the convention of flash-attn):
+A window holds the ends, wholes and beginnings of many documents. One dense mask over it would be right and slow: L²
+scores where Σ len² suffice (documents of 200 tokens in windows of 2,048: a tenth), and torch's fused kernels refuse
+arbitrary masks. All three ways below take the documents' borders instead (`cu_seqlens`, the convention of
+flash-attn):
 
 - flash-attn, where that package is installed (its Hopper build is the fastest);
 - torch's own `varlen_attn`, the same algorithm inside torch, on any recent NVIDIA GPU;
@@ -13,6 +14,7 @@ Entries of `cu_seqlens` may repeat (empty documents): its length is constant in 
 """
 
 import inspect
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -54,8 +56,7 @@ def attention(
 
 
 def _documents(cu_seqlens: Tensor):
-    borders = cu_seqlens.tolist()
-    return [(a, b) for a, b in zip(borders, borders[1:], strict=False) if b > a]
+    return [(a, b) for a, b in pairwise(cu_seqlens.tolist()) if b > a]
 
 
 def _heads_first(x: Tensor) -> Tensor:  # (n, H, d) -> (1, H, n, d), a view

@@ -1,8 +1,8 @@
 """From the stream to packed batches.
 
-Window w is the stream's tokens [w·L, (w+1)·L); the label of its last token is the stream's next one. So no token is lost,
-nothing is padded, and each epoch packs the documents anew. Step s takes the windows [s·G, (s+1)·G), whatever the
-number of ranks: a run's whole data state is the number of its step.
+Window w is the stream's tokens [w·L, (w+1)·L); the label of its last token is the stream's next one. So no token is
+lost, nothing is padded, and each epoch packs the documents anew. Step s takes the windows [s·G, (s+1)·G), whatever
+the number of ranks: a run's whole data state is the number of its step.
 
 Packing costs a few microseconds a document piece, in a thread beside the training.
 
@@ -69,7 +69,8 @@ class Shape:
 def max_pieces(stream: Stream, seq_len: int, micro_batch: int, n_windows: int) -> int:
     """The largest number of document pieces in any batch of the first n_windows windows, from the index alone.
 
-    The worst case, a piece a token, would launch millions of empty attention blocks; the truth costs one pass over the borders.
+    The worst case, a piece a token, would launch millions of empty attention blocks; the truth costs one pass over
+    the borders.
     """
     pieces = np.ones(-(-n_windows // micro_batch) * micro_batch, dtype=np.int32)
     for number in range(stream.epoch_at(n_windows * seq_len - 1) + 1):

@@ -5,8 +5,8 @@ checkpoint write every rank's own rows to disk. When all ranks have finished and
 folder with DONE counts; older ones are removed only after it. So a kill at any moment costs the steps since the newest
 DONE and nothing else. The rows are re-cut on loading: any number of ranks may go on.
 
-A checkpoint holds no data position beyond the step (nanomed.batches: the data is a function of it), no schedule (nanomed.optim:
-so is the learning rate) and no random state: train.py seeds every step from (seed, step).
+A checkpoint holds no data position beyond the step (nanomed.batches: the data is a function of it), no schedule
+(nanomed.optim: so is the learning rate) and no random state: train.py seeds every step from (seed, step).
 """
 
 import json
@@ -68,7 +68,7 @@ class Checkpointer:
             dcp.load(self._state(), checkpoint_id=path, process_group=self._group)
         except (CheckpointException, OSError, ValueError, RuntimeError) as error:
             raise InputError(
-                f"{path}: the checkpoint cannot be read ({_reason(error)}); remove the folder to go on from the one before"
+                f"{path}: cannot be read ({_reason(error)}); remove the folder to go on from the checkpoint before"
             ) from error
         print0(f"resuming from {path}")
         return step
@@ -102,8 +102,8 @@ class Checkpointer:
             if self.world.first():
                 shutil.rmtree(path, ignore_errors=True)
             raise InputError(
-                f"{path}: the checkpoint could not be written ({_reason(error)}); earlier ones are intact, the same command "
-                "goes on from the newest"
+                f"{path}: the checkpoint could not be written ({_reason(error)}); earlier ones are intact, "
+                "the same command goes on from the newest"
             ) from error
         if self.world.first():
             self._prune()

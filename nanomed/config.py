@@ -1,10 +1,10 @@
 """Every knob of a training run: one flat frozen dataclass, and recipes that fill it for the models of the paper.
 
-A recipe is a base; each flag on the command line overrides one field of it. `parse` is all the command line there is. The
-doc comment under a field is its `--help` text.
+A recipe is a base; each flag on the command line overrides one field of it. `parse` is all the command line there is.
+The doc comment under a field is its `--help` text.
 
-What the paper (arXiv 2604.19394) publishes of its training: AdamW, 500 warm-up steps, linear decay, 2 epochs, packing. It
-publishes no learning rate, batch size or window: those of the recipes are ours, and marked so.
+What the paper (arXiv 2604.19394) publishes of its training: AdamW, 500 warm-up steps, linear decay, 2 epochs,
+packing. It publishes no learning rate, batch size or window: those of the recipes are ours, and marked so.
 """
 
 import argparse
@@ -30,10 +30,11 @@ class Config:
 
     # --- what goes in and out
     init: str = ""
-    """Model to start from: a local folder or a hub id. A folder with config.json but no weights starts from random ones."""
+    """Model to start from: a local folder or a hub id.
+    A folder with config.json but no weights starts from random ones."""
     data: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Training bins (data/prepare.py makes them). Repeat the flag to mix sets.
-    `bins/general@0.1` replays a tenth of its documents each epoch, another tenth in the next: the knob against forgetting."""
+    `bins/general@0.1` replays a tenth of it each epoch, another tenth in the next: the knob against forgetting."""
     val: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """NAME=BINS, a validation set, read whole at step 0, every --eval-every steps and at the end.
     Repeat the flag: a set of the target domain beside a general one is the forgetting meter."""
@@ -47,7 +48,7 @@ class Config:
     steps: int | None = None
     """Optimiser steps; overrides --epochs."""
     seq_len: int = 4096
-    """Tokens in a window. Documents are packed into windows without loss or padding, and never attend to one another."""
+    """Tokens in a window. Documents are packed without loss or padding, and never attend to one another."""
     batch_tokens: int = 1048576
     """Tokens of one optimiser step, over all GPUs and micro-batches; the same run for any number of GPUs."""
     micro_batch: int = 1

@@ -1,8 +1,8 @@
 """Hugging Face checkpoints on disk: which files, and what their config.json says.
 
-config.json comes in two spellings, transformers 4's (`rope_theta`, `torch_dtype`) and 5's (`rope_parameters`, `dtype`). A
-reader that falls back to a default where it misses a field trains with the wrong maths and says nothing; this one has no
-default for what changes the maths, and refuses by name every field it does not know.
+config.json comes in two spellings, transformers 4's (`rope_theta`, `torch_dtype`) and 5's (`rope_parameters`,
+`dtype`). A reader that falls back to a default where it misses a field trains with the wrong maths and says nothing;
+this one has no default for what changes the maths, and refuses by name every field it does not know.
 
 No pickle is ever loaded and no code of a repository ever run.
 """
@@ -24,25 +24,23 @@ CARRIED = (  # to the export as they are, whichever are there
 ).split()
 
 # Fields of config.json that do not change what the trunk computes.
-_HARMLESS = set(
-    [
-        "architectures",
-        "model_type",
-        "transformers_version",
-        "torch_dtype",
-        "dtype",
-        "_name_or_path",
-        "use_cache",
-        "max_position_embeddings",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "unk_token_id",
-        "initializer_range",
-        "pretraining_tp",
-        "max_window_layers",
-    ]
-)
+_HARMLESS = {
+    "architectures",
+    "model_type",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "_name_or_path",
+    "use_cache",
+    "max_position_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "unk_token_id",
+    "initializer_range",
+    "pretraining_tp",
+    "max_window_layers",
+}
 
 
 # --- config.json ---------------------------------------------------------------------------------------------------
@@ -70,7 +68,7 @@ class ModelConfig:
 
 
 def model_config(folder: Path) -> ModelConfig:
-    """Read FOLDER/config.json. InputError where a field is missing, unknown, or asks for maths that the decoder has not."""
+    """Read FOLDER/config.json. InputError where a field is missing, or asks for maths that the decoder lacks."""
     path = folder / "config.json"
     raw = read_json(path)
     fields = dict(raw)
@@ -130,7 +128,7 @@ def _rope_theta(fields: dict, refuse: Callable) -> float:
     }
     if len(thetas) != 1:
         refuse(
-            f"rope_theta must stand there once, found {sorted(thetas) or 'none'}; it changes the maths, so it is never guessed"
+            f"rope_theta must stand there once, found {sorted(thetas) or 'none'}; it changes the maths, so it is not guessed"
         )
     return thetas.pop()
 
@@ -151,7 +149,7 @@ def _windows(model_type: str, fields: dict, n_layers: int) -> tuple[int | None, 
 
 
 def fetch(init: str) -> Path:
-    """A local folder as it is, or a hub id downloaded: its JSON and tokenizer files, then only the weights the index names."""
+    """A local folder as it is, or a hub id downloaded: JSON and tokenizer files, then only the weights the index names."""
     folder = Path(init)
     if folder.is_dir():
         if not (folder / "config.json").is_file():

@@ -1,12 +1,13 @@
 """What a run says about itself: metrics.jsonl, the progress bar, and model FLOPs.
 
-metrics.jsonl is the source of truth, one JSON object a line: after every step its loss, gradient norm, learning rate and
-speed; at every evaluation `val_NAME_loss` and `val_NAME_bpb`. Values stay on the device until a log step fetches those of
-all steps since the last in one go: reading a number off a GPU makes the CPU wait for it.
+metrics.jsonl is the source of truth, one JSON object a line: after every step its loss, gradient norm, learning rate
+and speed; at every evaluation `val_NAME_loss` and `val_NAME_bpb`. Values stay on the device until a log step fetches
+those of all steps since the last in one go: reading a number off a GPU makes the CPU wait for it.
 
 FLOPs count what the model needs, not what the hardware did: 6 · parameters in matrix products · tokens (lm_head
-included, the embedding look-up not) + 6 · layers · heads · head_dim · Σ len² over the document pieces as they really are
-(causal attention: half of 12). Recomputation is not counted. MFU is that rate over the datasheet's dense bf16 peak.
+included, the embedding look-up not) + 6 · layers · heads · head_dim · Σ len² over the document pieces as they really
+are (causal attention: half of 12). Recomputation is not counted. MFU is that rate over the datasheet's dense bf16
+peak.
 """
 
 import json
@@ -82,14 +83,14 @@ class Metrics:
             self._keep_until(step)
 
     def _keep_until(self, step: int) -> None:
-        """Cut metrics.jsonl back to the step from which the run goes on; a torn last line goes too."""
+        """Cut metrics.jsonl back to the step from which the run goes on (0: anew); a torn last line goes too."""
         rows = []
         for line in self.path.read_text().splitlines() if self.path.exists() else ():
             try:
                 rows.append(json.loads(line))
             except ValueError:
                 break
-        write_durably(self.path, "".join(json.dumps(r) + "\n" for r in rows if r["step"] <= step))
+        write_durably(self.path, "".join(json.dumps(r) + "\n" for r in rows if step and r["step"] <= step))
 
     def add(self, step: int, lr: float, loss: Tensor, grad_norm: Tensor, len2: int) -> None:
         """Note a finished step. loss () is this rank's part of the sum and stays on its device; len2 its Σ len²."""

@@ -1,8 +1,8 @@
 """The decoder: Llama, Mistral and Qwen2 in one, under Hugging Face's parameter names.
 
-The three differ in so little (biases on q/k/v, tied embeddings, a sliding window) that one module with four switches is all
-of them. Names, shapes and the half-split RoPE layout are Hugging Face's own: importing and exporting a checkpoint is a
-copy, and there is no permutation to get wrong.
+The three differ in so little (biases on q/k/v, tied embeddings, a sliding window) that one module with four switches
+is all of them. Names, shapes and the half-split RoPE layout are Hugging Face's own: importing and exporting a
+checkpoint is a copy, and there is no permutation to get wrong.
 
 All tensors are packed: N tokens of many documents in one row, no batch dimension, no padding. Letters in comments:
 N tokens, D hidden size, H query heads, K key/value heads, F intermediate size, V vocabulary.
@@ -88,7 +88,7 @@ class Block(nn.Module):
 
 
 class Head(Linear):
-    """lm_head with the loss inside its forward, so that FSDP holds the weight whole there and logits never exist whole."""
+    """lm_head with the loss inside its forward: FSDP holds the weight whole there, and logits never exist whole."""
 
     def forward(self, x: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
         return linear_cross_entropy(x, self.weight, targets, scale)
@@ -113,8 +113,17 @@ class Decoder(nn.Module):
         self.config, self.dtype = c, dtype
         self.model = Trunk(c)
         self.lm_head = Head(c.hidden_size, c.vocab_size, bias=False)
-        if c.tie_word_embeddings:
+        self._tie()
+
+    def _tie(self) -> None:
+        if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def to_empty(self, **kwargs) -> "Decoder":
+        """As nn.Module's, which gives every module tensors of its own and so would cut tied weights apart."""
+        super().to_empty(**kwargs)
+        self._tie()
+        return self
 
     def rope_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:  # (N,) -> (N, 1, head_dim / 2) twice
         """cos and sin of every token's angles, float32; computed once a step and shared by all layers."""

@@ -1,8 +1,9 @@
 """AdamW with its means made beforehand, clipping that never waits for the device, and the schedule as a pure function.
 
-The paper's recipe: AdamW, linear warm-up, linear decay to zero. The learning rate is computed from the step number, so a
-checkpoint needs no scheduler. AdamW's running means are made before the first step instead of in it: their memory shows at
-once, they can be bf16 (fused AdamW then runs its mixed-precision kernel), and a checkpoint has something to load into.
+The paper's recipe: AdamW, linear warm-up, linear decay to zero. The learning rate is computed from the step number,
+so a checkpoint needs no scheduler. AdamW's running means are made before the first step instead of in it: their
+memory shows at once, they can be bf16 (fused AdamW then runs its mixed-precision kernel), and a checkpoint has
+something to load into.
 """
 
 import torch
@@ -32,7 +33,7 @@ def make_adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
 
 
 def lr_at(step: int, n_steps: int, config: Config) -> float:
-    """Learning rate of the step, counted from 0: linear from 0 to lr in warmup_steps, then linear to 0 after the last step."""
+    """Learning rate of a step, counted from 0: linear up to lr in warmup_steps, then linear to 0 after the last."""
     warm = (step + 1) / max(1, config.warmup_steps)
     return config.lr * min(warm, (n_steps - step) / max(1, n_steps - config.warmup_steps), 1.0)
 

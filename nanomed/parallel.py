@@ -4,10 +4,10 @@ The order matters: recomputation must lie inside the compiled region, and FSDP's
 three wraps a block's forward *function* or hooks its module, never its place in the tree: parameter names stay Hugging
 Face's throughout.
 
-FSDP2 cuts every parameter by rows over all ranks. A block is gathered in bf16 just before it runs and freed after; its
-gradient is summed in float32 to the ranks that own the rows. Per rank: 16 bytes · parameters / ranks for weights, gradients
-and AdamW's means, and two gathered blocks. One process alone goes without FSDP: there is nothing to shard and its copies
-cost time.
+FSDP2 cuts every parameter by rows over all ranks. A block is gathered in bf16 just before it runs and freed after;
+its gradient is summed in float32 to the ranks that own the rows. Per rank: 16 bytes · parameters / ranks for weights,
+gradients and AdamW's means, and two gathered blocks. One process alone goes without FSDP: there is nothing to shard
+and its copies cost time.
 """
 
 import os
@@ -78,7 +78,7 @@ def print0(*text) -> None:
 
 
 def parallelize(model: Decoder, config: Config, world: World) -> DeviceMesh | None:
-    """Recompute, compile and shard the decoder's blocks as the config says. Call on the meta device, before weights exist."""
+    """Recompute, compile and shard the decoder's blocks as the config says. On the meta device, before weights exist."""
     blocks = model.model.layers
     for block in blocks:
         if config.recompute != "none":
@@ -117,8 +117,10 @@ def _mesh(world: World, replicas: int) -> DeviceMesh:
 
 
 def reshard(model: Decoder) -> None:
-    """Free what a forward pass without a backward has left gathered (norm, head, root): until then the model's parameters
-    are the whole tensors, which neither the optimiser nor a checkpoint knows."""
+    """Free what a forward pass without a backward has left gathered (norm, head, root).
+
+    Until then the model's parameters are the whole tensors, which neither the optimiser nor a checkpoint knows.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

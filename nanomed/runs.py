@@ -4,7 +4,8 @@
     run.json        what else decides the result, or tells it: data and tokenizer hashes, versions, git commit, device
     metrics.jsonl   checkpoints/   curves.svg   hf/ (written last: a run with hf/ is finished)
 
-A run goes on only with the config and the data it began with; a field that moves its losses by rounding at most may change.
+A run goes on only with the config and the data it began with; a field that moves its losses by rounding at most may
+change.
 """
 
 import dataclasses
@@ -42,7 +43,7 @@ def check_run(out: Path, config: Config, identity: dict) -> None:
     """InputError if OUT belongs to something else than a run of this config on this data; nothing is written."""
     if not out.exists() or all(p.suffix == ".tmp" for p in out.iterdir()):
         return
-    if not (out / "run.json").exists() and set(p.name for p in out.iterdir()) - {"config.json"}:
+    if not (out / "run.json").exists() and {p.name for p in out.iterdir()} - {"config.json"}:
         raise InputError(f"--out {out}: the folder is not empty and not a run's; choose another")
     for field, old in _read(out / "config.json").items():
         new = json.loads(json.dumps(dataclasses.asdict(config))).get(field)

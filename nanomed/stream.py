@@ -1,8 +1,8 @@
 """The endless stream of documents: which token stands where, as a pure function of the seed.
 
-The epochs, each permuted by (seed, epoch), follow one another without end. A position in this stream is one integer, and
-it is the whole data state of a run: there is no iterator to save, nothing is replayed or skipped on resuming, and it does
-not depend on the number of ranks.
+The epochs, each permuted by (seed, epoch), follow one another without end. A position in this stream is one integer,
+and it is the whole data state of a run: there is no iterator to save, nothing is replayed or skipped on resuming, and
+it does not depend on the number of ranks.
 
 Several data sets are permuted together. Of a set with a share, `bins/general@0.1`, each epoch takes the next tenth.
 
@@ -38,7 +38,7 @@ class Stream:
         self._first_token = [0]  # stream position of every epoch's start, as far as known
 
     def _docs(self, epoch: int) -> np.ndarray:
-        """Document numbers of an epoch, unsorted: of `bins@0.1` the epoch-th tenth of one fixed permutation, in turn."""
+        """Document numbers of an epoch, unsorted; of `bins@0.1` the next tenth of one fixed permutation."""
         docs = []
         for i, (bins, share) in enumerate(self.sources):
             taken = (
@@ -92,14 +92,14 @@ class Stream:
         return count
 
     def read(self, doc: int, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of a document, fewer at its end, in the dtype on disk. InputError if the model lacks one."""
+        """Tokens [start, stop) of a document, fewer at its end, as on disk. InputError if the model has not one of them."""
         source = int(np.searchsorted(self.first_doc, doc, "right")) - 1
         stop = min(stop, int(self.lengths[doc]))
         tokens = self.bins[source].tokens(doc - int(self.first_doc[source]), start, stop)
         if (largest := tokens.max()) >= self.vocab_size:  # on a GPU it would read foreign memory, or wait for an assert
             raise InputError(
-                f"{self.bins[source].folder}: document {doc - self.first_doc[source]} has token id {largest}, the model's "
-                f"vocabulary {self.vocab_size} entries; check the bins with data/verify.py"
+                f"{self.bins[source].folder}: document {doc - self.first_doc[source]} has token id {largest}, the "
+                f"model's vocabulary {self.vocab_size} entries; check the bins with data/verify.py"
             )
         return tokens
 

@@ -1,10 +1,10 @@
 """Weights in and out of safetensors, a rank's own rows at a time.
 
-In: every rank reads its rows of every tensor straight from the shards. Out: every rank writes its rows straight into files
-whose headers are known beforehand. No rank ever holds the whole model, nothing is gathered, and no tensor is renamed, since
-the decoder's names are Hugging Face's. (torch's HuggingFaceStorageWriter writes everything twice and needs a
-consolidation; a safetensors file is 8 bytes of length, a JSON header and the raw tensors, so a range of rows is one seek
-and one write.) All ranks must see the same file system, as they must for checkpoints.
+In: every rank reads its rows of every tensor straight from the shards. Out: every rank writes its rows straight into
+files whose headers are known beforehand. No rank ever holds the whole model, nothing is gathered, and no tensor is
+renamed, since the decoder's names are Hugging Face's. (torch's HuggingFaceStorageWriter writes everything twice and
+needs a consolidation; a safetensors file is 8 bytes of length, a JSON header and the raw tensors, so a range of rows
+is one seek and one write.) All ranks must see the same file system, as they must for checkpoints.
 """
 
 import json
@@ -44,7 +44,7 @@ def local(param: Tensor) -> Tensor:
 
 
 def check_weights(model: nn.Module, folder: Path) -> dict[str, Path]:
-    """find_weights, or InputError naming the first tensor that is missing, extra, misshapen or of a dtype we do not read."""
+    """find_weights; InputError naming the first tensor that is missing, extra, misshapen or of an unknown dtype."""
     files, params = find_weights(folder), dict(model.named_parameters())
     if missing := sorted(params.keys() - files.keys()):
         raise InputError(f"{folder}: tensor {missing[0]} is missing from its safetensors ({len(missing)} in all)")
@@ -54,7 +54,7 @@ def check_weights(model: nn.Module, folder: Path) -> dict[str, Path]:
         )
     handles = {file: open_safetensors(file) for file in set(files.values())}
     for name, file in files.items():
-        if name not in handles[file].keys():
+        if name not in handles[file]:
             raise InputError(f"{file}: tensor {name} is missing, though the index names it")
         found = handles[file].get_slice(name)
         if list(found.get_shape()) != list(params[name].shape):
@@ -79,7 +79,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 @torch.no_grad()
 def random_weights(model: nn.Module, std: float, seed: int) -> None:
-    """Fill the (possibly sharded) model for training from scratch: matrices normal, norms 1, biases 0; same for any ranks."""
+    """Fill the (possibly sharded) model: matrices normal, norms 1, biases 0; the same values for any number of ranks."""
     for i, (name, param) in enumerate(model.named_parameters()):
         start, stop = my_rows(param)
         if param.ndim == 1:

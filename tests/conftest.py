@@ -69,8 +69,8 @@ def write_bins(
 # --- a whole tiny training run -------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parent.parent
-SENTENCES = ("Das Herz pumpt Blut.", "Die Leber baut Alkohol ab.", "Fieber ist ein Symptom.", "Der Arzt hört die Lunge ab.",
-             "Insulin senkt den Blutzucker.", "Die Niere filtert das Blut.")  # fmt: skip
+SENTENCES = ("Das Herz pumpt Blut.", "Die Leber baut Alkohol ab.", "Fieber ist ein Symptom.",
+             "Der Arzt hört die Lunge ab.", "Insulin senkt den Blutzucker.", "Die Niere filtert das Blut.")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ class Tiny:
 
     def flags(self, out: Path, **changes) -> list[str]:
         """Command line of a 20-step run; changes override or add flags, None removes one."""
-        flags = dict(init=self.model, data=self.train, val=f"med={self.val}", out=out, steps=20, seq_len=32, batch_tokens=256,
-                     micro_batch=2, lr=1e-2, warmup_steps=2, checkpoint_every=5, eval_every=10)  # fmt: skip
+        flags = dict(init=self.model, data=self.train, val=f"med={self.val}", out=out, steps=20, seq_len=32,
+                     batch_tokens=256, micro_batch=2, lr=1e-2, warmup_steps=2, checkpoint_every=5, eval_every=10)  # fmt: skip
         flags |= changes
         return [
             x for name, value in flags.items() if value is not None for x in (f"--{name.replace('_', '-')}", str(value))
@@ -111,8 +111,8 @@ def make_tiny(folder: Path) -> Tiny:
     )
     tokenizer.train_from_iterator(texts, trainer)
     model = folder / "model"
-    config = LlamaConfig(vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=0)  # fmt: skip
+    config = LlamaConfig(vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=0)  # fmt: skip
     save_reference(config, model, torch.bfloat16)
     tokenizer.save(str(model / "tokenizer.json"))
     (model / "tokenizer_config.json").write_text(

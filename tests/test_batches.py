@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import write_bins
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import write_bins
 from nanomed import InputError, batches
 from nanomed.batches import Shape
 from nanomed.bins import Bins

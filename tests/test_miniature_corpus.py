@@ -13,12 +13,10 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer
 
 DATA = Path(__file__).resolve().parents[1] / "data"
-sys.path.insert(0, str(DATA))
 
 import miniature  # noqa: E402
 from miniature_grammar import Phrase, contract  # noqa: E402
 from miniature_templates import FOLDER, PLAIN, read_rows  # noqa: E402
-
 from nanomed import InputError  # noqa: E402
 
 SCRIPT = [sys.executable, str(DATA / "miniature.py")]

@@ -17,14 +17,13 @@ import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_bins import byte_level, with_bos
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import prepare as script
-from data.prepare import prepare
+import prepare as script
 from nanomed import InputError
 from nanomed.bins import Bins, verify
+from prepare import prepare
+from test_bins import byte_level, with_bos
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["Der", "Patient", "erhält", "täglich", "5", "mg", "Ramipril", ",", "die", "ß", "€", "😀", "\n", "\t"]
@@ -67,7 +66,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    monkeypatch.setattr(script, "BATCH_BYTES", 3_000)
+    monkeypatch.setattr(sys.modules["reading"], "BATCH_BYTES", 3_000)
 
 
 # ---- what comes out ----
@@ -266,7 +265,9 @@ def alive(pid: int) -> bool:
 def test_kill_9(tmp_path, tok, moment):
     path = write_jsonl(tmp_path / "a.jsonl", [text_of(i, 400) for i in range(4000)])
     arguments = f"[{str(path)!r}], {str(tok)!r}, {str(tmp_path / 'a')!r}, workers=2, slice_bytes=700_000"
-    process = subprocess.Popen([sys.executable, "-c", f"from data.prepare import *; prepare({arguments})"], cwd=ROOT)
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"from prepare import *; prepare({arguments})"], cwd=ROOT / "data"
+    )
     deadline = time.monotonic() + 30
     while not (tmp_path / "a" / moment).exists() and time.monotonic() < deadline:
         time.sleep(0.005)

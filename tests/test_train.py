@@ -9,9 +9,9 @@ import time
 
 import pytest
 import torch
-from conftest import command, read_losses, run_train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from conftest import command, read_losses, run_train
 from nanomed import hf, plot
 
 

@@ -2,11 +2,12 @@
 
     python tests/bench/train.py [--rounds 15] [--cases eager compiled packed packed-compiled] [--threads 2]
 
-Each side runs in a process of its own (so that peak memory is its own) and they take turns step by step: whatever else
-the machine does hits both. The peer is `AutoModelForCausalLM` in a plain loop: bf16 autocast, SDPA attention, fused AdamW,
-clipping; for packed documents it gets position_ids, from which it makes its own block-diagonal mask. The model is Qwen2-shaped:
-15 M parameters, vocabulary 8,192. `eager` and `compiled` train 4 windows of 512 tokens, one document each; `packed` trains
-a window of 2,048 tokens with documents of 200 on average. Results go to tests/bench/results/.
+Each side runs in a process of its own (so that peak memory is its own) and they take turns step by step: whatever
+else the machine does hits both. The peer is `AutoModelForCausalLM` in a plain loop: bf16 autocast, SDPA attention,
+fused AdamW, clipping; for packed documents it gets position_ids, from which it makes its own block-diagonal mask. The
+model is Qwen2-shaped: 15 M parameters, vocabulary 8,192. `eager` and `compiled` train 4 windows of 512 tokens, one
+document each; `packed` trains a window of 2,048 tokens with documents of 200 on average. Results go to
+tests/bench/results/.
 """
 
 import argparse
@@ -128,7 +129,7 @@ def worker(side: str, folder: str, case: str, threads: int, pipe) -> None:
 
 
 def measure(case: str, folder: str, rounds: int, threads: int, warmup: int = 3) -> dict:
-    """Both sides in turn. Seconds a step (medians), the ratio pair by pair, peak memory, the losses of the first steps."""
+    """Both sides in turn: median milliseconds a step, the ratio pair by pair, peak memory, the first losses."""
     context, pipes, processes = mp.get_context("spawn"), {}, {}
     for side in ("ours", "peer"):
         pipes[side], theirs = context.Pipe()
@@ -174,7 +175,7 @@ def main() -> None:
         for case in args.cases:
             results.append(r := measure(case, folder, args.rounds, args.threads))
             print(
-                f"{case:16} ours {r['ours_ms']:7.0f} ms  transformers {r['peer_ms']:7.0f} ms  {r['speed_ratio']:.2f} x   "
+                f"{case:16} ours {r['ours_ms']:5.0f} ms  transformers {r['peer_ms']:5.0f} ms  {r['speed_ratio']:.2f} x  "
                 f"peak {r['ours_peak_mb']:,.0f} / {r['peer_peak_mb']:,.0f} MB = {r['memory_ratio']:.2f}   "
                 f"loss {r['losses_ours'][-1]:.4f} / {r['losses_peer'][-1]:.4f}",
                 flush=True,

@@ -1,0 +1,162 @@
+"""Encoding: raw rows to token ids, in this process or in workers, in order.
+
+Text that spells a special token, "<|endoftext|>" say, is encoded as the ordinary characters it is; else a web page
+could end a document or open a chat turn. Added tokens that are not special (Qwen's <tool_call>, runs of spaces) do
+become their ids, as in any use of the tokenizer; the separator and BOS never do, special or not.
+
+Costs: a worker encodes 2 to 2.5 MB/s of German and takes 80 to 300 MB (vocabulary, one batch or one long document).
+Workers are spawned: a fork would copy the held locks of the tokenizer's threads.
+"""
+
+import functools
+import json
+import multiprocessing
+import os
+import re
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import Tokenizer
+
+from nanomed import InputError, bins
+from reading import parse_row, read_batches
+
+ENGINE = f"tokenizers {tokenizers.__version__}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to know; small, since it goes with every batch."""
+
+    tokenizer: str  # path of tokenizer.json
+    tokenizer_sha256: str
+    separator: int
+    bos: int | None
+    text_key: str
+
+
+@dataclass
+class Encoded:
+    """A batch after encoding: D documents of T tokens, without BOS and separator."""
+
+    ids: np.ndarray  # uint32 (T,)
+    lengths: np.ndarray  # int64 (D,), tokens
+    n_bytes: np.ndarray  # int64 (D,), UTF-8
+    rows: np.ndarray  # int64 (D,), row of the input that a document is, from 0
+    empty: list[int]  # rows whose text is ""
+    end_row: int  # row after the batch
+    position: int  # bytes of the input read so far
+
+
+def find_tokenizer(model: str | Path) -> tuple[Path, dict]:
+    """tokenizer.json of a folder, that file itself, or of a hub id; and the configuration beside it.
+
+    From the hub only the tokenizer's three files come. The configuration is tokenizer_config.json over
+    special_tokens_map.json, {} where neither is. InputError if there is no tokenizer.json.
+    """
+    path = Path(model)
+    if not path.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model)):
+        from huggingface_hub import snapshot_download  # slow to import
+
+        names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+        try:
+            path = Path(snapshot_download(str(model), allow_patterns=names))
+        except (OSError, ValueError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(f"{model}: no such folder, and not to be had from the hub: {reason}") from None
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected a folder with tokenizer.json, that file or a hub id")
+    config: dict = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (path.parent / name).is_file():
+            config |= {key: value for key, value in bins.read_json(path.parent / name).items() if value is not None}
+    return path, config
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """A Tokenizer from tokenizer.json; InputError if the library refuses it."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # it raises bare Exception
+        raise InputError(f"{path}: refused by tokenizers {tokenizers.__version__}: {error}") from None
+
+
+@functools.lru_cache(maxsize=1)  # loading takes a second; a worker does it once
+def load_engine(job: Job) -> Callable[[list[str]], list[list[int]]]:
+    """The function that encodes texts to ids. This is the seam for another engine, which must give the same ids."""
+    spec = json.loads(Path(job.tokenizer).read_text("utf-8"))
+    # As saved, truncation would cut documents silently, and dropout would make other bins each time.
+    spec["truncation"] = spec["padding"] = None
+    if "dropout" in spec["model"]:
+        spec["model"]["dropout"] = None
+    for token in spec.get("added_tokens") or []:
+        token["special"] = token["special"] or token["id"] in (job.separator, job.bos)
+    tokenizer = Tokenizer.from_str(json.dumps(spec))
+    tokenizer.encode_special_tokens = True  # "do encode their spelling", that is: as ordinary text
+    return lambda texts: [code.ids for code in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def encode_rows(job: Job, path: Path, first_row: int, rows: list[bytes | None], position: int) -> Encoded:
+    """Parse and encode a batch, in a worker; InputError names file and line of the first bad row."""
+    is_json = path.suffix != ".parquet"
+    where = f"{path}: {'line' if is_json else 'row'}"
+    texts, n_bytes, places, empty = [], [], [], []
+    for number, row in enumerate(rows, first_row):
+        try:
+            text = parse_row(row, job.text_key, is_json)
+            size = len(text.encode("utf-8")) if text else 0  # fails for half a surrogate pair, which JSON can spell
+        except UnicodeError as error:
+            raise InputError(f"{where} {number + 1}: not valid UTF-8: {error}; expected UTF-8 text") from None
+        except json.JSONDecodeError as error:
+            raise InputError(f"{where} {number + 1}: not valid JSON: {error}; expected one object a line") from None
+        except ValueError as error:
+            raise InputError(f"{where} {number + 1}: {error}") from None
+        if text:
+            texts.append(text)
+            n_bytes.append(size)
+            places.append(number)
+        elif text == "":
+            empty.append(number)
+    ids = [np.array(code, np.uint32) for code in load_engine(job)(texts)]
+    for code, number in zip(ids, places, strict=True):
+        if (code == job.separator).any():  # a word-level vocabulary can do that, or a Unigram one
+            what = (
+                f"its text encodes to the separator's id {job.separator}; remove it, or choose another with --eos TOKEN"
+            )
+            raise InputError(f"{where} {number + 1}: {what}")
+    lengths = np.array([code.size for code in ids], np.int64)
+    flat = np.concatenate(ids) if ids else np.empty(0, np.uint32)
+    end_row = first_row + len(rows)
+    return Encoded(flat, lengths, np.array(n_bytes, np.int64), np.array(places, np.int64), empty, end_row, position)
+
+
+def start_worker() -> None:
+    """In a fresh process: one thread, Ctrl-C left to the parent, and no life after it (kill -9 included)."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def encode_file(
+    job: Job, path: Path, first_row: int, pool: ProcessPoolExecutor | None, workers: int
+) -> Iterator[Encoded]:
+    """The batches of a file, encoded, in order; two per worker are under way."""
+    waiting: deque = deque()
+    for batch in read_batches(path, job.text_key, first_row):
+        if pool is None:
+            yield encode_rows(job, path, *batch)
+            continue
+        waiting.append(pool.submit(encode_rows, job, path, *batch))
+        if len(waiting) > 2 * workers:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
