@@ -34,6 +34,8 @@ def train(config: Config, world: World) -> None:
     # --- what goes in: model files, training and validation bins
     source = get_source(config, world)
     model_config = hf.model_config(source)
+    if config.seq_len > (model_config.max_position_embeddings or config.seq_len):
+        raise InputError(f"--seq-len {config.seq_len}: the model was made for {model_config.max_position_embeddings}")
     stream, vals = open_data(config, source, model_config.vocab_size)
     windows = config.batch_tokens // config.seq_len  # of one step
     n_steps = count_steps(config, stream)
@@ -91,15 +93,15 @@ def train(config: Config, world: World) -> None:
         step += 1
         metrics.add(step, lr, loss, grad_norm, len2)
         checkpoints.poll()
-        last, due = (
-            step == n_steps,
-            [step % n == 0 for n in (config.log_every, config.eval_every, config.checkpoint_every)],
+        evaluate, save, log = (
+            step == n_steps or step % every == 0
+            for every in (config.eval_every, config.checkpoint_every, config.log_every)
         )
-        if last or any(due):
+        if evaluate or save or log:
             metrics.flush(loader.wait_s)
-            if last or due[1]:
+            if evaluate:
                 metrics.validation(step, validate(model, vals, shape, world))
-            if last or due[2]:
+            if save:
                 checkpoints.save(step)
             metrics.restart_clock()
         if step == first_step + 1 and mesh is not None and world.device.type == "cuda":
@@ -132,8 +134,10 @@ def open_data(config: Config, source: Path, vocab_size: int) -> tuple[Stream, di
     vals = {}
     for spec in config.val:
         name, _, folder = spec.rpartition("=")
-        if not name.isidentifier():
-            raise InputError(f"--val {spec}: must be NAME=BINS with a name of letters, digits and _")
+        if not name.isidentifier() or name in vals or "@" in folder:
+            raise InputError(
+                f"--val {spec}: must be NAME=BINS, each name once, of letters, digits and _; no share after @"
+            )
         vals[name] = Stream(open_sources([folder]), None, vocab_size)
     tokenizer = source / "tokenizer.json"
     expected = tokenizer_sha256(tokenizer)
@@ -218,8 +222,12 @@ def main() -> None:
         world = parallel.start(config)
         train(config, world)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        # print would put it behind the progress bar; in one piece, so that ranks do not mix theirs
+        tqdm.write(f"error: {error}\n", file=sys.stderr, end="")
         sys.exit(1)
+    except KeyboardInterrupt:
+        print0("stopped; the same command goes on from the newest whole checkpoint")
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

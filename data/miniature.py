@@ -76,7 +76,7 @@ CONFIG = {
     "dtype": "float32",
     "hidden_act": "silu",
     "hidden_size": 256,
-    "num_hidden_layers": 6,
+    "num_hidden_layers": 5,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 32,

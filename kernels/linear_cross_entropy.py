@@ -52,13 +52,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _add_matmul(dw, g.T, h)
         if with_grad:
             ctx.save_for_backward(dx, dw.to(weight.dtype))
+            ctx.used = False
         return loss * scale
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss):
+        if ctx.used:
+            raise RuntimeError("linear_cross_entropy: a second backward; its gradients were handed out by the first")
+        ctx.used = True
         dx, dw = ctx.saved_tensors
-        return dx * dloss.to(dx.dtype), dw * dloss.to(dw.dtype), None, None, None, None
+        return dx.mul_(dloss), dw.mul_(dloss), None, None, None, None
 
 
 def _logits_grad(logp: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
@@ -74,4 +78,4 @@ def _add_matmul(acc: Tensor, a: Tensor, b: Tensor) -> None:
     if acc.is_cuda and a.dtype != acc.dtype:
         torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)
     else:
-        acc += a @ b if a.dtype == acc.dtype else (a @ b).to(acc.dtype)
+        acc += a @ b

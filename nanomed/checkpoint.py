@@ -99,11 +99,12 @@ class Checkpointer:
             if self.world.first():
                 write_durably(path / "DONE", "")
         except (CheckpointException, OSError, RuntimeError) as error:
+            free_gb = shutil.disk_usage(self.folder).free / 1e9  # on a full disk torch may only say "unexpected pos"
             if self.world.first():
                 shutil.rmtree(path, ignore_errors=True)
             raise InputError(
-                f"{path}: the checkpoint could not be written ({_reason(error)}); earlier ones are intact, "
-                "the same command goes on from the newest"
+                f"{path}: the checkpoint could not be written ({_reason(error)}; {free_gb:.1f} GB free); earlier ones are "
+                "intact, the same command goes on from the newest"
             ) from error
         if self.world.first():
             self._prune()

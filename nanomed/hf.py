@@ -65,6 +65,7 @@ class ModelConfig:
     mlp_bias: bool = False
     windows: tuple[int | None, ...] = ()  # sliding window of each layer in tokens, None: full attention
     initializer_range: float = 0.02
+    max_position_embeddings: int | None = None  # tokens of context it was made for
 
 
 def model_config(folder: Path) -> ModelConfig:
@@ -104,6 +105,7 @@ def model_config(folder: Path) -> ModelConfig:
         mlp_bias=bool(fields.pop("mlp_bias", False)),
         windows=_windows(model_type, fields, n_layers),
         initializer_range=fields.get("initializer_range", 0.02),
+        max_position_embeddings=fields.get("max_position_embeddings"),
     )
     # Whatever is left and not empty, off or zero may change the maths: softcaps, multipliers, quantisation, ...
     if unknown := sorted(name for name in fields.keys() - _HARMLESS if fields[name]):
@@ -176,7 +178,9 @@ def find_weights(folder: Path) -> dict[str, Path]:
     """
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
-        return {name: folder / file for name, file in read_json(index)["weight_map"].items()}
+        if not isinstance(weight_map := read_json(index).get("weight_map"), dict):
+            raise InputError(f"{index}: has no weight_map; fetch it again")
+        return {name: folder / file for name, file in weight_map.items()}
     if not single.exists():
         return {}
     return dict.fromkeys(open_safetensors(single).keys(), single)

@@ -19,6 +19,9 @@ from nanomed.attention import attention
 from nanomed.batches import Batch
 from nanomed.hf import ModelConfig
 from nanomed.kernels.linear_cross_entropy import linear_cross_entropy
+from nanomed.kernels.rms_norm import rms_norm
+from nanomed.kernels.rope import rope
+from nanomed.kernels.swiglu import swiglu
 
 
 class Linear(nn.Linear):
@@ -29,7 +32,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · w, computed in float32 and rounded once."""
+    """kernels.rms_norm with its weight."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -37,13 +40,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-
-
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (N, H, d), (N, 1, d/2) twice -> (N, H, d)
-    """Rotate the pairs (x_i, x_{i + d/2}) by the token's angle, in float32 (low precision drifts at long range)."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -59,7 +56,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        y = attention(rope(q, cos, sin), rope(k, cos, sin), v, cu_seqlens, max_seqlen, self.window)
+        q, k = rope(q, k, cos, sin)
+        y = attention(q, k, v, cu_seqlens, max_seqlen, self.window)
         return self.o_proj(y.flatten(-2))
 
 
@@ -71,7 +69,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -91,7 +89,8 @@ class Head(Linear):
     """lm_head with the loss inside its forward: FSDP holds the weight whole there, and logits never exist whole."""
 
     def forward(self, x: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-        return linear_cross_entropy(x, self.weight, targets, scale)
+        chunk = 2048 if x.is_cuda else 512  # a CPU's cache is small, and its allocator slow above 32 MB
+        return linear_cross_entropy(x, self.weight, targets, scale, chunk)
 
 
 class Trunk(nn.Module):

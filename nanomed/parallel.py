@@ -141,7 +141,7 @@ def _can_compile(device: torch.device) -> bool:
 
 def _saved_ops() -> set:
     """The operations whose outputs selective recomputation keeps: matrix products and attention, by far the dearest."""
-    ops = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.nanomed.document_sdpa.default}
+    ops = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.nanomed.document_attention.default}
     for library, name in (("torch_attn", "_varlen_attn"), ("flash_attn", "_flash_attn_varlen_forward")):
         with suppress(AttributeError):  # registered only where it is installed
             ops.add(getattr(getattr(torch.ops, library), name).default)

@@ -41,6 +41,8 @@ def is_finished(out: Path) -> bool:
 
 def check_run(out: Path, config: Config, identity: dict) -> None:
     """InputError if OUT belongs to something else than a run of this config on this data; nothing is written."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file, expected a folder or nothing; choose another")
     if not out.exists() or all(p.suffix == ".tmp" for p in out.iterdir()):
         return
     if not (out / "run.json").exists() and {p.name for p in out.iterdir()} - {"config.json"}:

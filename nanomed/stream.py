@@ -113,7 +113,7 @@ def open_sources(specs: Iterable[str]) -> list[tuple[Bins, float]]:
             share = float(share or 1)
         except ValueError:
             share = 0.0
-        if not share > 0:
+        if not 0 < share < float("inf"):
             raise InputError(f"--data {spec}: what follows @ must be a number above 0, the share of documents an epoch")
         bins = Bins(folder)
         if bins.n_docs == 0:

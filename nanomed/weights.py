@@ -54,7 +54,7 @@ def check_weights(model: nn.Module, folder: Path) -> dict[str, Path]:
         )
     handles = {file: open_safetensors(file) for file in set(files.values())}
     for name, file in files.items():
-        if name not in handles[file]:
+        if name not in set(handles[file].keys()):  # it is no mapping
             raise InputError(f"{file}: tensor {name} is missing, though the index names it")
         found = handles[file].get_slice(name)
         if list(found.get_shape()) != list(params[name].shape):

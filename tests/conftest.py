@@ -112,7 +112,7 @@ def make_tiny(folder: Path) -> Tiny:
     tokenizer.train_from_iterator(texts, trainer)
     model = folder / "model"
     config = LlamaConfig(vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=0)  # fmt: skip
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=0, eos_token_id=0)  # fmt: skip
     save_reference(config, model, torch.bfloat16)
     tokenizer.save(str(model / "tokenizer.json"))
     (model / "tokenizer_config.json").write_text(

@@ -34,9 +34,10 @@ if torch.cuda.is_available():  # built here, so that a machine without a GPU has
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[2] or case[0]}-{str(case[1])[6:]}", scope="module")
 def case(request):
-    """(device, dtype, tolerance), with `attention` held to one implementation."""
+    """(device, dtype, tolerance), with `attention` held to one implementation, and on the CPU to tiny tiles."""
     device, dtype, name, tolerance = request.param
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "TILE", 5)
         if name == "varlen":
             patch.setattr(module, "flash_attn_varlen_func", None)
         yield device, dtype, tolerance
@@ -81,6 +82,13 @@ def test_the_corners(case, window):
     check([0, 1, 1, 0, 0, 40, 1, 0, 0], (4, 2), window, case)
 
 
+@pytest.mark.parametrize("window", [None, 100, 128, 300])
+def test_documents_of_several_tiles(case, window, monkeypatch):
+    """Tiles as they are, documents that end at their borders and one token beyond, windows that reach over them."""
+    monkeypatch.setattr(module, "TILE", 128)
+    check([128, 129, 3, 400], (4, 2), window, case)
+
+
 def test_a_window_of_one_sees_only_itself(case):
     device, dtype, tolerance = case
     (q, k, v), _, cu_seqlens = inputs([7, 3], 4, 4, 16, device, dtype)
@@ -106,13 +114,10 @@ def test_documents_do_not_see_each_other(case):
 def test_the_custom_ops_keep_torch_s_rules(dtype, window):
     """Schema, fake tensors (what torch.compile sees), autograd registration."""
     qkv, dy, cu_seqlens = inputs([5, 0, 1, 6], 4, 2, 8, "cpu", dtype)
-    torch.library.opcheck(torch.ops.nanomed.document_sdpa.default, (*qkv, cu_seqlens, window))
+    torch.library.opcheck(torch.ops.nanomed.document_attention.default, (*qkv, cu_seqlens, window))
     with torch.no_grad():
-        saved = torch.ops.nanomed.document_sdpa(*qkv, cu_seqlens, window)
         plain = [x.detach() for x in qkv]
-        torch.library.opcheck(
-            torch.ops.nanomed.document_sdpa_backward.default, (dy, *plain, *saved, cu_seqlens, window)
-        )
+        torch.library.opcheck(torch.ops.nanomed.document_attention_backward.default, (dy, *plain, cu_seqlens, window))
 
 
 @pytest.mark.parametrize("window", [None, 2])

@@ -90,6 +90,15 @@ def test_no_grad_gives_the_same_loss_and_keeps_nothing():
     assert alone == pytest.approx(loss.item(), rel=1e-6)
 
 
+def test_a_second_backward_is_refused():
+    """The gradients are made once, in the forward pass; scaled in place they would be wrong the second time."""
+    hidden, weight, targets = inputs(5)
+    loss = linear_cross_entropy(hidden.requires_grad_(), weight, targets, torch.tensor(1.0))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("chunk", [1, 16, 100, 1000])
 def test_chunk_size_does_not_change_the_result(chunk):
     args = (*inputs(100, ignored=range(0, 100, 7)), torch.tensor(0.01))

@@ -6,9 +6,9 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import batch_of
 from torch.utils.flop_counter import FlopCounterMode
 
+from conftest import batch_of
 from nanomed import metrics, parallel
 from nanomed.batches import Prefetch
 from nanomed.config import Config
