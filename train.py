@@ -6,17 +6,20 @@
 Stopped by anything at all, the same command goes on from its newest whole checkpoint, on as many ranks as there are.
 """
 
+import itertools
 import math
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
 from nanomed import InputError, batches, hf, optim, parallel, runs, weights
-from nanomed.batches import Shape
+from nanomed.batches import Batch, Shape
 from nanomed.bins import tokenizer_sha256
 from nanomed.checkpoint import Checkpointer
 from nanomed.config import MINIATURE, Config, parse
@@ -48,7 +51,7 @@ def train(config: Config, world: World) -> None:
     # --- the model: described on no device, cut over the ranks, then filled
     with torch.device("meta"):
         model = Decoder(model_config, torch.bfloat16 if config.precision == "bf16" else torch.float32)
-    has_weights = bool(hf.find_weights(source)) and bool(weights.check_weights(model, source))
+    has_weights = weights.check_weights(model, source)
     world.barrier()  # every rank has found its input whole
     if world.first():
         runs.create_run(out, config, identity, world.device)
@@ -77,14 +80,7 @@ def train(config: Config, world: World) -> None:
     while step < n_steps:
         torch.manual_seed(config.seed + step * world.size + world.rank)  # so no random state needs saving
         n_labels = batches.n_labels(stream, config.seq_len, step, windows)
-        scale = torch.tensor(1 / max(1, n_labels), device=world.device)  # the mean over the whole step's tokens
-        loss, len2 = torch.zeros((), device=world.device), 0
-        for _ in range(n_micro):
-            batch = next(loader)
-            micro_loss = model(batch.to(world.device), scale)
-            micro_loss.backward()
-            loss += micro_loss.detach()
-            len2 += batch.sum_squared_lens
+        loss, len2 = add_gradients(model, itertools.islice(loader, n_micro), n_labels, world)
         grad_norm = optim.clip(model, config.clip_norm)
         lr = optim.lr_at(step, n_steps, config)
         optim.set_lr(optimizer, lr)
@@ -115,6 +111,22 @@ def train(config: Config, world: World) -> None:
         print0(f"curves: {plot_curves(out)}")
     weights.export(model, source, out / "hf", world)
     print0(f"model:  {out / 'hf'}")
+
+
+def add_gradients(model: Decoder, micro_batches: Iterable[Batch], n_labels: int, world: World) -> tuple[Tensor, int]:
+    """Forward and backward of a step's micro-batches; this rank's part of the loss, () on its device, and of Σ len².
+
+    The loss is the mean over the labelled tokens of all ranks and micro-batches together: a mean of means would weigh a
+    token by the company it is in.
+    """
+    scale = torch.full((), 1 / max(1, n_labels), device=world.device)
+    loss, len2 = torch.zeros((), device=world.device), 0
+    for batch in micro_batches:
+        micro_loss = model(batch.to(world.device), scale)
+        micro_loss.backward()
+        loss += micro_loss.detach()
+        len2 += batch.sum_squared_lens
+    return loss, len2
 
 
 def get_source(config: Config, world: World) -> Path:

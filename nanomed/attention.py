@@ -7,7 +7,7 @@ flash-attn):
 
 - flash-attn, where that package is installed (its Hopper build is the fastest);
 - torch's own `varlen_attn`, the same algorithm inside torch, on any recent NVIDIA GPU;
-- on the CPU, plain matrix products over tiles of 256 queries, document by document. torch's own CPU kernel takes half as
+- on the CPU, plain matrix products over tiles of up to 256 queries, document by document. torch's own CPU kernel takes half as
   long again (its small tiles miss the bf16 matrix units), and its gradients are less exact. It hides in a custom op:
   torch.compile then sees one opaque node of fixed shape, whatever the borders are, and does not recompile.
 
@@ -32,7 +32,7 @@ try:
 except ImportError:
     varlen_attn = None
 
-TILE = 256  # queries of a tile on the CPU: its scores stay in the cache
+TILE_SCORES = 1 << 20  # heads · queries · keys of a tile on the CPU, roughly: they stay in its cache
 
 
 def attention(
@@ -58,11 +58,12 @@ def attention(
 # --- the CPU's way -------------------------------------------------------------------------------------------------
 
 
-def _tiles(cu_seqlens: Tensor, window: int):
+def _tiles(cu_seqlens: Tensor, n_heads: int, window: int):
     """(first row, end row, first key) of every tile of queries: it sees the keys [first key, end row) of its document."""
     for start, stop in pairwise(cu_seqlens.tolist()):
-        for a in range(start, stop, TILE):
-            yield a, min(a + TILE, stop), max(start, a - window + 1) if window else start
+        rows = min(256, max(32, TILE_SCORES // (n_heads * max(1, stop - start))))
+        for a in range(start, stop, rows):
+            yield a, min(a + rows, stop), max(start, a - window + 1) if window else start
 
 
 def _grouped(
@@ -97,7 +98,7 @@ def _probabilities(q: Tensor, k: Tensor, a: int, lo: int, window: int) -> Tensor
 def _document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int) -> Tensor:
     out = torch.empty(q.shape, dtype=q.dtype)
     k, v = k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()
-    for a, b, lo in _tiles(cu_seqlens, window):
+    for a, b, lo in _tiles(cu_seqlens, q.shape[1], window):
         p = _probabilities(_grouped(q[a:b] * q.shape[-1] ** -0.5, len(k)), k[:, lo:b], a, lo, window)
         _ungroup(torch.bmm(p, v[:, lo:b]), out[a:b])
     return out
@@ -117,7 +118,7 @@ def _document_attention_backward(
     scale, wide = q.shape[-1] ** -0.5, torch.promote_types(q.dtype, torch.float32)
     k, v = k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()
     dk, dv = torch.zeros(k.shape, dtype=wide), torch.zeros(v.shape, dtype=wide)
-    for a, b, lo in _tiles(cu_seqlens, window):
+    for a, b, lo in _tiles(cu_seqlens, q.shape[1], window):
         q_tile, dout_tile = _grouped(q[a:b] * scale, len(k)), _grouped(dout[a:b], len(k))
         p = _probabilities(q_tile, k[:, lo:b], a, lo, window)
         dv[:, lo:b] += torch.bmm(p.transpose(1, 2), dout_tile)

@@ -44,8 +44,13 @@ def local(param: Tensor) -> Tensor:
 
 
 def check_weights(model: nn.Module, folder: Path) -> dict[str, Path]:
-    """find_weights; InputError naming the first tensor that is missing, extra, misshapen or of an unknown dtype."""
+    """find_weights; InputError naming the first tensor that is missing, extra, misshapen or of an unknown dtype.
+
+    Empty where the folder has no weights at all: training then starts from random ones.
+    """
     files, params = find_weights(folder), dict(model.named_parameters())
+    if not files:
+        return {}
     if missing := sorted(params.keys() - files.keys()):
         raise InputError(f"{folder}: tensor {missing[0]} is missing from its safetensors ({len(missing)} in all)")
     if extra := sorted(files.keys() - params.keys()):

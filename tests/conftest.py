@@ -21,6 +21,8 @@ from nanomed.batches import Batch
 from nanomed.bins import ShardWriter, settings_of, tokenizer_sha256, write_manifest
 from nanomed.kernels.linear_cross_entropy import IGNORED
 
+torch.set_num_threads(1)  # tiny products: a second thread only waits; and the bits are those of run_train's processes
+
 
 @pytest.fixture(autouse=True)
 def _seeded():
@@ -112,7 +114,8 @@ def make_tiny(folder: Path) -> Tiny:
     tokenizer.train_from_iterator(texts, trainer)
     model = folder / "model"
     config = LlamaConfig(vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=0, eos_token_id=0)  # fmt: skip
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+                         bos_token_id=0, eos_token_id=0)  # fmt: skip
     save_reference(config, model, torch.bfloat16)
     tokenizer.save(str(model / "tokenizer.json"))
     (model / "tokenizer_config.json").write_text(

@@ -19,15 +19,6 @@ from nanomed.bins import Bins
 from nanomed.checkpoint import whole
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """As in the processes of run_train: on the CPU bits depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def refused(monkeypatch, capsys):
     """Run train.py's main with flags that it must refuse; its one line. The flag out must be among them."""
@@ -275,7 +266,7 @@ def test_the_folder_of_a_run_on_other_data(tiny, finished, tmp_path, refused):
 def test_the_same_data_elsewhere_is_the_same_run(tiny, finished, tmp_path, monkeypatch, capsys):
     moved = shutil.copytree(tiny.train, tmp_path / "moved")
     trained(monkeypatch, tiny.flags(finished, data=moved, keep=7))
-    assert "finished" in capsys.readouterr().err
+    assert "this run is finished" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_runs(tiny, tmp_path, refused):

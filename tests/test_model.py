@@ -100,8 +100,8 @@ def test_autoload_gives_the_same_class_of_model(tmp_path):
 # The fields of the real files on the hub.
 QWEN = dict(architectures=["Qwen2ForCausalLM"], attention_dropout=0.0, bos_token_id=151643, eos_token_id=151645,
             hidden_act="silu", hidden_size=3584, initializer_range=0.02, intermediate_size=18944, max_position_embeddings=32768,
-            max_window_layers=28, model_type="qwen2", num_attention_heads=28, num_hidden_layers=28, num_key_value_heads=4, rms_norm_eps=1e-06,
-            rope_theta=1000000.0, sliding_window=131072, tie_word_embeddings=False, torch_dtype="bfloat16",
+            max_window_layers=28, model_type="qwen2", num_attention_heads=28, num_hidden_layers=28, num_key_value_heads=4,
+            rms_norm_eps=1e-06, rope_theta=1000000.0, sliding_window=131072, tie_word_embeddings=False, torch_dtype="bfloat16",
             transformers_version="4.43.1", use_cache=True, use_sliding_window=False, vocab_size=152064)  # fmt: skip
 MISTRAL_SMALL = dict(architectures=["MistralForCausalLM"], attention_dropout=0.0, bos_token_id=1, eos_token_id=2,
                      head_dim=128, hidden_act="silu", hidden_size=5120, initializer_range=0.02, intermediate_size=32768,

@@ -28,14 +28,6 @@ PLAIN = Config(precision="fp32", compile=False, lr=1e-2, warmup_steps=0)
 RECOMPUTE = ["none", "selective", "full"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny products: a second thread only waits for the first
-    yield
-    torch.set_num_threads(before)
-
-
 def build(config: Config, world: World = ALONE, tied: bool = False) -> Decoder:
     """A small decoder as train.py makes one: described, cut, filled."""
     model_config = ModelConfig(V, D, F, LAYERS, 4, 2, 8, 1e-6, 1e4, tie_word_embeddings=tied, qkv_bias=True)
@@ -203,7 +195,6 @@ def spawn(function, *args, n_ranks: int = 2) -> None:
 def _in_rank(rank, n_ranks, port, function, args):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n_ranks),
                    "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}  # fmt: skip
-    torch.set_num_threads(1)
     function(rank, *args)
 
 
