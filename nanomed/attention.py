@@ -43,8 +43,8 @@ def attention(
     max_seqlen: int,  # no document is longer
     window: int | None = None,  # a token sees itself and the window - 1 tokens before it; None: all before it
 ) -> Tensor:  # (N, H, head_dim)
-    """softmax(q kᵀ / sqrt(head_dim)) v, causal within each document. float32 needs the CPU, bfloat16 runs anywhere."""
-    if q.device.type != "cuda":
+    """softmax(q kᵀ / sqrt(head_dim)) v, causal within each document. The GPU kernels know no float32: there it is slow."""
+    if q.device.type != "cuda" or q.dtype == torch.float32:
         return torch.ops.nanomed.document_attention(q, k, v, cu_seqlens, window or 0)
     left = -1 if window is None else window - 1
     if flash_attn_varlen_func is not None:
@@ -66,14 +66,14 @@ def _tiles(cu_seqlens: Tensor, n_heads: int, window: int):
             yield a, min(a + rows, stop), max(start, a - window + 1) if window else start
 
 
-def _grouped(
-    x: Tensor, n_kv: int
-) -> Tensor:  # (m, H, d) -> (K, H/K · m, d): the queries of one key/value head together
+def _grouped(x: Tensor, n_kv: int) -> Tensor:
+    """(m, H, d) -> (K, H/K · m, d): the queries of one key/value head together."""
     m, n_heads, d = x.shape
-    return x.view(m, n_kv, n_heads // n_kv, d).permute(1, 2, 0, 3).reshape(n_kv, -1, d)
+    return x.reshape(m, n_kv, n_heads // n_kv, d).permute(1, 2, 0, 3).reshape(n_kv, -1, d)
 
 
-def _ungroup(y: Tensor, x: Tensor) -> None:  # the inverse: write (K, H/K · m, d) into x (m, H, d)
+def _ungroup(y: Tensor, x: Tensor) -> None:
+    """The inverse: write y (K, H/K · m, d) into x (m, H, d)."""
     m, n_heads, d = x.shape
     x.view(m, len(y), n_heads // len(y), d).copy_(y.view(len(y), n_heads // len(y), m, d).permute(2, 0, 1, 3))
 
@@ -85,7 +85,7 @@ def _probabilities(q: Tensor, k: Tensor, a: int, lo: int, window: int) -> Tensor
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.bmm(q.to(wide), k.to(wide).transpose(1, 2))
-    keys = torch.arange(lo, lo + k.shape[1])
+    keys = torch.arange(lo, lo + k.shape[1], device=k.device)
     rows = keys[a - lo :, None]
     by_row = scores.unflatten(1, (-1, len(rows)))
     by_row[..., a - lo :].masked_fill_(keys[a - lo :] > rows, float("-inf"))  # the future
@@ -94,9 +94,9 @@ def _probabilities(q: Tensor, k: Tensor, a: int, lo: int, window: int) -> Tensor
     return torch.softmax(scores, dim=-1).to(q.dtype)
 
 
-@torch.library.custom_op("nanomed::document_attention", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("nanomed::document_attention", mutates_args=())
 def _document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int) -> Tensor:
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     k, v = k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()
     for a, b, lo in _tiles(cu_seqlens, q.shape[1], window):
         p = _probabilities(_grouped(q[a:b] * q.shape[-1] ** -0.5, len(k)), k[:, lo:b], a, lo, window)
@@ -109,15 +109,15 @@ def _(q, k, v, cu_seqlens, window):
     return q.new_empty(q.shape)
 
 
-@torch.library.custom_op("nanomed::document_attention_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("nanomed::document_attention_backward", mutates_args=())
 def _document_attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Recomputes the probabilities tile by tile: nothing of size n² is ever kept. dk and dv add up in float32."""
-    dq = torch.empty(q.shape, dtype=q.dtype)
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     scale, wide = q.shape[-1] ** -0.5, torch.promote_types(q.dtype, torch.float32)
     k, v = k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()
-    dk, dv = torch.zeros(k.shape, dtype=wide), torch.zeros(v.shape, dtype=wide)
+    dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
     for a, b, lo in _tiles(cu_seqlens, q.shape[1], window):
         q_tile, dout_tile = _grouped(q[a:b] * scale, len(k)), _grouped(dout[a:b], len(k))
         p = _probabilities(q_tile, k[:, lo:b], a, lo, window)

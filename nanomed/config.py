@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 
 from nanomed import InputError
@@ -145,7 +146,7 @@ RECIPES = {
         batch_tokens=256,
         lr=2e-3,
         warmup_steps=50,
-        precision="fp32",  # any CPU does it at full speed
+        precision="bf16" if torch.cuda.is_available() else "fp32",  # any CPU is at ease with fp32, few with bf16
         compile=False,
         checkpoint_every=250,
     ),
