@@ -6,6 +6,7 @@
 Stopped by anything at all, the same command goes on from its newest whole checkpoint, on as many ranks as there are.
 """
 
+import errno
 import itertools
 import math
 import subprocess
@@ -165,6 +166,8 @@ def open_data(config: Config, source: Path, vocab_size: int) -> tuple[Stream, di
 
 def count_steps(config: Config, stream: Stream) -> int:
     """Steps of the run: --steps, or as many whole ones as --epochs hold."""
+    if stream.start_of(1) == 0:
+        raise InputError(f"--data {' '.join(config.data)}: so small a share holds no document in the first epoch")
     n_tokens = stream.start_of(config.epochs)
     n_steps = config.steps or n_tokens // config.batch_tokens
     if n_steps == 0:
@@ -233,7 +236,9 @@ def main() -> None:
         config = parse(sys.argv[1:])
         world = parallel.start(config)
         train(config, world)
-    except InputError as error:
+    except (InputError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise  # any other than a full disk is a bug of ours
         # print would put it behind the progress bar; in one piece, so that ranks do not mix theirs
         tqdm.write(f"error: {error}\n", file=sys.stderr, end="")
         sys.exit(1)

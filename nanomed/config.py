@@ -139,16 +139,18 @@ RECIPES = {
     ),
     "miniature": Config(
         init=str(MINIATURE / "model"),
-        data=(str(MINIATURE / "med"), str(MINIATURE / "general")),
+        data=(str(MINIATURE / "med"), str(MINIATURE / "general@0.6")),
         val=(f"med={MINIATURE / 'val-med'}", f"general={MINIATURE / 'val-general'}"),
-        steps=1000,
+        steps=700,
         seq_len=256,
-        batch_tokens=256,
-        lr=2e-3,
+        batch_tokens=512,
+        micro_batch=2,
+        lr=3e-3,
         warmup_steps=50,
         precision="bf16" if torch.cuda.is_available() else "fp32",  # any CPU is at ease with fp32, few with bf16
         compile=False,
-        checkpoint_every=250,
+        checkpoint_every=350,
+        eval_every=350,
     ),
 }
 

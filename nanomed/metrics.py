@@ -32,6 +32,7 @@ BF16_PEAKS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "GH200": 989e12,
     "B200": 2250e12,
@@ -49,6 +50,8 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda" or precision != "bf16":
         return None
     name = torch.cuda.get_device_name(device)
+    if "Laptop" in name or "MIG" in name:
+        return None
     return next((peak for key, peak in BF16_PEAKS.items() if key in name), None)
 
 

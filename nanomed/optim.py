@@ -29,7 +29,15 @@ def make_adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
             "exp_avg": torch.zeros_like(p, dtype=dtype),
             "exp_avg_sq": torch.zeros_like(p, dtype=dtype),
         }
+    if dtype != torch.float32 and params[0].device.type == "cpu":  # whose fused kernel knows no mixed precisions
+        optimizer.register_step_pre_hook(lambda *_: _cast_means(optimizer, torch.float32))
+        optimizer.register_step_post_hook(lambda *_: _cast_means(optimizer, dtype))
     return optimizer
+
+
+def _cast_means(optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> None:
+    for state in optimizer.state.values():
+        state |= {key: state[key].to(dtype) for key in ("exp_avg", "exp_avg_sq")}
 
 
 def lr_at(step: int, n_steps: int, config: Config) -> float:

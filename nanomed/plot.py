@@ -33,10 +33,11 @@ def plot_curves(run: Path) -> Path:
     names = list(dict.fromkeys(k[4:-4] for r in rows for k in r if k.startswith("val_") and k.endswith("_bpb")))
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "nanomed"})  # text stays text, same input same bytes
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    tokens, loss = np.array([r["tokens"] / 1e6 for r in train]), np.array([r["loss"] for r in train])
-    left.plot(tokens, loss, lw=0.6, color="0.85")
-    n = max(1, len(loss) // 50)
-    left.plot(tokens[n - 1 :], np.convolve(loss, np.ones(n) / n, "valid"), lw=1.2, color="0.5", label="training")
+    if train:
+        tokens, loss = np.array([r["tokens"] / 1e6 for r in train]), np.array([r["loss"] for r in train])
+        left.plot(tokens, loss, lw=0.6, color="0.85")
+        n = max(1, len(loss) // 50)
+        left.plot(tokens[n - 1 :], np.convolve(loss, np.ones(n) / n, "valid"), lw=1.2, color="0.5", label="training")
     for name in names:
         points = [
             (r["tokens"] / 1e6, r[f"val_{name}_loss"], r[f"val_{name}_bpb"]) for r in rows if f"val_{name}_bpb" in r
