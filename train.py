@@ -9,6 +9,7 @@ Stopped by anything at all, the same command goes on from its newest whole check
 import errno
 import itertools
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -56,6 +57,9 @@ def train(config: Config, world: World) -> None:
     world.barrier()  # every rank has found its input whole
     if world.first():
         runs.create_run(out, config, identity, world.device)
+    world.barrier()
+    if not (out / "run.json").exists():
+        raise InputError(f"--out {out}: not the same folder on all machines; checkpoints need one that all of them see")
     mesh = parallel.parallelize(model, config, world)
     model.to_empty(device=world.device)
     optimizer = optim.make_adamw(model, config)
@@ -64,7 +68,9 @@ def train(config: Config, world: World) -> None:
     if step == 0 and has_weights:
         weights.load_weights(model, source)
     elif step == 0:
+        print0(f"{source} has no weights: starting from random ones")
         weights.random_weights(model, model_config.initializer_range, config.seed)
+    world.barrier()  # reading takes the ranks unequally long, and the first step's collectives wait minutes only
 
     # --- the loop
     print_start(config, world, model, stream, vals, n_steps)
@@ -131,13 +137,15 @@ def add_gradients(model: Decoder, micro_batches: Iterable[Batch], n_labels: int,
 
 
 def get_source(config: Config, world: World) -> Path:
-    """The folder of the model to start from. One process a machine downloads it, or makes the built-in corpus."""
-    if world.local_rank == 0:
-        if config.init == str(MINIATURE / "model") and not MINIATURE.exists():
+    """The folder of the model to start from, downloaded or made: by the first process of all, then by one a machine."""
+    for my_turn in (world.first(), world.local_rank == 0):
+        if my_turn and config.init == str(MINIATURE / "model") and not MINIATURE.exists():
             script = Path(__file__).resolve().parent / "data" / "miniature.py"
-            subprocess.run([sys.executable, script, "--out", MINIATURE], check=True)
-        hf.fetch(config.init)
-    world.barrier()
+            if subprocess.run([sys.executable, script, "--out", MINIATURE]).returncode:
+                raise InputError(f"{MINIATURE}: the built-in corpus could not be made, see above")
+        if my_turn:
+            hf.fetch(config.init)
+        world.barrier()
     return hf.fetch(config.init)
 
 
@@ -241,13 +249,21 @@ def main() -> None:
             raise  # any other than a full disk is a bug of ours
         # print would put it behind the progress bar; in one piece, so that ranks do not mix theirs
         tqdm.write(f"error: {error}\n", file=sys.stderr, end="")
-        sys.exit(1)
+        leave(1)
     except KeyboardInterrupt:
         print0("stopped; the same command goes on from the newest whole checkpoint")
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave(130)
+    dist.destroy_process_group()
+
+
+def leave(status: int) -> None:
+    """Exit at once where other ranks may be waiting for this one: torchrun then ends them, a polite farewell would hang."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        sys.stderr.flush()
+        os._exit(status)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(status)
 
 
 if __name__ == "__main__":

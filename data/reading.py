@@ -56,7 +56,7 @@ def pyarrow():
     try:
         import pyarrow
     except ImportError:
-        raise InputError("reading .zst and .parquet needs pyarrow: pip install 'nanomed[data]'") from None
+        raise InputError("reading .zst and .parquet needs pyarrow: pip install -e '.[data]'") from None
     return pyarrow
 
 

@@ -5,10 +5,10 @@ scores where Σ len² suffice (documents of 200 tokens in windows of 2,048: a te
 arbitrary masks. All three ways below take the documents' borders instead (`cu_seqlens`, the convention of
 flash-attn):
 
-- flash-attn, where that package is installed (its Hopper build is the fastest);
+- flash-attn, where that package is installed;
 - torch's own `varlen_attn`, the same algorithm inside torch, on any recent NVIDIA GPU;
-- on the CPU, plain matrix products over tiles of up to 256 queries, document by document. torch's own CPU kernel takes half as
-  long again (its small tiles miss the bf16 matrix units), and its gradients are less exact. It hides in a custom op:
+- on the CPU, plain matrix products over tiles of up to 256 queries, document by document. torch's own CPU kernel is
+  slower in bf16, where its tiles are small, and its gradients are less exact. It hides in a custom op:
   torch.compile then sees one opaque node of fixed shape, whatever the borders are, and does not recompile.
 
 Entries of `cu_seqlens` may repeat (empty documents): its length is constant in a run, so that nothing recompiles.
@@ -32,6 +32,7 @@ try:
 except ImportError:
     varlen_attn = None
 
+_AMPERE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 TILE_SCORES = 1 << 20  # heads · queries · keys of a tile on the CPU, roughly: they stay in its cache
 
 
@@ -44,15 +45,29 @@ def attention(
     window: int | None = None,  # a token sees itself and the window - 1 tokens before it; None: all before it
 ) -> Tensor:  # (N, H, head_dim)
     """softmax(q kᵀ / sqrt(head_dim)) v, causal within each document. The GPU kernels know no float32: there it is slow."""
-    if q.device.type != "cuda" or q.dtype == torch.float32:
+    if not _has_fused_kernels(q):
         return torch.ops.nanomed.document_attention(q, k, v, cu_seqlens, window or 0)
     left = -1 if window is None else window - 1
     if flash_attn_varlen_func is not None:
         return flash_attn_varlen_func(
-            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True, window_size=(left, 0)
+            q,
+            k,
+            v,
+            cu_seqlens,
+            cu_seqlens,
+            max_seqlen,
+            max_seqlen,
+            causal=True,
+            window_size=(left, 0),
+            deterministic=torch.are_deterministic_algorithms_enabled(),
         )
     gqa = _VARLEN_GQA if q.shape[1] != k.shape[1] else {}
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(left, 0), **gqa)
+
+
+def _has_fused_kernels(q: Tensor) -> bool:
+    """Both need bf16 or fp16 and an NVIDIA GPU from Ampere on."""
+    return q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and _AMPERE
 
 
 # --- the CPU's way -------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ A checkpoint holds no data position beyond the step (nanomed.batches: the data i
 import json
 import os
 import shutil
+import threading
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -60,10 +61,13 @@ class Checkpointer:
 
     def resume(self) -> int:
         """Load the newest whole checkpoint into model and optimiser. Its step, 0 where there is none."""
-        found = whole(self.folder)
-        if not found:
+        newest = [whole(self.folder)[-1:] if self.world.first() else None]
+        dist.broadcast_object_list(
+            newest, src=0, group=self._group
+        )  # one view of a folder that machines may see unequally
+        if not newest[0]:
             return 0
-        step, path = found[-1]
+        step, path = newest[0][0]
         try:
             dcp.load(self._state(), checkpoint_id=path, process_group=self._group)
         except (CheckpointException, OSError, ValueError, RuntimeError) as error:
@@ -116,7 +120,8 @@ class Checkpointer:
                 (path / "DONE").unlink(
                     missing_ok=True
                 )  # first, so that a kill half-way leaves nothing that looks whole
-                shutil.rmtree(path, ignore_errors=True)
+                # In a thread: removing 100 GB takes a while, and the other ranks already wait in the next step.
+                threading.Thread(target=shutil.rmtree, args=(path,), kwargs={"ignore_errors": True}).start()
 
 
 def _reason(error: Exception) -> str:

@@ -9,6 +9,7 @@ packing. It publishes no learning rate, batch size or window: those of the recip
 
 import argparse
 import dataclasses
+import importlib.util
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,7 @@ RECIPES = {
         micro_batch=2,
         lr=3e-3,
         warmup_steps=50,
-        precision="bf16" if torch.cuda.is_available() else "fp32",  # any CPU is at ease with fp32, few with bf16
+        precision="bf16" if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0) else "fp32",
         compile=False,
         checkpoint_every=350,
         eval_every=350,
@@ -196,6 +197,9 @@ def validated(c: Config) -> Config:
     for field in positive + ["steps"] * (c.steps is not None):
         if getattr(c, field) < 1:
             raise InputError(f"--{field.replace('_', '-')} {getattr(c, field)}: must be at least 1")
+    for package, wanted in (("tensorboard", c.tensorboard), ("wandb", c.wandb)):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise InputError(f"--{package}: not installed; pip install -e '.[log]'")
     if not c.data:
         raise InputError("--data: no training bins given; make some with data/prepare.py")
     if c.batch_tokens % (c.seq_len * c.micro_batch):

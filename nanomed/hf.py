@@ -40,6 +40,8 @@ _HARMLESS = {
     "initializer_range",
     "pretraining_tp",
     "max_window_layers",
+    "is_llama_config",
+    "transformers.js_config",
 }
 
 
@@ -168,6 +170,8 @@ def fetch(init: str) -> Path:
         raise InputError(
             f"--init {init}: no such local folder, and the hub says: {str(error).splitlines()[0]}"
         ) from error
+    if not find_weights(folder):
+        raise InputError(f"--init {init}: the repository has no model.safetensors; only safetensors are read")
     return folder
 
 
@@ -182,6 +186,12 @@ def find_weights(folder: Path) -> dict[str, Path]:
             raise InputError(f"{index}: has no weight_map; fetch it again")
         return {name: folder / file for name, file in weight_map.items()}
     if not single.exists():
+        if others := sorted(
+            p.name for kind in ("*.safetensors", "pytorch_model*", "*.gguf", "*.pth") for p in folder.glob(kind)
+        ):
+            raise InputError(
+                f"{folder}: has {others[0]} but neither model.safetensors nor its index; only those are read"
+            )
         return {}
     return dict.fromkeys(open_safetensors(single).keys(), single)
 

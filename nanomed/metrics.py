@@ -12,6 +12,7 @@ peak.
 
 import json
 import os
+import re
 import resource
 import sys
 import time
@@ -52,7 +53,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     name = torch.cuda.get_device_name(device)
     if "Laptop" in name or "MIG" in name:
         return None
-    return next((peak for key, peak in BF16_PEAKS.items() if key in name), None)
+    return next((peak for key, peak in BF16_PEAKS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 def flops_per_token(model: Decoder) -> int:

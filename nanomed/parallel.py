@@ -54,6 +54,8 @@ def start(config: Config) -> World:
     """Join the process group that torchrun describes, or be a group of one without it."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     on_gpu = torch.cuda.is_available()
+    if on_gpu and local_rank >= torch.cuda.device_count():
+        raise InputError(f"--nproc-per-node: process {local_rank} finds only {torch.cuda.device_count()} GPUs")
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
@@ -83,7 +85,7 @@ def parallelize(model: Decoder, config: Config, world: World) -> DeviceMesh | No
     for block in blocks:
         if config.recompute != "none":
             context = {"context_fn": _selective_contexts} if config.recompute == "selective" else {}
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **context)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **context)
     if config.compile and _can_compile(world.device):
         for block in blocks:
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
@@ -133,9 +135,12 @@ def shorten_timeouts(mesh: DeviceMesh) -> None:
 
 
 def _can_compile(device: torch.device) -> bool:
-    if device.type != "cpu" or any(shutil.which(c) for c in (os.environ.get("CXX", ""), "g++", "clang++") if c):
+    compilers = (
+        [os.environ.get("CXX"), "g++", "clang++"] if device.type == "cpu" else [os.environ.get("CC"), "gcc", "clang"]
+    )
+    if any(shutil.which(c) for c in compilers if c):
         return True
-    print0("no C++ compiler found: running without torch.compile")
+    print0(f"no {'C++' if device.type == 'cpu' else 'C'} compiler found: running without torch.compile")
     return False
 
 

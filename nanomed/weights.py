@@ -177,7 +177,8 @@ def _write_index(folder: Path, plan: dict[str, dict[str, dict]]) -> None:
 def _write_rows(path: Path, tensors: dict[str, dict], params: dict[str, Tensor]) -> None:
     """Put this rank's rows of every tensor where they belong. Of HSDP's replicas only the first writes."""
     base = len(_header(tensors))
-    with path.open("r+b") as file:
+    # Write-only: a file opened for reading too lets NFS fetch whole pages and write back what another rank changed.
+    with os.fdopen(os.open(path, os.O_WRONLY), "wb") as file:
         for name, entry in tensors.items():
             param = params[name]
             start, stop = my_rows(param)

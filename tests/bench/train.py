@@ -1,6 +1,7 @@
 """Our training step beside transformers' on the CPU: same weights, tokens, threads; speed and peak memory.
 
     python tests/bench/train.py [--rounds 15] [--cases eager compiled packed packed-compiled] [--threads 2]
+    python tests/bench/train.py --model FOLDER --cases eager --rounds 5        a real checkpoint instead
 
 Each side runs in a process of its own (so that peak memory is its own) and they take turns step by step: whatever
 else the machine does hits both. The peer is `AutoModelForCausalLM` in a plain loop: bf16 autocast, SDPA attention,
@@ -11,6 +12,7 @@ tests/bench/results/.
 """
 
 import argparse
+import importlib
 import json
 import multiprocessing as mp
 import platform
@@ -118,14 +120,21 @@ def dataclass_replace(config, **fields):
 
 
 def worker(side: str, folder: str, case: str, threads: int, pipe) -> None:
-    """Make a step whenever asked; answer (loss, seconds, peak bytes so far)."""
+    """Make a step whenever asked; answer (loss, seconds, peak bytes so far, those after the imports)."""
     torch.set_num_threads(threads)
+    importlib.import_module("nanomed.parallel" if side == "ours" else "transformers.models.qwen2.modeling_qwen2")
+    imported = peak_bytes()
     step = {"ours": our_step, "peer": peer_step}[side](folder, case)
     while pipe.recv():
         start = time.perf_counter()
         loss = step()
         seconds = time.perf_counter() - start
-        pipe.send((loss, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+        pipe.send((loss, seconds, peak_bytes(), imported))
+
+
+def peak_bytes() -> int:
+    """Largest resident size of this process so far (Linux counts it in KiB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure(case: str, folder: str, rounds: int, threads: int, warmup: int = 3) -> dict:
@@ -145,6 +154,7 @@ def measure(case: str, folder: str, rounds: int, threads: int, warmup: int = 3) 
         processes[side].join()
     seconds = {side: [a[1] for a in rows[warmup:]] for side, rows in answers.items()}
     peak = {side: rows[-1][2] for side, rows in answers.items()}
+    above = {side: rows[-1][2] - rows[-1][3] for side, rows in answers.items()}
     return {
         "case": case,
         "ours_ms": 1e3 * statistics.median(seconds["ours"]),
@@ -153,6 +163,7 @@ def measure(case: str, folder: str, rounds: int, threads: int, warmup: int = 3) 
         "ours_peak_mb": peak["ours"] / 1e6,
         "peer_peak_mb": peak["peer"] / 1e6,
         "memory_ratio": peak["ours"] / peak["peer"],
+        "memory_ratio_above_imports": above["ours"] / above["peer"],
         "losses_ours": [a[0] for a in answers["ours"][:4]],
         "losses_peer": [a[0] for a in answers["peer"][:4]],
     }
@@ -164,19 +175,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="counted steps of each side (default 15)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cases", nargs="+", default=["eager", "compiled", "packed", "packed-compiled"])
+    parser.add_argument("--model", help="a checkpoint's folder; default: random weights of the shape above")
     args = parser.parse_args()
     import transformers
 
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(transformers.Qwen2Config(**SHAPE))
-        model.save_pretrained(folder)
+        if args.model is None:
+            transformers.AutoModelForCausalLM.from_config(transformers.Qwen2Config(**SHAPE)).save_pretrained(folder)
         results = []
         for case in args.cases:
-            results.append(r := measure(case, folder, args.rounds, args.threads))
+            results.append(r := measure(case, args.model or folder, args.rounds, args.threads))
             print(
                 f"{case:16} ours {r['ours_ms']:5.0f} ms  transformers {r['peer_ms']:5.0f} ms  {r['speed_ratio']:.2f} x  "
-                f"peak {r['ours_peak_mb']:,.0f} / {r['peer_peak_mb']:,.0f} MB = {r['memory_ratio']:.2f}   "
+                f"peak {r['ours_peak_mb']:,.0f} / {r['peer_peak_mb']:,.0f} MB = {r['memory_ratio']:.2f}, "
+                f"above imports {r['memory_ratio_above_imports']:.2f}  "
                 f"loss {r['losses_ours'][-1]:.4f} / {r['losses_peer'][-1]:.4f}",
                 flush=True,
             )
@@ -185,15 +198,15 @@ def main() -> None:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-    n_params = sum(p.numel() for p in model.parameters())
     report = {
         "device": cpu_name(),
         "threads": args.threads,
         "versions": versions,
-        "parameters": n_params,
+        "rounds": args.rounds,
         "results": results,
     }
-    path = Path(__file__).parent / "results" / "train-cpu.json"
+    name = "train-cpu.json" if args.model is None else f"train-cpu-{Path(args.model).name}.json"
+    path = Path(__file__).parent / "results" / name
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(path)
