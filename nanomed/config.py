@@ -123,6 +123,15 @@ FREE_FIELDS = frozenset(
     ]
 )  # data and val are held to the contents of the bins, not to their paths
 
+
+def has_bf16_hardware() -> bool:
+    """Does this machine multiply bf16 matrices in hardware? Elsewhere it is emulated, slowly."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_capability() >= (8, 0)
+    has = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not tell
+    return has.get("avx512_bf16", False) or has.get("amx_bf16", False)
+
+
 # lr, batch_tokens, seq_len: ours, the paper publishes none.
 RECIPES = {
     "qwen2.5-7b": Config("qwen2.5-7b", init="Qwen/Qwen2.5-7B-Instruct", recompute="selective"),
@@ -142,16 +151,16 @@ RECIPES = {
         init=str(MINIATURE / "model"),
         data=(str(MINIATURE / "med"), str(MINIATURE / "general@0.6")),
         val=(f"med={MINIATURE / 'val-med'}", f"general={MINIATURE / 'val-general'}"),
-        steps=700,
+        steps=640,
         seq_len=256,
         batch_tokens=512,
         micro_batch=2,
         lr=3e-3,
         warmup_steps=50,
-        precision="bf16" if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0) else "fp32",
+        precision="bf16" if has_bf16_hardware() else "fp32",
         compile=False,
-        checkpoint_every=350,
-        eval_every=350,
+        checkpoint_every=320,
+        eval_every=320,
     ),
 }
 

@@ -87,7 +87,8 @@ class Tiny:
     def flags(self, out: Path, **changes) -> list[str]:
         """Command line of a 20-step run; changes override or add flags, None removes one."""
         flags = dict(init=self.model, data=self.train, val=f"med={self.val}", out=out, steps=20, seq_len=32,
-                     batch_tokens=256, micro_batch=2, lr=1e-2, warmup_steps=2, checkpoint_every=5, eval_every=10)  # fmt: skip
+                     precision="fp32", batch_tokens=256, micro_batch=2, lr=1e-2,
+                     warmup_steps=2, checkpoint_every=5, eval_every=10)  # fmt: skip
         flags |= changes
         return [
             x for name, value in flags.items() if value is not None for x in (f"--{name.replace('_', '-')}", str(value))
