@@ -26,10 +26,10 @@ def dense(q, k, v, cu_seqlens, window):
 
 
 # (device, dtype, the implementation that must run or None where there is only one, tolerance)
-CASES = [("cpu", torch.float64, None, 1e-12), ("cpu", torch.float32, None, 1e-5), ("cpu", torch.bfloat16, None, 2e-2)]
+CASES = [("cpu", torch.float64, None, 1e-12), ("cpu", torch.float32, None, 1e-5), ("cpu", torch.bfloat16, None, 4e-2)]
 if torch.cuda.is_available():  # built here, so that a machine without a GPU has nothing to skip
     ways = {"flash": module.flash_attn_varlen_func, "varlen": module.varlen_attn}
-    CASES += [("cuda", torch.bfloat16, name, 2e-2) for name, way in ways.items() if way is not None]
+    CASES += [("cuda", torch.bfloat16, name, 4e-2) for name, way in ways.items() if way is not None]
 
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[2] or case[0]}-{str(case[1])[6:]}", scope="module")

@@ -134,7 +134,8 @@ def test_transformers_loads_it_whole(name, limit, tmp_path, monkeypatch):
 @pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
 def test_trained_from_scratch_it_exports_in_the_configs_dtype(field, tmp_path):
     source = make_source(tmp_path / "source", "llama")
-    (source / "model.safetensors").unlink()
+    for path in source.glob("*.safetensors"):
+        path.unlink()
     raw = json.loads((source / "config.json").read_text())
     raw.pop("dtype")
     (source / "config.json").write_text(json.dumps(raw | {field: "bfloat16"}))
