@@ -149,9 +149,9 @@ RECIPES = {
     ),
     "miniature": Config(
         init=str(MINIATURE / "model"),
-        data=(str(MINIATURE / "med"), str(MINIATURE / "general@0.6")),
+        data=(str(MINIATURE / "med"), str(MINIATURE / "general@0.55")),
         val=(f"med={MINIATURE / 'val-med'}", f"general={MINIATURE / 'val-general'}"),
-        steps=640,
+        steps=680,
         seq_len=256,
         batch_tokens=512,
         micro_batch=2,
@@ -159,8 +159,8 @@ RECIPES = {
         warmup_steps=50,
         precision="bf16" if has_bf16_hardware() else "fp32",
         compile=False,
-        checkpoint_every=320,
-        eval_every=320,
+        checkpoint_every=340,
+        eval_every=340,
     ),
 }
 
