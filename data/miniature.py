@@ -159,6 +159,7 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def write_json(path: Path, value: dict) -> None:
+    """Readable JSON with German letters as they are."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -207,6 +208,7 @@ def check_existing(out: Path, seed: int) -> bool:
 
 
 def main() -> None:
+    """The command line; a wrong input is one line and exit status 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to make; it must not exist, or be whole")
     parser.add_argument("--seed", type=int, default=0, help="another seed: the same facts in other words (default 0)")

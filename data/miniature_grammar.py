@@ -44,6 +44,7 @@ CONTRACTION = re.compile(r"\b(?:" + "|".join(CONTRACTIONS) + r")\b", re.IGNORECA
 
 
 def ending(table: dict[str, str], case: str, gender: str) -> str:
+    """The entry of a declension table for a case and a gender (m, f, n) or plural (p)."""
     return table[case].split()["mfnp".index(gender)]
 
 

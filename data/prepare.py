@@ -212,6 +212,7 @@ def write_all(inputs: list[Path], sources: list[dict], job: Job, settings: dict,
 
 
 def summarise(done: bins.Bins, seconds: float, n_before: int) -> None:
+    """The closing line: documents, tokens, bytes, and the speed of this run alone."""
     rate = (done.n_bytes - n_before) / 1e6 / seconds
     n_empty = sum(shard["source"]["n_empty"] for shard in done.shards)
     sizes = f"{done.n_docs:,} documents, {done.n_tokens:,} tokens, {done.n_bytes:,} bytes of text"
@@ -221,6 +222,7 @@ def summarise(done: bins.Bins, seconds: float, n_before: int) -> None:
 
 
 def main() -> None:
+    """The command line; a wrong input is one line and exit status 1."""
     parser = argparse.ArgumentParser(
         description="Turn text into token bins for train.py. Run again after an interruption: it goes on.",
         epilog="example: python data/prepare.py corpus.jsonl --tokenizer Qwen/Qwen2.5-7B-Instruct --out bins/medical",

@@ -34,6 +34,7 @@ def read_rows(path: Path, text_key: str) -> Iterator[tuple[bytes | None, int]]:
 
 
 def read_parquet(path: Path, text_key: str) -> Iterator[tuple[bytes | None, int]]:
+    """read_rows for Parquet: one column, 256 rows at a time, so that memory does not grow with row groups."""
     pa = pyarrow()
     import pyarrow.parquet as pq
 
@@ -53,6 +54,7 @@ def read_parquet(path: Path, text_key: str) -> Iterator[tuple[bytes | None, int]
 
 
 def pyarrow():
+    """The package, imported where it is needed; InputError where it is not installed."""
     try:
         import pyarrow
     except ImportError:

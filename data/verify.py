@@ -47,6 +47,7 @@ def show_documents(bins: Bins, model: str, n_chars: int = 200) -> None:
 
 
 def main() -> None:
+    """The command line; a wrong input is one line and exit status 1."""
     parser = argparse.ArgumentParser(description="Check token bins byte by byte; exit status 1 at the first problem.")
     parser.add_argument("bins", type=Path, help="the folder that data/prepare.py wrote")
     parser.add_argument("--tokenizer", metavar="MODEL", help="also check that it is this one, and show two documents")

@@ -44,6 +44,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """Grouped-query self-attention with RoPE, causal within each document: (N, D) -> (N, D)."""
+
     def __init__(self, c: ModelConfig, layer: int):
         super().__init__()
         q_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -62,6 +64,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """down(silu(gate(x)) · up(x)): (N, D) -> (N, F) twice -> (N, D)."""
+
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
@@ -73,6 +77,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """One decoder layer: attention, then the MLP, each behind its norm and added to the residual stream (N, D)."""
+
     def __init__(self, c: ModelConfig, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)

@@ -21,6 +21,8 @@ from nanomed.bins import Bins
 
 @dataclass(frozen=True)
 class Epoch:
+    """One pass over the data in its own order."""
+
     docs: np.ndarray  # (n,) int64 document numbers in reading order
     borders: np.ndarray  # (n + 1,) int64 stream positions: document i is [borders[i], borders[i + 1])
 
