@@ -54,12 +54,7 @@ def train(config: Config, world: World) -> None:
     with torch.device("meta"):
         model = Decoder(model_config, torch.bfloat16 if config.precision == "bf16" else torch.float32)
     has_weights = weights.check_weights(model, source)
-    world.barrier()  # every rank has found its input whole
-    if world.first():
-        runs.create_run(out, config, identity, world.device)
-    world.barrier()
-    if not (out / "run.json").exists():
-        raise InputError(f"--out {out}: not the same folder on all machines; checkpoints need one that all of them see")
+    claim_folder(out, config, identity, world)
     mesh = parallel.parallelize(model, config, world)
     model.to_empty(device=world.device)
     optimizer = optim.make_adamw(model, config)
@@ -118,6 +113,16 @@ def train(config: Config, world: World) -> None:
         print0(f"curves: {plot_curves(out)}")
     weights.export(model, source, out / "hf", world)
     print0(f"model:  {out / 'hf'}")
+
+
+def claim_folder(out: Path, config: Config, identity: dict, world: World) -> None:
+    """Make the run folder once every rank has found its input whole. InputError where a rank does not see it then."""
+    world.barrier()
+    if world.first():
+        runs.create_run(out, config, identity, world.device)
+    world.barrier()
+    if not (out / "run.json").exists():
+        raise InputError(f"--out {out}: not the same folder on all machines; checkpoints need one that all of them see")
 
 
 def add_gradients(model: Decoder, micro_batches: Iterable[Batch], n_labels: int, world: World) -> tuple[Tensor, int]:
