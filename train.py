@@ -25,6 +25,7 @@ from nanomed.batches import Batch, Shape
 from nanomed.bins import tokenizer_sha256
 from nanomed.checkpoint import Checkpointer
 from nanomed.config import MINIATURE, Config, parse
+from nanomed.kernels.providers import kernels
 from nanomed.metrics import Metrics, attention_flops, flops_per_token, peak_flops
 from nanomed.model import Decoder
 from nanomed.parallel import World, print0
@@ -52,7 +53,8 @@ def train(config: Config, world: World) -> None:
 
     # --- the model: described on no device, cut over the ranks, then filled
     with torch.device("meta"):
-        model = Decoder(model_config, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        model = Decoder(model_config, dtype, kernels(config.kernels))
     has_weights = weights.check_weights(model, source)
     claim_folder(out, config, identity, world)
     mesh = parallel.parallelize(model, config, world)
@@ -236,7 +238,9 @@ def print_start(config: Config, world: World, model: Decoder, stream: Stream, va
     )
     if config.steps is None:
         print0(f"        the last {stream.start_of(config.epochs) - total:,} tokens fill no step and are dropped")
-    print0(f"device  {world.size} x {world.device.type}, {config.micro_batch} windows in a forward pass")
+    print0(
+        f"device  {world.size} x {world.device.type}, {config.micro_batch} windows in a forward pass, {config.kernels} kernels"
+    )
     print0(
         f"FLOPs   {flops_per_token(model):,} a token (6 x parameters in matrix products) + {attention_flops(model):,} x "
         f"squared document lengths; MFU over {f'{peak / 1e12:.0f} TFLOP/s (dense bf16)' if peak else 'n/a: peak unknown here'}"

@@ -1,23 +1,27 @@
 """The last linear layer and its cross-entropy in one, in chunks of tokens: the logits never exist as a whole.
 
-    loss = scale · Σ_i [ logsumexp(W h_i) − (W h_i)[y_i] ]        over the tokens i whose target y_i is not IGNORED
-    ∂loss/∂logits_ij = scale · (softmax(W h_i)_j − [j = y_i])
+    loss = scale · Σ_i [ lse(W h_i) − (W h_i)[y_i] + z_loss · lse² ]        over the tokens i whose target is not IGNORED
+    dX = G W,  dW = Gᵀ X,  G = ∂loss/∂logits as in cross_entropy.py
 
-At V = 152,064 the logits of 8,192 tokens take 2.5 GB in bf16 and 5 GB in fp32, several times over with their
-gradient: more than anything else in a step. Here `chunk` tokens at a time go through the matrix product, the softmax
-and both gradient products, all in the forward pass, because the gradient needs nothing from later layers but one
-scalar. What stays is dX (N, D) and dW (V, D); backward multiplies them by that scalar.
+`chunk` tokens at a time go through the matrix product, the softmax and both gradient products, all in the forward pass,
+because the gradient needs nothing from later layers but one scalar. What stays is dX (N, D) and dW (V, D); backward
+multiplies them by that scalar. The products are cuBLAS's; the one kernel of our own is cross_entropy's, in place.
 
-Cost: 6·N·D·V FLOP, as without chunks; memory dX + dW + about 6 bytes · chunk · V. Each chunk reads and writes dW
-once, so small chunks lose time; dW is accumulated in float32 across chunks, since a bf16 accumulator loses 1 % after
-64 of them.
+dW is accumulated in float32 across chunks: a bf16 accumulator loses 1 % after 64 of them. Each chunk reads and writes
+all of it, 8·V·D bytes, so chunks must be large: with fewer than about 1,100 tokens (the FLOP an H100 does in the time of
+a byte, times four) that traffic costs more time than the product, and 256 would double the whole.
+
+Cost: 6·N·D·V FLOP, as without chunks, and 6·N·V bytes of cross-entropy. At 8,192 tokens of Qwen2.5-7B (3,584, 152,064)
+on an H100 with 800 TFLOP/s and 3.0 TB/s: 33.5 + 2.5 ms. Memory beside the inputs: 2·chunk·V + 4·V·D + 2·N·D bytes,
+2.9 GB with chunks of 2,048, where whole logits take 17 GB and more.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100  # the target of a token without a label, as in F.cross_entropy
+from .cross_entropy import IGNORED, TORCH, TRITON, Way, check, use_once
+
+__all__ = ["IGNORED", "linear_cross_entropy", "linear_cross_entropy_torch"]
 
 
 def linear_cross_entropy(
@@ -25,52 +29,51 @@ def linear_cross_entropy(
     weight: Tensor,  # (V, D), of hidden's dtype or of a wider one: products run in hidden's, dW comes in weight's
     targets: Tensor,  # (N,) int64, each in [0, V) or IGNORED; never checked here: that would wait for the device
     scale: Tensor,  # () float32 on hidden's device, usually 1 / (valid tokens of the whole step)
+    z_loss: float = 0.0,
     chunk: int = 2048,
 ) -> Tensor:  # () float32
     """scale · Σ cross-entropy in nats over the targets that are not IGNORED; 0 with zero gradients where all are."""
-    return _LinearCrossEntropy.apply(hidden, weight, targets, scale, chunk, torch.is_grad_enabled())
+    check("linear_cross_entropy: hidden", hidden, (targets.shape[0], weight.shape[-1]))
+    check("linear_cross_entropy: weight", weight, (weight.shape[0], hidden.shape[1]))
+    check("linear_cross_entropy: targets", targets, (hidden.shape[0],), torch.int64)
+    check("linear_cross_entropy: scale", scale, ())
+    return _LinearCrossEntropy.apply(hidden, weight, targets, scale, z_loss, chunk, torch.is_grad_enabled(), TRITON)
+
+
+def linear_cross_entropy_torch(
+    hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, z_loss: float = 0.0, chunk: int = 2048
+) -> Tensor:
+    """As linear_cross_entropy, on any device."""
+    return _LinearCrossEntropy.apply(hidden, weight, targets, scale, z_loss, chunk, torch.is_grad_enabled(), TORCH)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, scale, chunk, with_grad):
+    def forward(ctx, hidden, weight, targets, scale, z_loss, chunk, with_grad, way: Way):
         w = weight.to(hidden.dtype)
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        dx = torch.empty_like(hidden) if with_grad else None
-        dw = torch.zeros(weight.shape, dtype=torch.float32, device=hidden.device) if with_grad else None
-        for h, y, d in zip(
-            hidden.split(chunk),
-            targets.split(chunk),
-            dx.split(chunk) if with_grad else targets.split(chunk),
-            strict=True,
-        ):
-            logp = F.log_softmax(h @ w.T, dim=-1, dtype=torch.float32)
-            loss += F.nll_loss(logp, y, ignore_index=IGNORED, reduction="sum")
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        loss = hidden.new_zeros((), dtype=wide)
+        dx = torch.empty_like(hidden) if with_grad else hidden
+        dw = hidden.new_zeros(weight.shape, dtype=wide) if with_grad else None
+        for h, y, d in zip(hidden.split(chunk), targets.split(chunk), dx.split(chunk), strict=True):
+            chunk_loss, g = way.loss_and_grad(h @ w.T, y, scale, z_loss, with_grad)
+            loss += chunk_loss
             if with_grad:
-                g = _logits_grad(logp, y, scale).to(h.dtype)
                 torch.mm(g, w, out=d)
                 _add_matmul(dw, g.T, h)
+            del g  # before the next chunk's logits are made, or there are two of them
         if with_grad:
-            ctx.save_for_backward(dx, dw.to(weight.dtype))
-            ctx.used = False
+            ctx.save_for_backward(dx, _rounded(dw, weight.dtype))
+            ctx.way, ctx.used = way, False
         return loss * scale
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss):
-        if ctx.used:
-            raise RuntimeError("linear_cross_entropy: a second backward; its gradients were handed out by the first")
-        ctx.used = True
-        dx, dw = ctx.saved_tensors
-        return dx.mul_(dloss), dw.mul_(dloss), None, None, None, None
-
-
-def _logits_grad(logp: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-    """scale · (softmax − onehot), formed in float32 (p − 1 cancels in bf16), zero rows where IGNORED; reuses logp."""
-    valid = targets != IGNORED
-    grad = logp.exp_()
-    grad.scatter_add_(1, targets.clamp(min=0).unsqueeze(1), -valid.to(grad.dtype).unsqueeze(1))
-    return grad.mul_((valid * scale).unsqueeze(1))
+        dx, dw = use_once(ctx, "linear_cross_entropy")
+        ctx.way.scale_(dx, dloss)
+        ctx.way.scale_(dw, dloss)
+        return dx, dw, *(None,) * 6
 
 
 def _add_matmul(acc: Tensor, a: Tensor, b: Tensor) -> None:
@@ -79,3 +82,16 @@ def _add_matmul(acc: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)
     else:
         acc += a @ b
+
+
+def _rounded(dw: Tensor, dtype: torch.dtype) -> Tensor:
+    """dw (V, D) float32 in a narrower dtype, inside its own memory: a copy would stand beside it at the very peak.
+
+    Slab by slab from the front, so that what is overwritten has been read: row i moves from byte 4·D·i to 2·D·i.
+    """
+    if dw.element_size() <= dtype.itemsize:
+        return dw.to(dtype)
+    narrow = dw.view(dtype).view(-1)[: dw.numel()].view(dw.shape)
+    for start in range(0, len(dw), 4096):
+        narrow[start : start + 4096] = dw[start : start + 4096].to(dtype)
+    return narrow

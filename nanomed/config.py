@@ -19,6 +19,7 @@ import torch
 import tyro
 
 from nanomed import InputError
+from nanomed.kernels import providers
 
 MINIATURE = Path("bins/miniature")  # data/miniature.py writes it, train.py calls that where it is missing
 
@@ -82,6 +83,9 @@ class Config:
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation checkpointing: `selective` keeps only the outputs of matrix products and attention.
     `full` keeps only each block's input, for a third more arithmetic."""
+    kernels: Literal["triton", "liger", "torch"] = providers.default()
+    """Norms, RoPE, SwiGLU and the loss: this project's Triton kernels, Liger-Kernel's, or plain torch.
+    Triton's and Liger's need a GPU."""
     compile: bool = True
     """torch.compile each block: slower to start, faster to run."""
     replicas: int = 1
@@ -112,6 +116,7 @@ FREE_FIELDS = frozenset(
         "val",
         "micro_batch",
         "recompute",
+        "kernels",
         "compile",
         "replicas",
         "checkpoint_every",
@@ -209,6 +214,10 @@ def validated(c: Config) -> Config:
     for package, wanted in (("tensorboard", c.tensorboard), ("wandb", c.wandb)):
         if wanted and importlib.util.find_spec(package) is None:
             raise InputError(f"--{package}: not installed; pip install -e '.[log]'")
+    try:
+        providers.kernels(c.kernels)
+    except ValueError as error:
+        raise InputError(f"--kernels {c.kernels}: {error}") from None
     if not c.data:
         raise InputError("--data: no training bins given; make some with data/prepare.py")
     if c.batch_tokens % (c.seq_len * c.micro_batch):

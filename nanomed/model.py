@@ -9,6 +9,8 @@ N tokens, D hidden size, H query heads, K key/value heads, F intermediate size, 
 
 Parameters stay in float32 (the optimiser's masters). FSDP hands them to the forward pass in bf16; without FSDP, on one
 process, `Linear` casts them where they are used. Either way the matrix products run in the dtype of the hidden states.
+
+What is neither a matrix product nor attention comes from `Kernels`: Triton's on a GPU, their torch twins on the CPU.
 """
 
 import torch
@@ -18,10 +20,7 @@ from torch import Tensor, nn
 from nanomed.attention import attention
 from nanomed.batches import Batch
 from nanomed.hf import ModelConfig
-from nanomed.kernels.linear_cross_entropy import linear_cross_entropy
-from nanomed.kernels.rms_norm import rms_norm
-from nanomed.kernels.rope import rope
-from nanomed.kernels.swiglu import swiglu
+from nanomed.kernels.providers import TORCH, Kernels
 
 
 class Linear(nn.Linear):
@@ -34,19 +33,23 @@ class Linear(nn.Linear):
 class RMSNorm(nn.Module):
     """kernels.rms_norm with its weight."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float, kernels: Kernels):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps, self.kernels = eps, kernels
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return self.kernels.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm of the sum, sum) in one pass over memory."""
+        return self.kernels.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class Attention(nn.Module):
     """Grouped-query self-attention with RoPE, causal within each document: (N, D) -> (N, D)."""
 
-    def __init__(self, c: ModelConfig, layer: int):
+    def __init__(self, c: ModelConfig, layer: int, kernels: Kernels):
         super().__init__()
         q_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         self.q_proj = Linear(c.hidden_size, q_size, bias=c.qkv_bias)
@@ -55,10 +58,11 @@ class Attention(nn.Module):
         self.o_proj = Linear(q_size, c.hidden_size, bias=c.o_bias)
         self.head_dim = c.head_dim
         self.window = c.windows[layer] if c.windows else None
+        self.kernels = kernels
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rope(q, k, cos, sin)
+        q, k = self.kernels.rope(q, k, cos, sin)
         y = attention(q, k, v, cu_seqlens, max_seqlen, self.window)
         return self.o_proj(y.flatten(-2))
 
@@ -66,58 +70,64 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(silu(gate(x)) · up(x)): (N, D) -> (N, F) twice -> (N, D)."""
 
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c: ModelConfig, kernels: Kernels):
         super().__init__()
         self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
         self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+        self.kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(self.kernels.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
     """One decoder layer: attention, then the MLP, each behind its norm and added to the residual stream (N, D)."""
 
-    def __init__(self, c: ModelConfig, layer: int):
+    def __init__(self, c: ModelConfig, layer: int, kernels: Kernels):
         super().__init__()
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = Attention(c, layer)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mlp = MLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, kernels)
+        self.self_attn = Attention(c, layer, kernels)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, kernels)
+        self.mlp = MLP(c, kernels)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, max_seqlen)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y = self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, max_seqlen)
+        y, x = self.post_attention_layernorm.add(y, x)
+        return x + self.mlp(y)
 
 
 class Head(Linear):
     """lm_head with the loss inside its forward: FSDP holds the weight whole there, and logits never exist whole."""
 
+    def __init__(self, c: ModelConfig, kernels: Kernels):
+        super().__init__(c.hidden_size, c.vocab_size, bias=False)
+        self.kernels = kernels
+
     def forward(self, x: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
         chunk = 2048 if x.is_cuda else 512  # a CPU's cache is small, and its allocator slow above 32 MB
-        return linear_cross_entropy(x, self.weight, targets, scale, chunk)
+        return self.kernels.linear_cross_entropy(x, self.weight, targets, scale, chunk=chunk)
 
 
 class Trunk(nn.Module):
     """`model.*` of a checkpoint: embedding, blocks, final norm."""
 
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c: ModelConfig, kernels: Kernels):
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(Block(c, layer) for layer in range(c.num_hidden_layers))
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.layers = nn.ModuleList(Block(c, layer, kernels) for layer in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, kernels)
 
 
 class Decoder(nn.Module):
     """A causal language model whose forward pass is its loss."""
 
-    def __init__(self, c: ModelConfig, dtype: torch.dtype = torch.float32):
+    def __init__(self, c: ModelConfig, dtype: torch.dtype = torch.float32, kernels: Kernels = TORCH):
         """dtype: of the hidden states and matrix products; parameters are made in torch's default dtype."""
         super().__init__()
         self.config, self.dtype = c, dtype
-        self.model = Trunk(c)
-        self.lm_head = Head(c.hidden_size, c.vocab_size, bias=False)
+        self.model = Trunk(c, kernels)
+        self.lm_head = Head(c, kernels)
         self._tie()
 
     def _tie(self) -> None:

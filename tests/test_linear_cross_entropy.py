@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanomed.kernels.linear_cross_entropy import IGNORED, linear_cross_entropy
+from nanomed.kernels.linear_cross_entropy import IGNORED
+from nanomed.kernels.linear_cross_entropy import linear_cross_entropy_torch as linear_cross_entropy
 
 V, D = 23, 12
 
@@ -51,7 +52,7 @@ def test_equals_cross_entropy(n, chunk, scale, upstream, data):
     """Any N, chunks that do not divide it, some targets ignored, any scale and any gradient from above."""
     ignored = data.draw(st.sets(st.integers(0, n - 1)))
     args = (*inputs(n, ignored=ignored), torch.tensor(scale))
-    got = with_grads(lambda *a: linear_cross_entropy(*a, chunk), *args, upstream)
+    got = with_grads(lambda *a: linear_cross_entropy(*a, chunk=chunk), *args, upstream)
     wanted = with_grads(exact, *args, upstream)
     for name, x, y in zip(("loss", "dX", "dW"), got, wanted, strict=True):
         assert x.dtype == torch.float32
@@ -71,7 +72,7 @@ def test_all_ignored_is_zero_with_zero_gradients(dtype):
     hidden, weight, targets = inputs(7, ignored=range(7))
     for chunk in (3, 100):
         got = with_grads(
-            lambda *a, c=chunk: linear_cross_entropy(*a, c), hidden.to(dtype), weight, targets, torch.tensor(1.0)
+            lambda *a, c=chunk: linear_cross_entropy(*a, chunk=c), hidden.to(dtype), weight, targets, torch.tensor(1.0)
         )
         for x in got:
             assert not x.any()
@@ -107,8 +108,8 @@ def test_a_second_backward_is_refused():
 def test_chunk_size_does_not_change_the_result(chunk):
     args = (*inputs(100, ignored=range(0, 100, 7)), torch.tensor(0.01))
     for x, y in zip(
-        with_grads(lambda *a: linear_cross_entropy(*a, chunk), *args),
-        with_grads(lambda *a: linear_cross_entropy(*a, 33), *args),
+        with_grads(lambda *a: linear_cross_entropy(*a, chunk=chunk), *args),
+        with_grads(lambda *a: linear_cross_entropy(*a, chunk=33), *args),
         strict=True,
     ):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
@@ -125,7 +126,7 @@ def test_bf16_is_no_worse_than_eager_bf16(chunk):
     wanted = with_grads(exact, *(x.double() for x in args[:2]), *args[2:])
     for name, ours, theirs, right in zip(
         ("loss", "dX", "dW"),
-        with_grads(lambda *a: linear_cross_entropy(*a, chunk), *args),
+        with_grads(lambda *a: linear_cross_entropy(*a, chunk=chunk), *args),
         with_grads(eager, *args),
         wanted,
         strict=True,
@@ -138,7 +139,7 @@ def test_fp32_weight_under_bf16_hidden_gets_an_fp32_gradient():
     """The master weight's gradient is accumulated in float32 and never rounded to bf16 as a whole."""
     hidden, weight, targets = inputs(256, vocab=100, d=32)
     args = (hidden.bfloat16(), weight, targets, torch.tensor(1 / 256))
-    _, dx, dw = with_grads(lambda *a: linear_cross_entropy(*a, 16), *args)
+    _, dx, dw = with_grads(lambda *a: linear_cross_entropy(*a, chunk=16), *args)
     assert (dx.dtype, dw.dtype) == (torch.bfloat16, torch.float32)
     assert (dw != dw.bfloat16().float()).any()  # finer than bf16
     right = with_grads(exact, hidden.bfloat16().double(), weight.bfloat16().double(), targets, args[3])[2]
@@ -159,5 +160,5 @@ def test_the_logits_never_exist_whole():
 
     args = (*inputs(400, vocab=300, d=8), torch.tensor(1.0))
     with Largest():
-        with_grads(lambda *a: linear_cross_entropy(*a, 50), *args)
+        with_grads(lambda *a: linear_cross_entropy(*a, chunk=50), *args)
     assert 50 * 300 <= largest < 400 * 300 / 2

@@ -1,0 +1,115 @@
+"""What the compiler makes of every kernel, for GPUs that need not be there: registers, spills, widths of memory access.
+
+    python -m nanomed.kernels.registers        the table; CI holds it to tests/kernel_registers.json
+
+A memory-bound kernel is slow for reasons that show in its machine code: values spilled to local memory, two-byte loads
+where sixteen would do (a stride the compiler could not prove a multiple of 16), float64 arithmetic slipped in by a Python
+float, so many registers that few programs fit a multiprocessor. Triton brings NVIDIA's assembler and disassembler along,
+so this needs no GPU. Half a minute for all three models and three generations.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import cross_entropy, rms_norm, rope, swiglu
+from .common import next_power_of_2, tl, triton, warps_for
+from .roofline import MODELS, Model
+
+GENERATIONS = {80: "A100", 90: "H100, H200", 100: "B200"}
+BF16, FP32, INT64 = torch.bfloat16, torch.float32, torch.int64  # here each stands for a pointer to such
+
+
+def launches(m: Model) -> Iterator[tuple]:
+    """(name, kernel, positional arguments, constexprs, warps) of every launch in a step of the model, as the ops make it."""
+    d, f, v, half = m.hidden, m.intermediate, m.vocab, m.head_dim // 2
+    block, vocab_block = next_power_of_2(d), min(cross_entropy.MAX_BLOCK, next_power_of_2(v))
+    for add in (False, True):
+        name, norm = ("add_rms_norm" if add else "rms_norm"), dict(ADD=add, BLOCK=block, ACC=tl.float32)
+        r, stride, n = (BF16, d, 8192) if add else (None, 0, 8192)
+        yield f"{name} forward", rms_norm._forward, (BF16, d, r, stride, BF16, BF16, r, FP32, d, 1e-6), norm, warps_for(block)
+        args = (BF16, d, r, stride, BF16, d, BF16, FP32, BF16, FP32, n, d)
+        yield f"{name} backward", rms_norm._backward, args, norm, warps_for(block)
+    tile = dict(BLOCK=swiglu.BLOCK, ACC=tl.float32)
+    yield "swiglu forward", swiglu._forward, (BF16, f, BF16, f, BF16, f), tile, swiglu.WARPS
+    yield "swiglu backward", swiglu._backward, (BF16, f, BF16, f, BF16, f, BF16, BF16, f), tile, swiglu.WARPS
+    heads = dict(Q_HEADS=next_power_of_2(m.q_heads), K_HEADS=next_power_of_2(m.k_heads), HALF=next_power_of_2(half))
+    q, k = (BF16, m.q_heads * m.head_dim, m.head_dim), (BF16, m.k_heads * m.head_dim, m.head_dim)
+    args = (*q, *k, FP32, FP32, BF16, BF16, m.q_heads, m.k_heads, half)
+    for name, inverse in (("rope forward", False), ("rope backward", True)):
+        yield name, rope._rotate, args, dict(INVERSE=inverse, **heads, ACC=tl.float32), rope.WARPS
+    for name, grad in (("cross_entropy loss only", False), ("cross_entropy", True)):
+        const = dict(GRAD=grad, IGNORED=cross_entropy.IGNORED, BLOCK=vocab_block, ACC=tl.float32)
+        args = (BF16, v, INT64, FP32, FP32, v, 0.0)
+        yield name, cross_entropy._rows, args, const, warps_for(vocab_block)
+    yield "scale", cross_entropy._times, (BF16, v * d, FP32), dict(BLOCK=4096, ACC=tl.float32), 8
+
+
+def compile_for(kernel, args: tuple, constexprs: dict, warps: int, generation: int):
+    """The kernel compiled as a launch with these arguments would compile it."""
+    signature, constants, attributes = {}, dict(constexprs), {}
+    pointers = {BF16: "*bf16", FP32: "*fp32", INT64: "*i64"}
+    for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
+        if value is None or value == 1:  # Triton makes constants of these
+            constants[name] = value
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = pointers.get(value) or ("i32" if value < 2**31 else "i64")
+            if value in pointers or value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
+    target = triton.backends.compiler.GPUTarget("cuda", generation, 32)
+    return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": True})
+
+
+def measure(compiled) -> dict[str, int]:
+    """Registers a thread, and counts of instructions in the machine code that should be many, or none."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([tools / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    count = lambda pattern: len(re.findall(pattern, sass))  # noqa: E731
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spills": count(r"\b(?:STL|LDL)\b") + int(re.search(r"STACK:(\d+)", usage)[1]),
+        "loads_128": count(r"\bLDG(?:STS)?\.[\w.]*128\b"),
+        "stores_128": count(r"\bSTG\.[\w.]*128\b"),
+        "narrow": count(r"\b(?:LDG|STG)\.[\w.]*[US](?:8|16)\b"),  # of one or two bytes
+        "float64": count(r"\bD(?:ADD|MUL|FMA|SETP|MNMX)\b"),
+    }
+
+
+def table(generations=tuple(GENERATIONS), models=tuple(MODELS)) -> dict[str, dict[str, int]]:
+    """`measure` of every launch: {"rms_norm forward, 4096, sm_90": {...}}. Same launches of several models stand once."""
+    jobs = {}
+    for model in models:
+        for name, kernel, args, constexprs, warps in launches(MODELS[model]):
+            sizes = ", ".join(str(v) for k, v in constexprs.items() if k in ("BLOCK", "Q_HEADS", "K_HEADS"))
+            for generation in generations:
+                jobs[f"{name}, {sizes}, {warps} warps, sm_{generation}"] = (kernel, args, constexprs, warps, generation)
+    return {name: measure(compile_for(*job)) for name, job in tqdm(jobs.items(), "compiling", leave=False, delay=3)}
+
+
+def as_text(rows: dict[str, dict[str, int]]) -> str:
+    """The table as Markdown."""
+    columns = list(next(iter(rows.values())))
+    lines = ["| kernel | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    return "\n".join(lines + [f"| {name} | " + " | ".join(str(row[c]) for c in columns) + " |" for name, row in rows.items()])
+
+
+if __name__ == "__main__":
+    if triton is None:
+        sys.exit("error: Triton is not installed, which has the compiler; pip install triton (Linux)")
+    print(as_text(table()))
