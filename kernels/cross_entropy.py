@@ -86,6 +86,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, scale: Tensor, z_loss: float 
     """scale · Σ loss in nats; 0 with zero gradients where all targets are IGNORED. Consumes the logits.
 
     logits (N, V): where they need a gradient, it is written over them in the forward pass, and they are logits no more.
+    (So a gradient from above other than 1 rounds them a second time.)
     targets (N,) int64, each in [0, V) or IGNORED: not checked here, which would wait for the device.
     scale () float32 on the logits' device, usually 1 / (valid tokens of the whole step).
     """
@@ -147,7 +148,7 @@ class _CrossEntropy(torch.autograd.Function):
         with_grad = grad_enabled and ctx.needs_input_grad[0]
         loss, grad = way.loss_and_grad(logits, targets, scale, z_loss, with_grad)
         if with_grad:
-            ctx.save_for_backward(grad)
+            ctx.save_for_backward(grad.detach())  # as logits it has a history, which a second derivative would follow
         ctx.way, ctx.used = way, False
         return loss * scale
 
