@@ -1,6 +1,7 @@
 """What the compiler makes of every kernel, for GPUs that need not be there: registers, spills, widths of memory access.
 
-    python -m nanomed.kernels.registers        the table; CI holds it to tests/kernel_registers.json
+    python -m nanomed.kernels.registers            the table
+    python -m nanomed.kernels.registers --json     the same for programs; a test holds it to tests/kernel_registers.json
 
 A memory-bound kernel is slow for reasons that show in its machine code: values spilled to local memory, two-byte loads
 where sixteen would do (a stride the compiler could not prove a multiple of 16), float64 arithmetic slipped in by a Python
@@ -8,6 +9,7 @@ float, so many registers that few programs fit a multiprocessor. Triton brings N
 so this needs no GPU. Half a minute for all three models and three generations.
 """
 
+import json
 import re
 import subprocess
 import sys
@@ -19,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from . import cross_entropy, rms_norm, rope, swiglu
-from .common import next_power_of_2, tl, triton, warps_for
+from .common import INTERPRETED, next_power_of_2, tl, triton, warps_for
 from .roofline import MODELS, Model
 
 GENERATIONS = {80: "A100", 90: "H100, H200", 100: "B200"}
@@ -112,4 +114,7 @@ def as_text(rows: dict[str, dict[str, int]]) -> str:
 if __name__ == "__main__":
     if triton is None:
         sys.exit("error: Triton is not installed, which has the compiler; pip install triton (Linux)")
-    print(as_text(table()))
+    if INTERPRETED:
+        sys.exit("error: TRITON_INTERPRET is set; unset it, the interpreter does not compile")
+    rows = table()
+    print(json.dumps(rows, indent=1) if "--json" in sys.argv[1:] else as_text(rows))

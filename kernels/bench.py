@@ -1,0 +1,221 @@
+"""The kernels beside everybody else's, on the GPU at hand, in per cent of what that GPU can do at all.
+
+    python -m nanomed.kernels.bench                  three models, 8,192 and 32,768 tokens
+    python -m nanomed.kernels.bench --quick          one model, 8,192 tokens: under 4 minutes
+    python -m nanomed.kernels.bench --op rope swiglu --model mistral-7b
+
+First the device: its copy bandwidth and its rate of matrix products set the roofline. Then every operation, forward,
+backward and both, for every provider that is installed; one whose results are wrong is not timed. Everything lands in
+OUT/bench.json after each operation, so that a cut run still counts, and in OUT/bench.md and OUT/bench.svg at the end.
+
+Without a GPU: the predicted floors, and what the compiler makes of the kernels.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import common, peers, registers, timing
+from .roofline import GUESSED, MODELS, OPS, Device, Model, floor_s, traffic
+
+CHECK_TOKENS = 128  # of the comparison with float64, which would not fit memory at full size
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nanomed.kernels.bench",
+        description=__doc__.splitlines()[0],
+        epilog="Without a GPU it prints the predicted floors and the compiler's register table.",
+    )
+    parser.add_argument("--op", nargs="+", choices=OPS, default=OPS, help="operations to measure (default: all)")
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS), help="whose shapes (default: all three)")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 32768], help="tokens in a call (default: both sizes)")
+    parser.add_argument("--quick", action="store_true", help="qwen2.5-7b at 8,192 tokens only")
+    parser.add_argument("--out", type=Path, default=Path("runs/kernels"), help="folder for bench.json, .md and .svg")
+    args = parser.parse_args()
+    models, tokens = (["qwen2.5-7b"], [8192]) if args.quick else (args.model, args.tokens)
+    if min(tokens) < 1:
+        sys.exit(f"error: --tokens {min(tokens)}: must be at least 1")
+    if not torch.cuda.is_available():
+        print(predicted(args.op, [MODELS[m] for m in models], tokens))
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    result = {"machine": machine(), "rows": []}
+    jobs = [(op, MODELS[m], n) for op in args.op for m in models for n in tokens]
+    for job in tqdm(jobs, "benchmark"):
+        result["rows"] += rows_of(*job, result["machine"])
+        partial = args.out / "bench.json.tmp"
+        partial.write_text(json.dumps(result, indent=1))
+        os.replace(partial, args.out / "bench.json")
+    text = as_text(result)
+    (args.out / "bench.md").write_text(text)
+    draw(result, args.out / "bench.svg")
+    print(f"{text}\n{args.out}/bench.json, bench.md, bench.svg")
+
+
+def machine() -> dict:
+    """The GPU with its measured rates, and every version that matters."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"torch": torch.__version__, "triton": common.triton.__version__, "cuda": torch.version.cuda}
+    for package in ("liger-kernel", "quack-kernels", "cut-cross-entropy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "copy_bytes_s": timing.copy_bytes_s(),
+        "gemm_flop_s": timing.gemm_flop_s(),
+        "date": datetime.date.today().isoformat(),
+        **versions,
+    }
+
+
+def rows_of(op: str, m: Model, n: int, of_machine: dict) -> list[dict]:
+    """One row for every provider of the operation: milliseconds, per cent of the floor, bytes, error; or why not."""
+    rows = []
+    costs = traffic(op, m, n)
+    device = Device(of_machine["gpu"], of_machine["copy_bytes_s"], of_machine["gemm_flop_s"])
+    everybody = peers.everybody(op)
+    eager_error = error_of(peers.formula(op), op, m)
+    for provider, function in everybody.items():
+        row = {"op": op, "model": m.name, "tokens": n, "provider": provider}
+        rows.append(row)
+        if isinstance(function, str):
+            row["absent"] = function
+            continue
+        try:
+            row["error"] = error_of(function, op, m)
+            if not row["error"] <= 2 * eager_error + 1e-3:
+                row["absent"] = f"wrong: relative error {row['error']:.1e}, eager's {eager_error:.1e}"
+                continue
+            for part, work in parts(function, op, m, n).items():
+                p20, p50, p80 = timing.quantiles_ms(work, graph="cross_entropy" not in op)
+                row[part] = {"ms": [p20, p50, p80], "of_floor": floor_s(costs[part], device) * 1e3 / p50}
+            row["extra_bytes"] = timing.peak_bytes(parts(function, op, m, n)["both"])
+        except Exception as error:  # a peer's failure, out of memory too, is a result
+            row["absent"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            if provider.startswith("ours"):
+                raise
+    return rows
+
+
+def parts(function, op: str, m: Model, n: int) -> dict:
+    """The work to time: `forward`, `backward` (of a graph made once) and `both`; the losses have `both` only."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    leaves = peers.inputs(op, m, n, torch.bfloat16, device)
+    rest = peers.extras(op, m, n, torch.bfloat16, device)
+    outputs = as_tuple(function(*leaves, *rest))
+    above = [torch.ones_like(y) if y.ndim == 0 else torch.randn_like(y) for y in outputs]
+
+    def both():
+        return torch.autograd.grad(as_tuple(function(*leaves, *rest)), leaves, above)
+
+    if "cross_entropy" in op:
+        return {"both": both}
+    return {
+        "forward": lambda: function(*leaves, *rest),
+        "backward": lambda: torch.autograd.grad(outputs, leaves, above, retain_graph=True),
+        "both": both,
+    }
+
+
+def as_tuple(outputs) -> tuple:
+    """One output or several, as a tuple."""
+    return tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
+
+
+def error_of(function, op: str, m: Model) -> float:
+    """Largest relative error of any output or gradient against the formula in float64, both on bf16 inputs."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results = []
+    for f, dtype in ((function, torch.bfloat16), (peers.formula(op), torch.float64)):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in peers.inputs(op, m, CHECK_TOKENS, torch.bfloat16, device)]
+        outputs = as_tuple(f(*[x * 1 for x in leaves], *peers.extras(op, m, CHECK_TOKENS, dtype, device)))
+        above = [
+            torch.ones_like(y) if y.ndim == 0 else torch.randn(y.shape, generator=torch.Generator(device).manual_seed(i),
+                device=device, dtype=torch.float32).bfloat16().to(y.dtype)
+            for i, y in enumerate(outputs)
+        ]  # fmt: skip
+        results.append([*(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, above)])
+    pairs = zip(*results, strict=True)
+    return max(((x.double() - y).norm() / y.norm().clamp(min=1e-30)).item() for x, y in pairs)
+
+
+# --- what people see -----------------------------------------------------------------------------------------------
+
+
+def as_text(result: dict) -> str:
+    """The result as Markdown: a table an operation and size, with what was absent, and why, below."""
+    m = result["machine"]
+    lines = [
+        f"{m['gpu']}: copies {m['copy_bytes_s'] / 1e12:.2f} TB/s, multiplies {m['gemm_flop_s'] / 1e12:.0f} TFLOP/s (bf16). "
+        f"torch {m['torch']}, triton {m['triton']}, {m['date']}. Times are medians, % are of the floor these rates set."
+    ]
+    for key in dict.fromkeys((r["op"], r["model"], r["tokens"]) for r in result["rows"]):
+        rows = [r for r in result["rows"] if (r["op"], r["model"], r["tokens"]) == key]
+        lines += ["", f"**{key[0]}**, {key[1]}, {key[2]:,} tokens", ""]
+        lines += ["| | forward ms | % | backward ms | % | both ms | % | extra MB | error |", "|---" * 9 + "|"]
+        for row in rows:
+            if "absent" not in row:
+                cells = [f"{row[p]['ms'][1]:.3f} | {row[p]['of_floor']:.0%}" if p in row else " | " for p in PARTS]
+                extra, error = row["extra_bytes"] / 1e6, row["error"]
+                lines.append(f"| {row['provider']} | {' | '.join(cells)} | {extra:,.0f} | {error:.1e} |")
+        lines += [""] + [f"- {row['provider']}: {row['absent']}" for row in rows if "absent" in row]
+    return "\n".join(lines)
+
+
+PARTS = ("forward", "backward", "both")
+
+
+def draw(result: dict, path: Path) -> None:
+    """Bars of forward and backward together in per cent of the floor, a panel an operation; the roofline is at 100 %."""
+    from matplotlib.figure import Figure
+
+    keys = list(dict.fromkeys((r["op"], r["model"], r["tokens"]) for r in result["rows"]))
+    columns = min(3, len(keys))
+    figure = Figure(figsize=(5 * columns, 2.6 * -(-len(keys) // columns)), layout="constrained")
+    for i, key in enumerate(keys):
+        rows = [r for r in result["rows"] if (r["op"], r["model"], r["tokens"]) == key and "absent" not in r]
+        axes = figure.add_subplot(-(-len(keys) // columns), columns, i + 1)
+        of_floor = [100 * r["both"]["of_floor"] for r in rows]
+        colours = ["tab:red" if r["provider"] == "ours" else "tab:gray" for r in rows]
+        bars = axes.barh([r["provider"] for r in rows], of_floor, color=colours)
+        axes.bar_label(bars, fmt="%.0f %%", padding=2, fontsize=8)
+        axes.axvline(100, color="black", linewidth=1)
+        axes.set_xlim(0, max(115, *(1.15 * x for x in of_floor)))
+        axes.invert_yaxis()
+        axes.set_title(f"{key[0]}, {key[1]}, {key[2]:,} tokens", fontsize=9)
+        axes.tick_params(labelsize=8)
+    figure.suptitle(f"{result['machine']['gpu']}: % of the floor, forward and backward together", fontsize=11)
+    figure.savefig(path)
+
+
+def predicted(ops, models: list[Model], tokens: list[int]) -> str:
+    """What to expect of GPUs that are not here: floors for guessed rates, and the compiler's view of the kernels."""
+    lines = ["No GPU here: nothing is measured. Floors in ms, with rates that are plausible and not measured by us:"]
+    lines += [f"- {d.name}: copies {d.copy / 1e12} TB/s, multiplies {d.gemm / 1e12:.0f} TFLOP/s" for d in GUESSED.values()]
+    names = [d.name for d in GUESSED.values()]
+    lines += ["", f"| operation | model | tokens | part | {' | '.join(names)} |", "|---" * (4 + len(names)) + "|"]
+    for op in ops:
+        for m in models:
+            for n in tokens:
+                for part, cost in traffic(op, m, n).items():
+                    floors = " | ".join(f"{floor_s(cost, d) * 1e3:.3f}" for d in GUESSED.values())
+                    lines.append(f"| {op} | {m.name} | {n:,} | {part} | {floors} |")
+    if common.triton is None or common.INTERPRETED:
+        return "\n".join([*lines, "", "Triton is not here to compile: no register table."])
+    names = ", ".join(f"sm_{g} = {gpus}" for g, gpus in registers.GENERATIONS.items())
+    return "\n".join([*lines, "", f"What the compiler makes of the kernels ({names}):", "", registers.as_text(registers.table())])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Break the kernels on purpose, one way at a time, and see a test go red: `python tests/mutations.py` (some minutes).
+
+A test suite is worth what it catches. Each mutation is a bug that some project has shipped; the clone is copied to a
+temporary folder, the line is changed there, and the kernels' tests must fail. Exit status 1 if one survives.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+INT64 = "row = tl.program_id(0).to(tl.int64)"
+MUTATIONS = [  # (what, file, old, new): old must stand in the file
+    ("row numbers in int32", "rms_norm", INT64, "row = tl.program_id(0)"),
+    ("row numbers in int32", "rms_norm", "row = tl.cast(i, tl.int64)", "row = i"),
+    ("row numbers in int32", "swiglu", INT64, "row = tl.program_id(0)"),
+    ("row numbers in int32", "cross_entropy", INT64, "row = tl.program_id(0)"),
+    ("row numbers in int32", "rope", "token = tl.program_id(0).to(tl.int64)", "token = tl.program_id(0)"),
+    ("no mask at a store", "rms_norm", "(s * rstd * w).to(y_ptr.dtype.element_ty), mask=mask", "(s * rstd * w).to(y_ptr.dtype.element_ty)"),
+    ("no mask at a store", "swiglu", "y.to(y_ptr.dtype.element_ty), mask=mask", "y.to(y_ptr.dtype.element_ty)"),
+    ("no mask at a store", "cross_entropy", "grad.to(x_ptr.dtype.element_ty), mask=at < V", "grad.to(x_ptr.dtype.element_ty)"),
+    ("masked columns count", "cross_entropy", "mask=i * BLOCK + cols < V, other=float(\"-inf\")", "mask=i * BLOCK + cols < V, other=0.0"),
+    ("dW accumulated in bf16", "linear_cross_entropy", "hidden.new_zeros(weight.shape, dtype=wide)", "hidden.new_zeros(weight.shape)"),
+    ("ignored rows keep their logits", "cross_entropy", "tl.store(x_ptr + i * BLOCK + cols, zeros", "tl.store(x_ptr + i * BLOCK + cols + V * 0, tl.load(x_ptr + i * BLOCK + cols, mask=i * BLOCK + cols < V, other=0.0)"),
+    ("target subtracted after rounding", "cross_entropy", "grad = tl.exp(x - maximum) * of_p - tl.where(at == target, scale, 0.0)", "grad = (tl.exp(x - maximum) * of_p).to(x_ptr.dtype.element_ty).to(ACC) - tl.where(at == target, scale, 0.0)"),
+    ("the all -inf block", "cross_entropy", "tl.where(new == float(\"-inf\"), 0.0, new)", "new"),
+    ("the wrong way round", "rope", "sin = -sin", "sin = sin"),
+    ("forward the wrong way round", "rope", "a * cos - b * sin", "a * cos + b * sin"),
+    ("the residual's gradient forgotten", "rms_norm", "if ADD:\n            dx +=", "if False:\n            dx +="),
+    ("norm of the unrounded sum", "rms_norm", "s = rounded.to(ACC)", "s = s + residual"),
+    ("dW parts of the first programs only", "rms_norm", "tl.store(dw_ptr + program * D", "tl.store(dw_ptr + 0 * D"),
+    ("sigmoid's own slope forgotten", "swiglu", "(1 + gate * (1 - sigma))", "1"),
+    ("a second slab over the first", "linear_cross_entropy", "for start in range(0, len(dw), 4096):", "for start in reversed(range(0, len(dw), 4096)):"),
+    ("scaled twice", "cross_entropy", "if factor == 1:", "if factor != 1:"),
+]  # fmt: skip
+TESTS = ["kernels", "rms_norm", "swiglu", "rope", "cross_entropy", "linear_cross_entropy"]
+
+
+def survives(file: str, old: str, new: str) -> bool:
+    """Do the kernels' tests pass although kernels/FILE.py has `new` for `old`?"""
+    with tempfile.TemporaryDirectory() as folder:
+        clone = Path(folder) / "clone"
+        shutil.copytree(ROOT, clone, symlinks=True, ignore=shutil.ignore_patterns(".git", "bins", "runs", "__pycache__"))
+        path = clone / "kernels" / f"{file}.py"
+        text = path.read_text()
+        if old not in text:
+            sys.exit(f"error: kernels/{file}.py has no {old!r}; bring the mutation up to date")
+        path.write_text(text.replace(old, new))
+        tests = [test for name in TESTS if (test := clone / "tests" / f"test_{name}.py").exists()]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+        return subprocess.run(command, cwd=clone, env=None, capture_output=True).returncode == 0
+
+
+if __name__ == "__main__":
+    survivors = 0
+    for what, file, old, new in tqdm(MUTATIONS, "mutations"):
+        alive = survives(file, old, new)
+        survivors += alive
+        tqdm.write(f"{'SURVIVED' if alive else 'caught  '} {file}: {what}")
+    sys.exit(survivors > 0)
