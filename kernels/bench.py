@@ -35,8 +35,8 @@ def main() -> None:
         epilog="Without a GPU it prints the predicted floors and the compiler's register table.",
     )
     parser.add_argument("--op", nargs="+", choices=OPS, default=OPS, help="operations to measure (default: all)")
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS), help="whose shapes (default: all three)")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 32768], help="tokens in a call (default: both sizes)")
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS), help="whose shapes (default: all)")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 32768], help="in a call (default: 8192 32768)")
     parser.add_argument("--quick", action="store_true", help="qwen2.5-7b at 8,192 tokens only")
     parser.add_argument("--out", type=Path, default=Path("runs/kernels"), help="folder for bench.json, .md and .svg")
     args = parser.parse_args()
@@ -138,16 +138,19 @@ def error_of(function, op: str, m: Model) -> float:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results = []
     for f, dtype in ((function, torch.bfloat16), (peers.formula(op), torch.float64)):
-        leaves = [x.detach().to(dtype).requires_grad_() for x in peers.inputs(op, m, CHECK_TOKENS, torch.bfloat16, device)]
+        rounded = peers.inputs(op, m, CHECK_TOKENS, torch.bfloat16, device)
+        leaves = [x.detach().to(dtype).requires_grad_() for x in rounded]
         outputs = as_tuple(f(*[x * 1 for x in leaves], *peers.extras(op, m, CHECK_TOKENS, dtype, device)))
-        above = [
-            torch.ones_like(y) if y.ndim == 0 else torch.randn(y.shape, generator=torch.Generator(device).manual_seed(i),
-                device=device, dtype=torch.float32).bfloat16().to(y.dtype)
-            for i, y in enumerate(outputs)
-        ]  # fmt: skip
+        above = [torch.ones_like(y) if y.ndim == 0 else _noise(y, i) for i, y in enumerate(outputs)]
         results.append([*(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, above)])
     pairs = zip(*results, strict=True)
     return max(((x.double() - y).norm() / y.norm().clamp(min=1e-30)).item() for x, y in pairs)
+
+
+def _noise(y: torch.Tensor, seed: int) -> torch.Tensor:
+    """The same bf16 numbers for any dtype of y."""
+    generator = torch.Generator(y.device).manual_seed(seed)
+    return torch.randn(y.shape, generator=generator, device=y.device).bfloat16().to(y.dtype)
 
 
 # --- what people see -----------------------------------------------------------------------------------------------
@@ -202,7 +205,8 @@ def draw(result: dict, path: Path) -> None:
 def predicted(ops, models: list[Model], tokens: list[int]) -> str:
     """What to expect of GPUs that are not here: floors for guessed rates, and the compiler's view of the kernels."""
     lines = ["No GPU here: nothing is measured. Floors in ms, with rates that are plausible and not measured by us:"]
-    lines += [f"- {d.name}: copies {d.copy / 1e12} TB/s, multiplies {d.gemm / 1e12:.0f} TFLOP/s" for d in GUESSED.values()]
+    for d in GUESSED.values():
+        lines.append(f"- {d.name}: copies {d.copy / 1e12} TB/s, multiplies {d.gemm / 1e12:.0f} TFLOP/s")
     names = [d.name for d in GUESSED.values()]
     lines += ["", f"| operation | model | tokens | part | {' | '.join(names)} |", "|---" * (4 + len(names)) + "|"]
     for op in ops:
@@ -213,8 +217,9 @@ def predicted(ops, models: list[Model], tokens: list[int]) -> str:
                     lines.append(f"| {op} | {m.name} | {n:,} | {part} | {floors} |")
     if common.triton is None or common.INTERPRETED:
         return "\n".join([*lines, "", "Triton is not here to compile: no register table."])
-    names = ", ".join(f"sm_{g} = {gpus}" for g, gpus in registers.GENERATIONS.items())
-    return "\n".join([*lines, "", f"What the compiler makes of the kernels ({names}):", "", registers.as_text(registers.table())])
+    gpus = ", ".join(f"sm_{generation} = {names}" for generation, names in registers.GENERATIONS.items())
+    lines += ["", f"What the compiler makes of the kernels ({gpus}):", "", registers.as_text(registers.table())]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

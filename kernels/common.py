@@ -55,12 +55,12 @@ def check(what: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype | Non
     """
     if isinstance(x, DTensor):
         raise TypeError(f"{what} is a DTensor; call the kernel inside a module that FSDP has gathered")
-    if dtype is None and not x.is_floating_point() or dtype is not None and x.dtype != dtype:
+    if x.dtype != dtype if dtype is not None else not x.is_floating_point():
         raise TypeError(f"{what} is {x.dtype}, expected {dtype or 'a floating-point type'}")
     if x.shape != shape:
         raise ValueError(f"{what} has shape {tuple(x.shape)}, expected {tuple(shape)}")
     if x.ndim and x.shape[-1] > 1 and x.stride(-1) != 1:
-        raise ValueError(f"{what} has stride {x.stride(-1)} in its last dimension, expected 1; call .contiguous() on it")
+        raise ValueError(f"{what} has stride {x.stride(-1)} in its last dimension, expected 1; call .contiguous()")
     if x.device.type == "cpu" and not INTERPRETED:
         raise ValueError(f"{what} is on the CPU, where Triton has no kernels; use the function that ends in _torch")
     if triton is None:

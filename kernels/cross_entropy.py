@@ -138,7 +138,7 @@ def _loss_and_grad(logits: Tensor, targets: Tensor, scale: Tensor, z_loss: float
 class Way(NamedTuple):
     """How to compute: `TRITON` or `TORCH`."""
 
-    loss_and_grad: Callable  # (logits, targets, scale, z_loss, with_grad) -> unscaled loss (), gradient or what was there
+    loss_and_grad: Callable  # (logits, targets, scale, z_loss, with_grad) -> unscaled loss (), gradient
     scale_: Callable  # (x, factor) -> None
 
 

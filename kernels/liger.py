@@ -28,7 +28,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, w: Tensor, eps: float) -> tuple[Te
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """As kernels.swiglu."""
+    """As kernels.swiglu; its backward writes the gradients over gate and up."""
     return LigerSiLUMulFunction.apply(gate, up)
 
 

@@ -151,9 +151,8 @@ def _torchs_own(op: str) -> Callable | str:
         if not hasattr(F, "linear_cross_entropy"):
             return f"torch {torch.__version__} has no F.linear_cross_entropy"
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=2048, acc_dtype=torch.float32)
-        return lambda h, w, y, s: s * F.linear_cross_entropy(
-            h, w, y, reduction="sum", ignore_index=IGNORED, options=options
-        )
+        settings = dict(reduction="sum", ignore_index=IGNORED, options=options)
+        return lambda h, w, y, s: s * F.linear_cross_entropy(h, w, y, **settings)
     return "torch.nn.functional has none of its own"
 
 

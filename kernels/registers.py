@@ -35,7 +35,8 @@ def launches(m: Model) -> Iterator[tuple]:
     for add in (False, True):
         name, norm = ("add_rms_norm" if add else "rms_norm"), dict(ADD=add, BLOCK=block, ACC=tl.float32)
         r, stride, n = (BF16, d, 8192) if add else (None, 0, 8192)
-        yield f"{name} forward", rms_norm._forward, (BF16, d, r, stride, BF16, BF16, r, FP32, d, 1e-6), norm, warps_for(block)
+        args = (BF16, d, r, stride, BF16, BF16, r, FP32, d, 1e-6)
+        yield f"{name} forward", rms_norm._forward, args, norm, warps_for(block)
         args = (BF16, d, r, stride, BF16, d, BF16, FP32, BF16, FP32, n, d)
         yield f"{name} backward", rms_norm._backward, args, norm, warps_for(block)
     tile = dict(BLOCK=swiglu.BLOCK, ACC=tl.float32)
@@ -108,7 +109,8 @@ def as_text(rows: dict[str, dict[str, int]]) -> str:
     """The table as Markdown."""
     columns = list(next(iter(rows.values())))
     lines = ["| kernel | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    return "\n".join(lines + [f"| {name} | " + " | ".join(str(row[c]) for c in columns) + " |" for name, row in rows.items()])
+    lines += [f"| {name} | " + " | ".join(str(row[c]) for c in columns) + " |" for name, row in rows.items()]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ arithmetic on bf16 is an error: kernels load, widen, compute, and round at the s
 
 import numpy as np
 import torch
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -42,3 +43,21 @@ def _checked_unary(self, arg, op):
 interpreter._convert_float = _round_to_nearest_even
 interpreter.InterpreterBuilder.binary_op = _checked_binary
 interpreter.InterpreterBuilder.unary_op = _checked_unary
+
+
+# --- what Liger-Kernel's kernels need besides, to run in it --------------------------------------------------------
+
+_implicit_cvt = interpreter._implicit_cvt
+
+
+def convert_floats_too(x):
+    """Python floats as float32 tensors: the interpreter leaves them as they are, and Liger calls .to on them."""
+    if not isinstance(x, float):
+        return _implicit_cvt(x)
+    return tl.core.tensor(interpreter.TensorHandle(np.array([x], np.float32), tl.float32), tl.float32)
+
+
+@triton.jit
+def rsqrt(x):
+    """For libdevice's, which the interpreter lacks."""
+    return tl.math.rsqrt(x)

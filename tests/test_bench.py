@@ -59,7 +59,8 @@ def test_every_operation_runs_for_every_provider_here(op, clock, monkeypatch):
     timed = "both" if "entropy" in op else "forward"
     for row in rows:
         if "absent" not in row:
-            assert row["both"]["of_floor"] == pytest.approx(floor_s(traffic(op, TINY, 5)["both"], bench.Device("", 1e9, 1e10)) * 1e3)
+            least = floor_s(traffic(op, TINY, 5)["both"], bench.Device("", 1e9, 1e10))
+            assert row["both"]["of_floor"] == pytest.approx(least * 1e3)
             assert row[timed]["ms"] == [0.9, 1.0, 1.1]
             assert row["error"] < 0.02
         else:
@@ -101,7 +102,7 @@ def test_the_report_shows_what_was_measured_and_who_was_absent(tmp_path):
     assert "| ours | 0.125 | 91% | 0.125 | 91% | 0.125 | 91% | 3 | 1.0e-03 |" in text
     assert "- quack: not installed" in text
     bench.draw(result, tmp_path / "bench.svg")
-    assert "qwen2.5-7b, 8,192 tokens" in (tmp_path / "bench.svg").read_text() or (tmp_path / "bench.svg").stat().st_size > 5000
+    assert (tmp_path / "bench.svg").read_text().count("<path") > 20
     assert json.loads(json.dumps(result)) == result
 
 
@@ -109,10 +110,11 @@ def test_the_report_shows_what_was_measured_and_who_was_absent(tmp_path):
 def test_without_a_gpu_the_command_predicts():
     """Interpreted, it leaves the register table out (test_registers.py has it)."""
     env = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "nanomed.kernels.bench", "--op", "rope", "--model", "mistral-7b", "--tokens", "8192"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    command = [sys.executable, "-m", "nanomed.kernels.bench"]
+    flags = ["--op", "rope", "--model", "mistral-7b", "--tokens", "8192"]
+    done = subprocess.run(command + flags, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "nothing is measured" in done.stdout
     assert "| rope | mistral-7b | 8,192 | forward | 0.056 | 0.039 |" in done.stdout
-    bad = subprocess.run([*command[:3], "--tokens", "0"], cwd=ROOT, env=env, capture_output=True, text=True)
+    bad = subprocess.run([*command, "--tokens", "0"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert (bad.returncode, bad.stderr) == (1, "error: --tokens 0: must be at least 1\n")

@@ -75,7 +75,8 @@ def test_low_precision_is_no_worse_than_eager(case, dtype):
     tensors = case.inputs(16, 200, dtype)
     right = outputs_and_gradients(case.formula, [x.double() for x in tensors], at_a_loss=1.0)
     ours, eager = (outputs_and_gradients(f, tensors, at_a_loss=1.0) for f in (case.ours, case.formula))
-    little = 1e-3 if case.name == "linear_cross_entropy" else 1e-4  # on the CPU each chunk's part of dW is rounded once more
+    # On the CPU each chunk's part of dW is rounded once more.
+    little = 1e-3 if case.name == "linear_cross_entropy" else 1e-4
     for i, (x, y, exact) in enumerate(zip(ours, eager, right, strict=True)):
         assert relative_error(x, exact) <= relative_error(y, exact) * 1.02 + little, (i, case.name)
 
@@ -185,7 +186,8 @@ def test_a_nan_stays_in_its_row(case):
 def registered_ops() -> dict:
     """Every op the kernels register, with arguments for it; strided rows, and tensors that want gradients where it has any."""
     x, y = (torch.randn(4, 6, device=DEVICE) for _ in range(2))
-    apart, w, rstd = torch.randn(4, 9, device=DEVICE)[:, :6], torch.randn(6, device=DEVICE), torch.rand(4, device=DEVICE)
+    apart, w = torch.randn(4, 9, device=DEVICE)[:, :6], torch.randn(6, device=DEVICE)
+    rstd = torch.rand(4, device=DEVICE)
     q, k = torch.randn(4, 3, 8, device=DEVICE), torch.randn(4, 2, 8, device=DEVICE)
     one = torch.tensor(0.5, device=DEVICE)
     wants = lambda *tensors: [t.clone().requires_grad_() for t in tensors]  # noqa: E731
@@ -212,7 +214,8 @@ def test_every_registered_op_is_examined():
     """Found in the sources, so that a new op cannot be forgotten."""
     from conftest import ROOT
 
-    names = {n for path in (ROOT / "kernels").glob("*.py") for n in re.findall(r'custom_op\("([^"]+)"', path.read_text())}
+    sources = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
+    names = set(re.findall(r'custom_op\("([^"]+)"', sources))
     assert names == {op._qualname for op in registered_ops()}
 
 
@@ -257,7 +260,7 @@ def test_a_second_derivative_is_refused(case):
     outputs = case.ours(*leaves)
     first = outputs[0] if isinstance(outputs, tuple) else outputs
     grads = torch.autograd.grad(first.sum(), leaves, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|[Nn]o autograd formula|not have an autograd|does not require grad"):
+    with pytest.raises(RuntimeError, match=r"[Nn]o autograd formula|not have an autograd|does not require grad"):
         sum(g.sum() for g in grads).backward()
 
 

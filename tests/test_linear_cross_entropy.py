@@ -80,16 +80,16 @@ def test_all_ignored_is_zero_with_zero_gradients(linear_cross_entropy, dtype):
     """The empty batches of the last ranks, where the ranks do not divide a step."""
     hidden, weight, targets = inputs(7, ignored=range(7))
     for chunk in (3, 100):
-        got = with_grads(
-            lambda *a, c=chunk: linear_cross_entropy(*a, chunk=c), hidden.to(dtype), weight, targets, torch.tensor(1.0, device=DEVICE)
-        )
+        args = (hidden.to(dtype), weight, targets, torch.tensor(1.0, device=DEVICE))
+        got = with_grads(lambda *a, c=chunk: linear_cross_entropy(*a, chunk=c), *args)
         for x in got:
             assert not x.any()
 
 
 def test_huge_logits_stay_finite(linear_cross_entropy):
     hidden, weight, targets = inputs(9)
-    loss, dx, dw = with_grads(linear_cross_entropy, hidden * 1e3, weight * 1e3, targets, torch.tensor(0.1, device=DEVICE))
+    args = (hidden * 1e3, weight * 1e3, targets, torch.tensor(0.1, device=DEVICE))
+    loss, dx, dw = with_grads(linear_cross_entropy, *args)
     assert loss > 0
     assert all(x.isfinite().all() for x in (loss, dx, dw))
 
