@@ -15,7 +15,9 @@ import argparse
 import datetime
 import json
 import os
+import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -62,8 +64,6 @@ def main() -> None:
 
 def machine() -> dict:
     """The GPU with its measured rates, and every version that matters."""
-    from importlib.metadata import PackageNotFoundError, version
-
     versions = {"torch": torch.__version__, "triton": common.triton.__version__, "cuda": torch.version.cuda}
     for package in ("liger-kernel", "quack-kernels", "cut-cross-entropy"):
         try:
@@ -72,6 +72,8 @@ def machine() -> dict:
             versions[package] = None
     return {
         "gpu": torch.cuda.get_device_name(),
+        "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "commit": _said("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
         "copy_bytes_s": timing.copy_bytes_s(),
         "gemm_flop_s": timing.gemm_flop_s(),
         "date": datetime.date.today().isoformat(),
@@ -79,10 +81,17 @@ def machine() -> dict:
     }
 
 
+def _said(*command: str) -> str | None:
+    """The first line of what a command prints; None where it cannot."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def rows_of(op: str, m: Model, n: int, of_machine: dict) -> list[dict]:
     """One row for every provider of the operation: milliseconds, per cent of the floor, bytes, error; or why not."""
     rows = []
-    costs = traffic(op, m, n)
     device = Device(of_machine["gpu"], of_machine["copy_bytes_s"], of_machine["gemm_flop_s"])
     everybody = peers.everybody(op)
     eager_error = error_of(peers.formula(op), op, m)
@@ -94,18 +103,26 @@ def rows_of(op: str, m: Model, n: int, of_machine: dict) -> list[dict]:
             continue
         try:
             row["error"] = error_of(function, op, m)
-            if not row["error"] <= 2 * eager_error + 1e-3:
+            if row["error"] <= 2 * eager_error + 1e-3:
+                row |= measured(function, op, m, n, device)
+            else:
                 row["absent"] = f"wrong: relative error {row['error']:.1e}, eager's {eager_error:.1e}"
-                continue
-            for part, work in parts(function, op, m, n).items():
-                p20, p50, p80 = timing.quantiles_ms(work, graph="cross_entropy" not in op)
-                row[part] = {"ms": [p20, p50, p80], "of_floor": floor_s(costs[part], device) * 1e3 / p50}
-            row["extra_bytes"] = timing.peak_bytes(parts(function, op, m, n)["both"])
-        except Exception as error:  # a peer's failure, out of memory too, is a result
-            row["absent"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        except Exception as error:  # a peer's failure, out of memory too, is a result; our own is none
             if provider.startswith("ours"):
                 raise
+            row["absent"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        torch.cuda.empty_cache()
     return rows
+
+
+def measured(function, op: str, m: Model, n: int, device: Device) -> dict:
+    """Milliseconds and share of the floor of each part, and the most bytes beyond the inputs. Frees all it made."""
+    costs, row = traffic(op, m, n), {}
+    for part, work in parts(function, op, m, n).items():
+        p20, p50, p80 = timing.quantiles_ms(work, graph="cross_entropy" not in op)
+        row[part] = {"ms": [p20, p50, p80], "of_floor": floor_s(costs[part], device) * 1e3 / p50}
+    row["extra_bytes"] = timing.peak_bytes(work)  # of the last part, which is `both`
+    return row
 
 
 def parts(function, op: str, m: Model, n: int) -> dict:
