@@ -2,9 +2,9 @@
 
 Text that spells a special token, "<|endoftext|>" say, is encoded as the ordinary characters it is; else a web page
 could end a document or open a chat turn. Added tokens that are not special (Qwen's <tool_call>, runs of spaces) do
-become their ids, as in any use of the tokenizer; the separator and BOS never do, special or not.
+become their ids, as in any use of the tokenizer; the separator and BOS never do, special or not. In chat records the
+special tokens of the template are real and those of the messages are not (conversations.py).
 
-Costs: a worker encodes 2 to 2.5 MB/s of German and takes 80 to 300 MB (vocabulary, one batch or one long document).
 Workers are spawned: a fork would copy the held locks of the tokenizer's threads.
 """
 
@@ -25,10 +25,12 @@ import numpy as np
 import tokenizers
 from tokenizers import Tokenizer
 
+from conversations import chat_template, conversation_engine, renderer
+from engines import Encode, fast_engine, load_spec, reference_engine
 from nanomed import InputError, bins
 from reading import parse_row, read_batches
 
-ENGINE = f"tokenizers {tokenizers.__version__}"
+PROBE_CHARS = 2_000  # length of the document of each batch that both engines encode: long enough, and soon done
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,9 @@ class Job:
     tokenizer_sha256: str
     separator: int
     bos: int | None
-    text_key: str
+    key: str  # of the text, or of the messages
+    messages: bool  # chat records
+    engine: str  # "tokenizers" or "gigatoken"
 
 
 @dataclass
@@ -58,14 +62,14 @@ class Encoded:
 def find_tokenizer(model: str | Path) -> tuple[Path, dict]:
     """tokenizer.json of a folder, that file itself, or of a hub id; and the configuration beside it.
 
-    From the hub only the tokenizer's three files come. The configuration is tokenizer_config.json over
+    From the hub only the tokenizer's files come. The configuration is tokenizer_config.json over
     special_tokens_map.json, {} where neither is. InputError if there is no tokenizer.json.
     """
     path = Path(model)
     if not path.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model)):
         from huggingface_hub import snapshot_download  # slow to import
 
-        names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+        names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
         try:
             path = Path(snapshot_download(str(model), allow_patterns=names))
         except (OSError, ValueError) as error:
@@ -89,30 +93,36 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise InputError(f"{path}: refused by tokenizers {tokenizers.__version__}: {error}") from None
 
 
-@functools.lru_cache(maxsize=1)  # loading takes a second; a worker does it once
-def load_engine(job: Job) -> Callable[[list[str]], list[list[int]]]:
-    """The function that encodes texts to ids. This is the seam for another engine, which must give the same ids."""
-    spec = json.loads(Path(job.tokenizer).read_text("utf-8"))
-    # As saved, truncation would cut documents silently, and dropout would make other bins each time.
-    spec["truncation"] = spec["padding"] = None
-    if "dropout" in spec["model"]:
-        spec["model"]["dropout"] = None
-    for token in spec.get("added_tokens") or []:
-        token["special"] = token["special"] or token["id"] in (job.separator, job.bos)
-    tokenizer = Tokenizer.from_str(json.dumps(spec))
-    tokenizer.encode_special_tokens = True  # "do encode their spelling", that is: as ordinary text
-    return lambda texts: [code.ids for code in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+@functools.lru_cache(maxsize=1)  # loading takes up to a second; a worker does it once
+def load_engine(job: Job) -> tuple[Encode, Encode | None]:
+    """The function that encodes texts (conversations: with aliases), and the reference to watch it, if it needs that."""
+    spec = load_spec(Path(job.tokenizer), (job.separator, job.bos))
+    if job.messages:
+        return conversation_engine(spec), None
+    reference = reference_engine(spec)
+    return (fast_engine(spec, reference), reference) if job.engine == "gigatoken" else (reference, None)
+
+
+@functools.lru_cache(maxsize=1)
+def load_renderer(job: Job) -> Callable[[list], tuple[str, str]]:
+    """The function messages → (text with aliases, text as it reads)."""
+    path, config = find_tokenizer(job.tokenizer)
+    spec = load_spec(path, (job.separator, job.bos))
+    return renderer(spec, chat_template(path, config), config)
 
 
 def encode_rows(job: Job, path: Path, first_row: int, rows: list[bytes | None], position: int) -> Encoded:
     """Parse and encode a batch, in a worker; InputError names file and line of the first bad row."""
-    is_json = path.suffix != ".parquet"
-    where = f"{path}: {'line' if is_json else 'row'}"
+    is_json = job.messages or path.suffix != ".parquet"
+    where = f"{path}: {'row' if path.suffix == '.parquet' else 'line'}"
     texts, n_bytes, places, empty = [], [], [], []
     for number, row in enumerate(rows, first_row):
         try:
-            text = parse_row(row, job.text_key, is_json)
-            size = len(text.encode("utf-8")) if text else 0  # fails for half a surrogate pair, which JSON can spell
+            value = parse_row(row, job.key, is_json, list if job.messages else str)
+            text, visible = load_renderer(job)(value) if job.messages and value else (value, value)
+            size = (
+                len(visible.encode("utf-8")) if visible else 0
+            )  # fails for half a surrogate pair, which JSON can spell
         except UnicodeError as error:
             raise InputError(f"{where} {number + 1}: not valid UTF-8: {error}; expected UTF-8 text") from None
         except json.JSONDecodeError as error:
@@ -123,19 +133,33 @@ def encode_rows(job: Job, path: Path, first_row: int, rows: list[bytes | None], 
             texts.append(text)
             n_bytes.append(size)
             places.append(number)
-        elif text == "":
+        elif text is not None:
             empty.append(number)
-    ids = [np.array(code, np.uint32) for code in load_engine(job)(texts)]
-    for code, number in zip(ids, places, strict=True):
-        if (code == job.separator).any():  # a word-level vocabulary can do that, or a Unigram one
-            what = (
-                f"its text encodes to the separator's id {job.separator}; remove it, or choose another with --eos TOKEN"
-            )
-            raise InputError(f"{where} {number + 1}: {what}")
+    ids = encode_texts(job, texts, [f"{where} {number + 1}" for number in places])
     lengths = np.array([code.size for code in ids], np.int64)
     flat = np.concatenate(ids) if ids else np.empty(0, np.uint32)
     end_row = first_row + len(rows)
     return Encoded(flat, lengths, np.array(n_bytes, np.int64), np.array(places, np.int64), empty, end_row, position)
+
+
+def encode_texts(job: Job, texts: list[str], where: list[str]) -> list[np.ndarray]:
+    """The ids of each text, without the separator; InputError if one has it inside or the engines disagree."""
+    encode, reference = load_engine(job)
+    ids = encode(texts)
+    if reference and texts:
+        probe = min(range(len(texts)), key=lambda i: abs(len(texts[i]) - PROBE_CHARS))
+        if not np.array_equal(ids[probe], reference([texts[probe]])[0]):
+            what = "gigatoken and tokenizers encode it differently; delete the bins, use --engine tokenizers"
+            raise InputError(f"{where[probe]}: {what}")
+    for i, code in enumerate(ids):
+        if job.messages and code.size and code[-1] == job.separator:  # many templates end with it, and so do the bins
+            ids[i] = code = code[:-1]
+        if (code == job.separator).any():  # a word-level vocabulary can do that, a Unigram one, or a chat template
+            what = (
+                f"its text encodes to the separator's id {job.separator}; remove it, or choose another with --eos TOKEN"
+            )
+            raise InputError(f"{where[i]}: {what}")
+    return ids
 
 
 def start_worker() -> None:
@@ -151,7 +175,7 @@ def encode_file(
 ) -> Iterator[Encoded]:
     """The batches of a file, encoded, in order; two per worker are under way."""
     waiting: deque = deque()
-    for batch in read_batches(path, job.text_key, first_row):
+    for batch in read_batches(path, job.key, first_row, job.messages):
         if pool is None:
             yield encode_rows(job, path, *batch)
             continue
