@@ -37,10 +37,13 @@ def chat_template(path: Path, config: dict) -> str:
     return template
 
 
-def renderer(spec: dict, template: str, config: dict) -> Callable[[list], tuple[str, str]]:
+def renderer(
+    spec: dict, protected: tuple[int | None, ...], template: str, config: dict
+) -> Callable[[list], tuple[str, str]]:
     """The function messages → (text with aliases, text as it reads). It raises ValueError for what it cannot render.
 
-    spec: tokenizer.json; config: tokenizer_config.json, whose bos_token and so on the template may name.
+    spec: tokenizer.json; protected: ids that count as special; config: tokenizer_config.json, whose bos_token and so on
+    the template may name.
     """
     try:
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -48,7 +51,7 @@ def renderer(spec: dict, template: str, config: dict) -> Callable[[list], tuple[
         raise InputError("--messages-key needs transformers and jinja2: pip install -e '.[data]'") from None
     names = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()}
     variables = {key: value for key, value in names.items() if key.endswith("_token") and isinstance(value, str)}
-    alias = aliases(spec)
+    alias = {token["content"]: alias for token, alias in aliases(spec, protected)}
     special = re.compile("|".join(re.escape(token) for token in sorted(alias, key=len, reverse=True)) or "(?!)")
 
     def render(messages: list) -> tuple[str, str]:
@@ -83,17 +86,21 @@ def map_strings(value, function: Callable[[str], str]):
     return function(value) if isinstance(value, str) else value
 
 
-def aliases(spec: dict) -> dict[str, str]:
-    """Special token → its alias."""
-    return {t["content"]: f"{OPEN}{t['id']}{CLOSE}" for t in spec.get("added_tokens") or [] if t["special"]}
+def aliases(spec: dict, protected: tuple[int | None, ...]) -> list[tuple[dict, str]]:
+    """The special tokens of tokenizer.json, each with its alias."""
+    return [(token, f"{OPEN}{token['id']}{CLOSE}") for token in spec.get("added_tokens") or []
+            if token["special"] or token["id"] in protected]  # fmt: skip
 
 
-def conversation_engine(spec: dict) -> Callable[[list[str]], list[np.ndarray]]:
+def conversation_engine(spec: dict, protected: tuple[int | None, ...]) -> Callable[[list[str]], list[np.ndarray]]:
     """The function texts with aliases → uint32 ids of each."""
-    renamed = {t["id"]: aliases(spec)[t["content"]] for t in spec.get("added_tokens") or [] if t["special"]}
-    tokens = [token | {"content": renamed.get(token["id"], token["content"])} for token in spec["added_tokens"] or []]
+    renamed = {token["id"]: {"content": alias, "special": True} for token, alias in aliases(spec, protected)}
+    tokens = [token | renamed.get(token["id"], {}) for token in spec.get("added_tokens") or []]
     # The post-processor names tokens too, and is not used: the template says where BOS goes.
-    tokenizer = Tokenizer.from_str(json.dumps(spec | {"added_tokens": tokens, "post_processor": None}))
+    changed = {"added_tokens": tokens, "post_processor": None, "truncation": None, "padding": None}
+    if "dropout" in spec["model"]:
+        changed["model"] = spec["model"] | {"dropout": None}
+    tokenizer = Tokenizer.from_str(json.dumps(spec | changed))
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     original = np.arange(1 + max(vocabulary.values()), dtype=np.uint32)  # a new spelling may have got a new id
     for token in tokens:

@@ -22,15 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tokenizers
-from tokenizers import Tokenizer
 
 from conversations import chat_template, conversation_engine, renderer
-from engines import Encode, fast_engine, load_spec, reference_engine
+from engines import FIRST_DOCS, LATER_DOCS, PROBE_CHARS, Encode, Unproven, fast_engine, probes, reference_engine
 from nanomed import InputError, bins
 from reading import parse_row, read_batches
-
-PROBE_CHARS = 2_000  # length of the document of each batch that both engines encode: long enough, and soon done
 
 
 @dataclass(frozen=True)
@@ -57,6 +53,7 @@ class Encoded:
     empty: list[int]  # rows whose text is ""
     end_row: int  # row after the batch
     position: int  # bytes of the input read so far
+    sample: list[tuple[str, str, np.ndarray]]  # (where, text, ids) of a few, to be compared with the reference
 
 
 def find_tokenizer(model: str | Path) -> tuple[Path, dict]:
@@ -85,33 +82,32 @@ def find_tokenizer(model: str | Path) -> tuple[Path, dict]:
     return path, config
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """A Tokenizer from tokenizer.json; InputError if the library refuses it."""
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # it raises bare Exception
-        raise InputError(f"{path}: refused by tokenizers {tokenizers.__version__}: {error}") from None
-
-
 @functools.lru_cache(maxsize=1)  # loading takes up to a second; a worker does it once
-def load_engine(job: Job) -> tuple[Encode, Encode | None]:
-    """The function that encodes texts (conversations: with aliases), and the reference to watch it, if it needs that."""
-    spec = load_spec(Path(job.tokenizer), (job.separator, job.bos))
+def load_engine(job: Job) -> Encode:
+    """The function that encodes texts (conversations: with aliases) to uint32 ids."""
+    path, protected = Path(job.tokenizer), (job.separator, job.bos)
     if job.messages:
-        return conversation_engine(spec), None
-    reference = reference_engine(spec)
-    return (fast_engine(spec, reference), reference) if job.engine == "gigatoken" else (reference, None)
+        return conversation_engine(bins.read_json(path), protected)
+    reference = functools.partial(load_reference, job)  # loaded where it is needed
+    return fast_engine(path, protected, reference) if job.engine == "gigatoken" else reference()
+
+
+@functools.lru_cache(maxsize=1)
+def load_reference(job: Job) -> Encode:
+    """The engine `tokenizers`, whatever the job's is."""
+    return reference_engine(Path(job.tokenizer), (job.separator, job.bos))
 
 
 @functools.lru_cache(maxsize=1)
 def load_renderer(job: Job) -> Callable[[list], tuple[str, str]]:
     """The function messages → (text with aliases, text as it reads)."""
     path, config = find_tokenizer(job.tokenizer)
-    spec = load_spec(path, (job.separator, job.bos))
-    return renderer(spec, chat_template(path, config), config)
+    return renderer(bins.read_json(path), (job.separator, job.bos), chat_template(path, config), config)
 
 
-def encode_rows(job: Job, path: Path, first_row: int, rows: list[bytes | None], position: int) -> Encoded:
+def encode_rows(
+    job: Job, path: Path, n_sample: int, first_row: int, rows: list[bytes | None], position: int
+) -> Encoded:
     """Parse and encode a batch, in a worker; InputError names file and line of the first bad row."""
     is_json = job.messages or path.suffix != ".parquet"
     where = f"{path}: {'row' if path.suffix == '.parquet' else 'line'}"
@@ -135,31 +131,38 @@ def encode_rows(job: Job, path: Path, first_row: int, rows: list[bytes | None], 
             places.append(number)
         elif text is not None:
             empty.append(number)
-    ids = encode_texts(job, texts, [f"{where} {number + 1}" for number in places])
+    names = [f"{where} {number + 1}" for number in places]
+    ids = load_engine(job)(texts)
+    sample = [item for item in zip(names, texts, ids, strict=True) if len(item[1]) <= PROBE_CHARS][:n_sample]
+    if n_sample > LATER_DOCS:
+        spelled = probes(Path(job.tokenizer))
+        sample += zip(spelled, spelled, load_engine(job)(spelled), strict=True)
+    ids = [strip_separator(job, name, code) for name, code in zip(names, ids, strict=True)]
     lengths = np.array([code.size for code in ids], np.int64)
     flat = np.concatenate(ids) if ids else np.empty(0, np.uint32)
-    end_row = first_row + len(rows)
-    return Encoded(flat, lengths, np.array(n_bytes, np.int64), np.array(places, np.int64), empty, end_row, position)
+    numbers = (np.array(values, np.int64) for values in (n_bytes, places))
+    sample = sample if job.engine == "gigatoken" else []
+    return Encoded(flat, lengths, *numbers, empty, first_row + len(rows), position, sample)
 
 
-def encode_texts(job: Job, texts: list[str], where: list[str]) -> list[np.ndarray]:
-    """The ids of each text, without the separator; InputError if one has it inside or the engines disagree."""
-    encode, reference = load_engine(job)
-    ids = encode(texts)
-    if reference and texts:
-        probe = min(range(len(texts)), key=lambda i: abs(len(texts[i]) - PROBE_CHARS))
-        if not np.array_equal(ids[probe], reference([texts[probe]])[0]):
-            what = "gigatoken and tokenizers encode it differently; delete the bins, use --engine tokenizers"
-            raise InputError(f"{where[probe]}: {what}")
-    for i, code in enumerate(ids):
-        if job.messages and code.size and code[-1] == job.separator:  # many templates end with it, and so do the bins
-            ids[i] = code = code[:-1]
-        if (code == job.separator).any():  # a word-level vocabulary can do that, a Unigram one, or a chat template
-            what = (
-                f"its text encodes to the separator's id {job.separator}; remove it, or choose another with --eos TOKEN"
-            )
-            raise InputError(f"{where[i]}: {what}")
+def strip_separator(job: Job, where: str, ids: np.ndarray) -> np.ndarray:
+    """A document's ids without the separator that a chat template may end with; InputError if one is inside."""
+    if job.messages and ids.size and ids[-1] == job.separator:
+        ids = ids[:-1]
+    if (ids == job.separator).any():  # a word-level vocabulary can do that, a Unigram one, or a chat template
+        what = f"its text encodes to the separator's id {job.separator}; remove it, or choose another with --eos TOKEN"
+        raise InputError(f"{where}: {what}")
     return ids
+
+
+def compare(job: Job, encoded: Encoded) -> Encoded:
+    """The batch itself; Unproven if the reference gives other ids to a document of its sample."""
+    if encoded.sample:
+        expected = load_reference(job)([text for _, text, _ in encoded.sample])
+        for (where, _, ids), other in zip(encoded.sample, expected, strict=True):
+            if not np.array_equal(ids, other):
+                raise Unproven(f"it gives other ids than tokenizers to {where[:200]!r}")
+    return encoded
 
 
 def start_worker() -> None:
@@ -173,14 +176,15 @@ def start_worker() -> None:
 def encode_file(
     job: Job, path: Path, first_row: int, pool: ProcessPoolExecutor | None, workers: int
 ) -> Iterator[Encoded]:
-    """The batches of a file, encoded, in order; two per worker are under way."""
+    """The batches of a file, encoded and compared, in order; two per worker are under way. Unproven: see engines.py."""
     waiting: deque = deque()
-    for batch in read_batches(path, job.key, first_row, job.messages):
+    for number, batch in enumerate(read_batches(path, job.key, first_row, job.messages)):
+        n_sample = LATER_DOCS if number else FIRST_DOCS
         if pool is None:
-            yield encode_rows(job, path, *batch)
+            yield compare(job, encode_rows(job, path, n_sample, *batch))
             continue
-        waiting.append(pool.submit(encode_rows, job, path, *batch))
+        waiting.append(pool.submit(encode_rows, job, path, n_sample, *batch))
         if len(waiting) > 2 * workers:
-            yield waiting.popleft().result()
+            yield compare(job, waiting.popleft().result())
     while waiting:
-        yield waiting.popleft().result()
+        yield compare(job, waiting.popleft().result())

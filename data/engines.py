@@ -4,8 +4,9 @@
 where it earns it, and four guards stand between it and the bins:
 
 1. It refuses what it does not know (Unigram, WordPiece): then the reference encodes.
-2. `prove` compares both on documents of this very input and on text that spells every added token, before it starts.
-3. A document of every batch is encoded by both; a difference ends the run and names the row.
+2. Before anything is written, the first documents of this very input, and text that spells every added token, are
+   compared with the reference.
+3. So is a document of every later batch; a difference ends the run and names the row.
 4. Characters younger than Unicode 14 (this Python's tables say which) are in other classes for the two engines, whose
    tables are of different age. The few documents that hold one are encoded by the reference.
 
@@ -18,6 +19,7 @@ none, so a new one is made whenever the process has grown by MAX_GROWTH.
 
 import functools
 import json
+import re
 import sys
 import unicodedata
 from collections.abc import Callable
@@ -26,13 +28,18 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
+import tokenizers
+from tokenizers import AddedToken, Tokenizer
 
 from nanomed import InputError
 
 Encode = Callable[[list[str]], list[np.ndarray]]  # texts → uint32 ids of each, without BOS and separator
-MAX_GROWTH = 100 << 20  # bytes of memory
-SAMPLE_DOCS, SAMPLE_CHARS = 64, 20_000
+MAX_GROWTH = 128 << 20  # bytes of memory
+FIRST_DOCS, LATER_DOCS, PROBE_CHARS = 32, 1, 5_000  # compared of a batch, and how long they may be
+
+
+class Unproven(Exception):
+    """gigatoken must not encode this input; the message says why."""
 
 
 def engine_version(name: str) -> str:
@@ -40,56 +47,94 @@ def engine_version(name: str) -> str:
     return f"{name} {version(name)}"
 
 
-def load_spec(path: Path, protected: tuple[int | None, ...] = ()) -> dict:
-    """tokenizer.json without what must not touch a corpus; the ids `protected` count as special.
+@functools.lru_cache(maxsize=1)
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The Tokenizer of a tokenizer.json, one for the process since loading takes a second; InputError if refused."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # it raises bare Exception
+        raise InputError(f"{path}: refused by tokenizers {tokenizers.__version__}: {error}") from None
 
-    As saved, truncation would cut documents silently, and dropout would make other bins each time.
+
+def reference_engine(path: Path, protected: tuple[int | None, ...]) -> Encode:
+    """`tokenizers`, special tokens and the ids `protected` taken as the ordinary characters they are spelled with.
+
+    It sets the switches of `load_tokenizer`'s object.
     """
-    spec = json.loads(path.read_text("utf-8"))
-    spec["truncation"] = spec["padding"] = None
-    if "dropout" in spec["model"]:
-        spec["model"]["dropout"] = None
-    for token in spec.get("added_tokens") or []:
-        token["special"] = token["special"] or token["id"] in protected
-    return spec
-
-
-def reference_engine(spec: dict) -> Encode:
-    """`tokenizers`, special tokens taken as the ordinary characters they are spelled with."""
-    tokenizer = Tokenizer.from_str(json.dumps(spec))
+    tokenizer = load_tokenizer(path)
+    # As saved, truncation would cut documents silently, and dropout would make other bins each time.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if hasattr(tokenizer.model, "dropout"):
+        tokenizer.model.dropout = None
+    added = tokenizer.get_added_tokens_decoder()
+    for token in (added[i] for i in protected if i in added and not added[i].special):
+        tokenizer.add_special_tokens([AddedToken(token.content, special=True, normalized=token.normalized)])
     tokenizer.encode_special_tokens = True  # "do encode their spelling"
     return lambda texts: [
         np.array(code.ids, np.uint32) for code in tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     ]
 
 
-def fast_engine(spec: dict, reference: Encode) -> Encode:
-    """gigatoken, with the reference for documents of young characters; ValueError where it refuses the tokenizer."""
+def fast_engine(path: Path, protected: tuple[int | None, ...], reference: Callable[[], Encode]) -> Encode:
+    """gigatoken, with the reference for documents of young characters; Unproven where it refuses the tokenizer."""
+    if find_spec("gigatoken") is None:
+        raise Unproven("it is not installed; pip install -e '.[fast]' is about ten times as fast")
     import gigatoken
 
-    plain = spec | {"added_tokens": [token for token in spec.get("added_tokens") or [] if not token["special"]]}
-    source = json.dumps(plain)
-    tokenizer = gigatoken.Tokenizer.from_json(source)
-    limit = resident_bytes() + MAX_GROWTH
+    def load() -> gigatoken.Tokenizer:
+        try:
+            return gigatoken.Tokenizer.from_json(source)
+        except Exception as error:  # whatever its Rust side raises
+            raise Unproven(f"it refuses the tokenizer: {(str(error) or repr(error)).splitlines()[0]}") from None
+
+    source = without_special(path.read_text("utf-8"), protected)
+    tokenizer, limit = load(), resident_bytes() + MAX_GROWTH
 
     def encode(texts: list[str]) -> list[np.ndarray]:
         nonlocal tokenizer, limit
         if resident_bytes() > limit:
-            tokenizer = None  # before the next one is made
-            tokenizer = gigatoken.Tokenizer.from_json(source)
-            limit = resident_bytes() + MAX_GROWTH
+            tokenizer = None  # gone before the next one is made
+            tokenizer, limit = load(), max(limit, resident_bytes() + MAX_GROWTH // 2)
         ids = [tokenizer.encode(text) for text in texts]
         for i in young(texts):
-            [ids[i]] = reference([texts[i]])
+            [ids[i]] = reference()([texts[i]])
         return ids
 
     return encode
 
 
+def added_tokens(source: str) -> tuple[list[dict], int, int]:
+    """The added tokens in the text of a tokenizer.json, and where their list begins and ends; ([], 0, 0) if none.
+
+    Only that list is parsed: the rest is megabytes of vocabulary.
+    """
+    key, place = '"added_tokens":', -1
+    while (place := source.find(key, place + 1)) >= 0:
+        start = re.compile(r"\s*").match(source, place + len(key)).end()
+        tokens, end = json.JSONDecoder().raw_decode(source, start)
+        if isinstance(tokens, list):  # and not the vocabulary's entry for a word that reads so
+            return tokens, start, end
+    return [], 0, 0
+
+
+def without_special(source: str, protected: tuple[int | None, ...]) -> str:
+    """The text of a tokenizer.json without special tokens and those whose ids are `protected`."""
+    tokens, start, end = added_tokens(source)
+    kept = [token for token in tokens if not (token["special"] or token["id"] in protected)]
+    return f"{source[:start]}{json.dumps(kept)}{source[end:]}" if end else source
+
+
+def probes(path: Path) -> list[str]:
+    """Texts that spell every added token of tokenizer.json, special or not, for the comparison."""
+    names = [token["content"] for token in added_tokens(path.read_text("utf-8"))[0]]
+    return [f"a{name}b {name} {name}\n{name}{name} Ende" for name in names]
+
+
 def young(texts: list[str]) -> list[int]:
     """Which of the texts hold a character that Unicode 14 does not know."""
-    codes = np.frombuffer("".join(texts).encode("utf-16-le"), "<u2")
-    if not _suspects()[codes].any():
+    units = np.frombuffer("".join(texts).encode("utf-16-le"), "<u2")
+    if not _suspects()[units[units >= 0x800]].any():  # below, Unicode 14 to 17 are the same
         return []
     return [i for i, text in enumerate(texts) if any(unicodedata.category(char) == "Cn" for char in set(text))]
 
@@ -105,42 +150,3 @@ def resident_bytes() -> int:
     if sys.platform != "linux":
         return 0
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
-def disagreement(encode: Encode, reference: Encode, texts: list[str]) -> int | None:
-    """Index of the first text that two engines encode differently, or None."""
-    pairs = zip(encode(texts), reference(texts), strict=True)
-    return next((i for i, (ids, expected) in enumerate(pairs) if not np.array_equal(ids, expected)), None)
-
-
-def prove(spec: dict, texts: list[str]) -> str | None:
-    """Why gigatoken must not encode this input with this tokenizer; None if it may.
-
-    texts: documents of the input. They and text with every added token are compared with the reference.
-    """
-    if find_spec("gigatoken") is None:
-        return "not installed: pip install -e '.[fast]' is about ten times as fast"
-    reference = reference_engine(spec)
-    try:
-        encode = fast_engine(spec, reference)
-    except Exception as error:  # it raises whatever its Rust side raises
-        return f"it refuses this tokenizer: {(str(error) or type(error).__name__).splitlines()[0]}"
-    tokens = [token["content"] for token in spec.get("added_tokens") or []]
-    probes = [f"a{token}b {token} {token}\n{token}{token} Ende" for token in tokens]
-    texts = [text[:SAMPLE_CHARS] for text in texts[:SAMPLE_DOCS]] + probes
-    index = disagreement(encode, reference, texts)
-    return None if index is None else f"other ids than tokenizers for {texts[index][:60]!r}"
-
-
-def choose_engine(engine: str, spec: dict, texts: list[str]) -> tuple[str, str]:
-    """The engine to use, and why not the fast one ("" if it is used).
-
-    engine: "auto" takes gigatoken where `prove` finds nothing against it; "gigatoken" insists on it (InputError if
-    there is something against it); "tokenizers".
-    """
-    if engine == "tokenizers":
-        return engine, ""
-    reason = prove(spec, texts)
-    if reason and engine == "gigatoken":
-        raise InputError(f"--engine gigatoken: {reason}; use --engine auto")
-    return ("tokenizers", f"gigatoken is not used, {reason}") if reason else ("gigatoken", "")

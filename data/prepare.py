@@ -18,7 +18,6 @@ Costs: the first process can read and write about 190 MB/s, enough for 70 worker
 """
 
 import argparse
-import contextlib
 import fcntl
 import hashlib
 import multiprocessing
@@ -30,16 +29,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from conversations import chat_template
-from encoding import Encoded, Job, encode_file, find_tokenizer, load_tokenizer, start_worker
-from engines import SAMPLE_DOCS, choose_engine, engine_version, load_spec
+from encoding import Encoded, Job, encode_file, find_tokenizer, start_worker
+from engines import Unproven, engine_version, load_tokenizer
 from nanomed import InputError, bins
-from reading import SUFFIXES, parse_row, read_batches
+from reading import SUFFIXES
 
 SLICE_BYTES = 256 << 20  # text of a shard
 
@@ -161,7 +161,7 @@ def prepare(
 
     tokenizer_dir: a folder, a tokenizer.json or a hub id. text_key: key or column of the text. workers: processes that
     encode; with 1 it is this one. eos, bos: see `separator_id`, `bos_id`. slice_bytes: text of a shard. engine: see
-    `choose_engine`. messages_key: key or column of chat messages, which the tokenizer's template turns into text. Run
+    `write_all`. messages_key: key or column of chat messages, which the tokenizer's template turns into text. Run
     again after an interruption, it keeps the committed shards. InputError if anything is wrong with what it was given.
     """
     inputs, out = [Path(path) for path in inputs], Path(out)
@@ -186,8 +186,7 @@ def prepare(
             print(f"{out}: already prepared, {done.n_docs:,} documents, {done.n_tokens:,} tokens")
             return done
         if n_done < len(inputs):
-            job = replace(job, engine=pick_engine(engine, job, inputs[n_done]))
-            write_all(inputs, sources, job, settings, out, workers, index, n_done, row)
+            write_all(inputs, sources, job, settings, out, workers, (index, n_done, row), engine)
         finish(out, inputs)
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror or error}; free space, then run again") from None
@@ -213,24 +212,6 @@ def plan(
     return job, bins.settings_of(n_ids, separator, bos_id, identity)
 
 
-def pick_engine(engine: str, job: Job, path: Path) -> str:
-    """The engine for this input, after a look at its first documents; says so if it is not the fast one."""
-    if job.messages:
-        if engine == "gigatoken":
-            raise InputError("--engine gigatoken: chat records need --engine tokenizers, or auto")
-        return "tokenizers"
-    _, rows, _ = next(read_batches(path, job.key), (0, [], 0))
-    texts = []
-    for row in rows[:SAMPLE_DOCS]:
-        with contextlib.suppress(ValueError):  # a bad row is reported where it is met
-            texts.append(parse_row(row, job.key, path.suffix != ".parquet") or "")
-    texts = [text for text in texts if text.isascii() or text.encode("utf-8", "ignore").decode() == text]
-    name, reason = choose_engine(engine, load_spec(Path(job.tokenizer), (job.separator, job.bos)), texts)
-    if reason:
-        print(reason, file=sys.stderr)
-    return name
-
-
 def write_all(
     inputs: list[Path],
     sources: list[dict],
@@ -238,16 +219,39 @@ def write_all(
     settings: dict,
     out: Path,
     workers: int,
-    index: int,
-    n_done: int,
-    row: int,
+    place: tuple[int, int, int],
+    engine: str,
 ) -> None:
-    """All shards from `index` on: of inputs[n_done] from `row`, and of the inputs after it."""
-    pool, started, n_before = None, time.perf_counter(), sum(shard["n_bytes"] for shard in bins.committed_shards(out))
+    """All shards from `place` on: (index of the shard, inputs that are done, rows of the next that are done).
+
+    engine "auto": gigatoken, and `tokenizers` instead if it turns out, before a shard is committed, that it must not.
+    """
+    if job.messages:  # few, and the template takes longer than the encoding
+        engine = "tokenizers"
+    elif engine == "auto":
+        try:
+            return write_inputs(inputs, sources, replace(job, engine="gigatoken"), settings, out, workers, place)
+        except Unproven as error:
+            if (out / f"{bins.shard_name(place[0])}.json").exists():
+                raise InputError(f"gigatoken: {error}; delete {out}, use --engine tokenizers") from None
+            print(f"gigatoken is not used: {error}", file=sys.stderr)
+            engine = "tokenizers"
+    try:
+        write_inputs(inputs, sources, replace(job, engine=engine), settings, out, workers, place)
+    except Unproven as error:
+        raise InputError(f"--engine gigatoken: {error}; use --engine auto") from None
+
+
+def write_inputs(
+    inputs: list[Path], sources: list[dict], job: Job, settings: dict, out: Path, workers: int, place: tuple
+) -> None:
+    """`write_all` with the job's engine."""
+    (index, n_done, row), pool, started = place, None, time.perf_counter()
+    n_before = sum(shard["n_bytes"] for shard in bins.committed_shards(out))
     if workers > 1:
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
-    engine = engine_version(job.engine)
+    engine = engine_version(job.engine) if find_spec(job.engine) else job.engine
     try:
         with tqdm(total=sum(source["size"] for source in sources), unit="B", unit_scale=True, disable=None) as bar:
             for i in range(n_done, len(inputs)):
@@ -265,7 +269,7 @@ def write_all(
         if pool:
             pool.shutdown(cancel_futures=True)
     n_bytes = sum(shard["n_bytes"] for shard in bins.committed_shards(out)) - n_before
-    print(f"{n_bytes / 1e6 / (time.perf_counter() - started):.1f} MB/s with {engine} in {workers} processes")
+    print(f"{n_bytes / 1e6 / (time.perf_counter() - started):.1f} MB/s with {engine}, workers: {workers}")
 
 
 def finish(out: Path, inputs: list[Path]) -> None:

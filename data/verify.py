@@ -13,7 +13,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from encoding import find_tokenizer, load_tokenizer
+from encoding import find_tokenizer
+from engines import load_tokenizer
 from nanomed import InputError
 from nanomed.bins import Bins, tokenizer_sha256, verify
 
