@@ -9,6 +9,7 @@ Workers are spawned: a fork would copy the held locks of the tokenizer's threads
 """
 
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -105,14 +106,26 @@ def load_renderer(job: Job) -> Callable[[list], tuple[str, str]]:
     return renderer(bins.read_json(path), (job.separator, job.bos), chat_template(path, config), config)
 
 
-def encode_rows(
-    job: Job, path: Path, n_sample: int, first_row: int, rows: list[bytes | None], position: int
-) -> Encoded:
-    """Parse and encode a batch, in a worker; InputError names file and line of the first bad row."""
-    is_json = job.messages or path.suffix != ".parquet"
-    where = f"{path}: {'row' if path.suffix == '.parquet' else 'line'}"
-    texts, n_bytes, places, empty = [], [], [], []
+@dataclass
+class Parsed:
+    """A batch's D documents before encoding. text: with aliases, in conversations."""
+
+    texts: list[str]
+    n_bytes: list[int]  # UTF-8, of the text as it reads
+    rows: list[int]  # from 0
+    empty: list[int]  # rows whose text is ""
+
+
+def describe_row(path: Path, row: int) -> str:
+    """How an error names a row."""
+    return f"{path}: {'row' if path.suffix == '.parquet' else 'line'} {row + 1}"
+
+
+def parse_rows(job: Job, path: Path, first_row: int, rows: list[bytes | None]) -> Parsed:
+    """The documents of a batch; InputError names file and line of the first bad row."""
+    is_json, parsed = job.messages or path.suffix != ".parquet", Parsed([], [], [], [])
     for number, row in enumerate(rows, first_row):
+        where = describe_row(path, number)
         try:
             value = parse_row(row, job.key, is_json, list if job.messages else str)
             text, visible = load_renderer(job)(value) if job.messages and value else (value, value)
@@ -120,29 +133,38 @@ def encode_rows(
                 len(visible.encode("utf-8")) if visible else 0
             )  # fails for half a surrogate pair, which JSON can spell
         except UnicodeError as error:
-            raise InputError(f"{where} {number + 1}: not valid UTF-8: {error}; expected UTF-8 text") from None
+            raise InputError(f"{where}: not valid UTF-8: {error}; expected UTF-8 text") from None
         except json.JSONDecodeError as error:
-            raise InputError(f"{where} {number + 1}: not valid JSON: {error}; expected one object a line") from None
+            raise InputError(f"{where}: not valid JSON: {error}; expected one object a line") from None
         except ValueError as error:
-            raise InputError(f"{where} {number + 1}: {error}") from None
+            raise InputError(f"{where}: {error}") from None
         if text:
-            texts.append(text)
-            n_bytes.append(size)
-            places.append(number)
+            parsed.texts.append(text)
+            parsed.n_bytes.append(size)
+            parsed.rows.append(number)
         elif text is not None:
-            empty.append(number)
-    names = [f"{where} {number + 1}" for number in places]
-    ids = load_engine(job)(texts)
-    sample = [item for item in zip(names, texts, ids, strict=True) if len(item[1]) <= PROBE_CHARS][:n_sample]
-    if n_sample > LATER_DOCS:
-        spelled = probes(Path(job.tokenizer))
-        sample += zip(spelled, spelled, load_engine(job)(spelled), strict=True)
+            parsed.empty.append(number)
+    return parsed
+
+
+def encode_rows(
+    job: Job, path: Path, n_sample: int, first_row: int, rows: list[bytes | None], position: int
+) -> Encoded:
+    """Parse and encode a batch, in a worker; InputError names file and line of the first bad row."""
+    parsed = parse_rows(job, path, first_row, rows)
+    names, ids = [describe_row(path, row) for row in parsed.rows], load_engine(job)(parsed.texts)
+    sample = []
+    if job.engine == "gigatoken":
+        short = (item for item in zip(names, parsed.texts, ids, strict=True) if len(item[1]) <= PROBE_CHARS)
+        sample += itertools.islice(short, n_sample)
+        if n_sample > LATER_DOCS:
+            spelled = probes(Path(job.tokenizer))
+            sample += zip(spelled, spelled, load_engine(job)(spelled), strict=True)
     ids = [strip_separator(job, name, code) for name, code in zip(names, ids, strict=True)]
     lengths = np.array([code.size for code in ids], np.int64)
     flat = np.concatenate(ids) if ids else np.empty(0, np.uint32)
-    numbers = (np.array(values, np.int64) for values in (n_bytes, places))
-    sample = sample if job.engine == "gigatoken" else []
-    return Encoded(flat, lengths, *numbers, empty, first_row + len(rows), position, sample)
+    numbers = (np.array(values, np.int64) for values in (parsed.n_bytes, parsed.rows))
+    return Encoded(flat, lengths, *numbers, parsed.empty, first_row + len(rows), position, sample)
 
 
 def strip_separator(job: Job, where: str, ids: np.ndarray) -> np.ndarray:

@@ -59,17 +59,19 @@ def load_tokenizer(path: Path) -> Tokenizer:
 def reference_engine(path: Path, protected: tuple[int | None, ...]) -> Encode:
     """`tokenizers`, special tokens and the ids `protected` taken as the ordinary characters they are spelled with.
 
-    It sets the switches of `load_tokenizer`'s object.
+    It sets the switches of `load_tokenizer`'s object, which others may share: they change no id of ordinary text.
     """
     tokenizer = load_tokenizer(path)
+    added = tokenizer.get_added_tokens_decoder()
+    to_protect = [added[i] for i in protected if i in added and not added[i].special]
+    if to_protect:  # that does change ids: an object of our own
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.add_special_tokens([AddedToken(t.content, special=True, normalized=t.normalized) for t in to_protect])
     # As saved, truncation would cut documents silently, and dropout would make other bins each time.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if hasattr(tokenizer.model, "dropout"):
         tokenizer.model.dropout = None
-    added = tokenizer.get_added_tokens_decoder()
-    for token in (added[i] for i in protected if i in added and not added[i].special):
-        tokenizer.add_special_tokens([AddedToken(token.content, special=True, normalized=token.normalized)])
     tokenizer.encode_special_tokens = True  # "do encode their spelling"
     return lambda texts: [
         np.array(code.ids, np.uint32) for code in tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -136,7 +138,8 @@ def young(texts: list[str]) -> list[int]:
     units = np.frombuffer("".join(texts).encode("utf-16-le"), "<u2")
     if not _suspects()[units[units >= 0x800]].any():  # below, Unicode 14 to 17 are the same
         return []
-    return [i for i, text in enumerate(texts) if any(unicodedata.category(char) == "Cn" for char in set(text))]
+    is_young = lambda char: char >= "\u0800" and unicodedata.category(char) == "Cn"  # noqa: E731
+    return [i for i, text in enumerate(texts) if any(map(is_young, set(text)))]
 
 
 @functools.cache

@@ -18,11 +18,9 @@ Costs: the first process can read and write about 190 MB/s, enough for 70 worker
 """
 
 import argparse
-import fcntl
 import hashlib
 import multiprocessing
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -40,6 +38,7 @@ from encoding import Encoded, Job, encode_file, find_tokenizer, start_worker
 from engines import Unproven, engine_version, load_tokenizer
 from nanomed import InputError, bins
 from reading import SUFFIXES
+from resuming import committed_part, lock, remove_leftovers
 
 SLICE_BYTES = 256 << 20  # text of a shard
 
@@ -100,46 +99,6 @@ def describe_input(path: Path, job: Job, slice_bytes: int, progress) -> dict:
         raise InputError(f"{path}: has 0 bytes, which no compressed file has; fetch it again")
     source = {"name": path.name, "size": size, "sha256": digest.hexdigest()}
     return source | {"messages_key" if job.messages else "text_key": job.key, "slice_bytes": slice_bytes}
-
-
-def committed_part(out: Path, settings: dict, sources: list[dict]) -> tuple[int, int, int]:
-    """How far an earlier run came: (shards, inputs that are done, rows of the next that are done).
-
-    InputError if a shard there was made with another tokenizer, other settings or other inputs.
-    """
-    done, row, shards = 0, 0, bins.committed_shards(out)
-    for index, shard in enumerate(shards):
-        source = sources[done] if done < len(sources) else {"name": "no further input"}
-        for key, expected in (settings | source | {"first_row": row}).items():
-            found = shard[key] if key in settings else shard["source"].get(key)
-            if found != expected:
-                path, hint = out / f"{bins.shard_name(index)}.json", f"choose another --out, or delete {out}"
-                raise InputError(f"{path}: {key} is {found}, expected {expected}; {hint}")
-        source = shard["source"]
-        done, row = (done + 1, 0) if source["last"] else (done, row + source["n_rows"])
-    if (out / "manifest.json").exists() and done < len(sources):
-        raise InputError(f"{out}: is finished, without {sources[done]['name']}; choose another --out, or delete it")
-    return len(shards), done, row
-
-
-def remove_leftovers(out: Path) -> None:
-    """Remove what an interrupted run left uncommitted: *.tmp, and .bin or .idx without their JSON."""
-    for path in out.glob("*"):
-        own = re.fullmatch(r"(shard-\d{5}\.(bin|idx|json)|manifest\.json)(\.tmp)?", path.name)
-        if own and (path.suffix == ".tmp" or not path.with_suffix(".json").exists()):
-            path.unlink()
-
-
-def lock(out: Path) -> int:
-    """Let no second run write here; the lock ends with the process, however it ends."""
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{out}: another run is writing here; wait for it, or choose another --out") from None
-    except OSError:
-        pass  # a file system without locks
-    return descriptor
 
 
 # ---- the whole ----
