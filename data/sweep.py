@@ -98,13 +98,16 @@ def make_executor(step: Scoring, args: argparse.Namespace):
 
 @contextmanager
 def progress_bar(step: Scoring) -> Iterator[None]:
-    """Documents scored so far, from the notes that tasks leave, on whichever machine they run."""
-    folder, done = Path(step.out, "progress"), threading.Event()
+    """Documents scored so far, from the notes that tasks leave, on whichever machine they run.
+
+    What datatrove and others print to stderr meanwhile goes to SWEEP/logs/console.log: it would break the bar.
+    """
+    folder, done, terminal = Path(step.out, "progress"), threading.Event(), os.dup(2)
     for note in folder.glob("*"):
         note.unlink()
 
     def watch() -> None:
-        with tqdm(unit=" documents", desc="sweep", disable=None) as bar:
+        with os.fdopen(terminal, "w") as file, tqdm(unit=" documents", desc="sweep", file=file, disable=None) as bar:
             last = False
             while not last:
                 last = done.wait(1)
@@ -112,13 +115,18 @@ def progress_bar(step: Scoring) -> Iterator[None]:
                 bar.set_postfix_str(f"{len(counts)} of {len(step.files)} files begun", refresh=False)
                 bar.update(sum(int(count or 0) for count in counts) - bar.n)
 
-    thread = threading.Thread(target=watch, daemon=True)
+    Path(step.out, "logs").mkdir(parents=True, exist_ok=True)
+    thread, stderr = threading.Thread(target=watch, daemon=True), os.dup(2)
+    with Path(step.out, "logs", "console.log").open("ab") as log:
+        os.dup2(log.fileno(), 2)
     thread.start()
     try:
         yield
     finally:
         done.set()
         thread.join()
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def finish(step: Scoring, files: list[Path], threshold: float) -> dict:

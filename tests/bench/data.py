@@ -201,12 +201,12 @@ def bench_prepare(args: argparse.Namespace, work: Path) -> None:
     inputs = [work / "in" / f"{i}.jsonl" for i in range(2)]
     n_bytes = sum(write_jsonl(path, documents(sources, args.mb * 5e5, seed=i)) for i, path in enumerate(inputs))
     tokenizer = train_tokenizer(work / "tokenizer", sources, args.vocab)
-    (work / "datatrove.py").write_text(DATATROVE)
+    (work / "peer.py").write_text(DATATROVE)
     prepare = [sys.executable, ROOT / "data/prepare.py", *inputs, "--tokenizer", tokenizer, "--workers", 2]
     sides = {
         "gigatoken": [*prepare, "--engine", "gigatoken", "--out", work / "gigatoken"],
         "tokenizers": [*prepare, "--engine", "tokenizers", "--out", work / "tokenizers"],
-        "datatrove": [sys.executable, work / "datatrove.py", work / "in", tokenizer / "tokenizer.json",
+        "datatrove": [sys.executable, work / "peer.py", work / "in", tokenizer / "tokenizer.json",
                       work / "datatrove", 2],
     }  # fmt: skip
     runs: dict[str, list[dict]] = {side: [] for side in sides}
