@@ -92,7 +92,7 @@ def ask(
     n_requests: int | None = None,
     concurrency: int = 64,
     timeout_s: float = 120.0,
-    tries: int = 6,
+    tries: int = 8,
     desc: str = "ask",
 ) -> Iterator[tuple[object, Answer]]:
     """(key, Answer) of every request, in order of completion, under a progress bar.
