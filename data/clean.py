@@ -20,7 +20,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import re
 import sys
 import unicodedata
 from collections import Counter
@@ -37,21 +36,13 @@ from decontaminate import Questions, find_hits, read_questions
 from documents import find_files, open_parquet, read_documents, write_parquet
 from nanomed import InputError
 from nanomed.bins import read_json
+from personal import PATTERNS, count_personal
 from scoring import classifier_identity, score_path
 from sweep import read_classifier
 
 EXTRA = ("url", "dump", "date")
 CORPUS = {"id": "string", "text": "string", "url": "string", "dump": "string", "date": "string", "score": "float32"}
 KEPT = CORPUS | {"text_hash": "string", "id_hash": "string"}
-PERSONAL = {
-    "e-mail": r"[\w.+-]+@(?!example\.)[\w-]+\.[\w.-]*\w",
-    "e-mail, FineWeb's placeholder": r"[\w.+-]+@example\.\w+",
-    "IPv4": r"\b(?:25[0-5]|2[0-4]\d|1?\d?\d)(?:\.(?:25[0-5]|2[0-4]\d|1?\d?\d)){3}\b",
-    "telephone": r"(?<![\w.,-])(?:\+49|0049|0)[ /-]?\(?0?\)?[1-9]\d{1,4}\)?[ /-]{0,3}\d{2,4}(?:[ /-]?\d{2,4}){1,3}\b",
-    "IBAN": r"\bDE\d{2}(?: ?\d{4}){4} ?\d{2}\b",
-    "insurance number (KVNR)": r"\b[A-Z]\d{9}\b",
-}
-PATTERNS = {name: re.compile(pattern) for name, pattern in PERSONAL.items()}
 
 
 @dataclass(frozen=True)
@@ -193,13 +184,6 @@ def write_corpus(path: Path, out: Path, stays: np.ndarray, totals: dict) -> None
     write_parquet(part_of(path, out, "corpus"), documents(), CORPUS, {})
 
 
-def count_personal(text: str, personal: dict[str, Counter]) -> None:
-    """Add what looks like personal data in a text to the counts: documents, and occurrences."""
-    for name, pattern in PATTERNS.items():
-        if n_found := sum(1 for _ in pattern.finditer(text)):
-            personal[name] += Counter(documents=1, occurrences=n_found)
-
-
 def clean(inputs: list[str], job: Job, facts: dict, workers: int) -> dict:
     """Both stages and the reports; returns what report.json holds. facts: of classifier and source, for the card."""
     files, out = find_files(inputs), Path(job.out)
@@ -268,7 +252,7 @@ def plan(args: argparse.Namespace) -> tuple[Job, dict]:
     return job, facts
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description="Make the corpus of documents and scores. Run again after an interruption: it goes on.",
@@ -293,7 +277,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--text-key", default="text", metavar="KEY", help="column of the text (default: %(default)s)")
     add("--id-key", default="id", metavar="KEY", help="column of the identifier (default: %(default)s)")
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: the CPUs)")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def main() -> None:

@@ -250,8 +250,8 @@ def test_a_full_disk_is_one_line(tmp_path, clf, documents, monkeypatch):
 
 
 BAD = {
-    "missing id": ("a.jsonl", b'{"text": "a"}\n', r"a.jsonl: line 1: 'id' is missing"),
-    "missing text": ("a.jsonl", b'{"id": "1", "inhalt": "a"}\n', r"a.jsonl: line 1: 'text' is missing"),
+    "missing id": ("a.jsonl", b'{"text": "a"}\n', r"a.jsonl: line 1: no 'id', it has text"),
+    "missing text": ("a.jsonl", b'{"id": "1", "inhalt": "a"}\n', r"a.jsonl: line 1: no 'text', it has id, inhalt"),
     "null": ("a.jsonl", b'{"id": "1", "text": null}\n', r"a.jsonl: line 1: 'text' is null"),
     "not UTF-8": ("a.jsonl", b'{"id": "1", "text": "\xff"}\n', r"a.jsonl: line 1: not valid UTF-8"),
     "cut gz": ("a.jsonl.gz", gzip.compress(b'{"id": "1", "text": "a"}\n' * 99)[:-9], r"unreadable after line \d+"),
