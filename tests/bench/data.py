@@ -2,8 +2,7 @@
 
     python tests/bench/data.py prepare [--mb 40] [--rounds 5] [--text FILE.jsonl ...]
     python tests/bench/data.py verify  [--mb 400]
-    python tests/bench/data.py sweep   [--documents 400]
-    python tests/bench/data.py million [--documents 1000000]
+    python tests/bench/data_sweep.py sweep | million
 
 The text is generated: sentences of a real text (--text; without it the built-in corpus) in documents whose length is
 log-normal as on the web (median 2 kB, mean 3.3 kB), and one word in a hundred made of two others, so that words go on
@@ -12,9 +11,7 @@ Memory is the largest resident size of any one process of a side, looked at ever
 
 prepare: data/prepare.py with both engines beside datatrove's DocumentTokenizer (LocalPipelineExecutor, JSONL, a task and
 a worker per input, no shuffling), two inputs, two processes; a byte-level BPE with Qwen2's pre-tokenizer is trained on
-the text. sweep: data/sweep.py beside a loop over `datasets.map` in batches padded to their longest and not sorted, as
-FineWeb-Edu's classifier was run, at several batch sizes; an XLM-RoBERTa of 6 layers and 384 dimensions.
-Results go to tests/bench/results/.
+the text. Results go to tests/bench/results/.
 """
 
 import argparse
@@ -46,22 +43,6 @@ if __name__ == "__main__":
     steps = [JsonlReader(folder, glob_pattern="*.jsonl"),
              DocumentTokenizer(out, tokenizer, eos_token="<|endoftext|>", shuffle_documents=False)]
     LocalPipelineExecutor(steps, tasks=n, workers=n, logging_dir=out + "-logs").run()
-"""
-MAP_LOOP = """
-import sys, torch, numpy as np
-from datasets import load_dataset
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
-path, clf, out, batch_size, threads = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
-torch.set_num_threads(threads)
-tokenizer = PreTrainedTokenizerFast(tokenizer_file=clf + "/tokenizer.json", pad_token="<pad>")
-model = AutoModelForSequenceClassification.from_pretrained(clf).eval()
-def score(batch):
-    inputs = tokenizer(batch["text"], padding="longest", truncation=True, max_length=512, return_tensors="pt")
-    with torch.no_grad():
-        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-    return {"score": logits.float().softmax(-1)[:, 1].numpy()}
-data = load_dataset("json", data_files=path, split="train", cache_dir=out + "-cache")
-np.save(out + ".npy", np.array(data.map(score, batched=True, batch_size=batch_size)["score"]))
 """
 
 
@@ -242,7 +223,6 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The corpus's stages beside their peers; see the docstring.")
     parser.add_argument("case", choices=CASES)
     parser.add_argument("--mb", type=float, default=40, help="text, in MB (default: %(default)s)")
-    parser.add_argument("--documents", type=int, default=400, help="of sweep and million (default: %(default)s)")
     parser.add_argument("--vocab", type=int, default=32_000, help="of the tokenizer (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--text", nargs="*", default=[], type=Path, help="JSONL files of real text to generate from")
