@@ -9,7 +9,6 @@ Workers are spawned: a fork would copy the held locks of the tokenizer's threads
 """
 
 import functools
-import itertools
 import json
 import multiprocessing
 import os
@@ -19,7 +18,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -125,19 +126,17 @@ def parse_rows(job: Job, path: Path, first_row: int, rows: list[bytes | None]) -
     """The documents of a batch; InputError names file and line of the first bad row."""
     is_json, parsed = job.messages or path.suffix != ".parquet", Parsed([], [], [], [])
     for number, row in enumerate(rows, first_row):
-        where = describe_row(path, number)
         try:
             value = parse_row(row, job.key, is_json, list if job.messages else str)
             text, visible = load_renderer(job)(value) if job.messages and value else (value, value)
-            size = (
-                len(visible.encode("utf-8")) if visible else 0
-            )  # fails for half a surrogate pair, which JSON can spell
-        except UnicodeError as error:
-            raise InputError(f"{where}: not valid UTF-8: {error}; expected UTF-8 text") from None
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}: not valid JSON: {error}; expected one object a line") from None
+            size = len(visible.encode("utf-8")) if visible else 0  # fails for half a surrogate pair: JSON can spell it
         except ValueError as error:
-            raise InputError(f"{where}: {error}") from None
+            what = str(error)
+            if isinstance(error, UnicodeError):
+                what = f"not valid UTF-8: {error}; expected UTF-8 text"
+            elif isinstance(error, json.JSONDecodeError):
+                what = f"not valid JSON: {error}; expected one object a line"
+            raise InputError(f"{describe_row(path, number)}: {what}") from None
         if text:
             parsed.texts.append(text)
             parsed.n_bytes.append(size)
@@ -152,29 +151,30 @@ def encode_rows(
 ) -> Encoded:
     """Parse and encode a batch, in a worker; InputError names file and line of the first bad row."""
     parsed = parse_rows(job, path, first_row, rows)
-    names, ids = [describe_row(path, row) for row in parsed.rows], load_engine(job)(parsed.texts)
+    ids = load_engine(job)(parsed.texts)
     sample = []
     if job.engine == "gigatoken":
-        short = (item for item in zip(names, parsed.texts, ids, strict=True) if len(item[1]) <= PROBE_CHARS)
-        sample += itertools.islice(short, n_sample)
+        short = [i for i, text in enumerate(parsed.texts) if len(text) <= PROBE_CHARS][:n_sample]
+        sample += [(describe_row(path, parsed.rows[i]), parsed.texts[i], ids[i]) for i in short]
         if n_sample > LATER_DOCS:
             spelled = probes(Path(job.tokenizer))
             sample += zip(spelled, spelled, load_engine(job)(spelled), strict=True)
-    ids = [strip_separator(job, name, code) for name, code in zip(names, ids, strict=True)]
+    if job.messages:
+        ids = [strip_separator(code, job.separator) for code in ids]
     lengths = np.array([code.size for code in ids], np.int64)
     flat = np.concatenate(ids) if ids else np.empty(0, np.uint32)
+    if (inside := np.flatnonzero(flat == job.separator)).size:
+        # A word-level vocabulary can do that, a Unigram one, or a chat template.
+        row = parsed.rows[int(np.searchsorted(np.cumsum(lengths), inside[0], "right"))]
+        what = f"its text encodes to the separator's id {job.separator}; remove it, or choose another with --eos TOKEN"
+        raise InputError(f"{describe_row(path, row)}: {what}")
     numbers = (np.array(values, np.int64) for values in (parsed.n_bytes, parsed.rows))
     return Encoded(flat, lengths, *numbers, parsed.empty, first_row + len(rows), position, sample)
 
 
-def strip_separator(job: Job, where: str, ids: np.ndarray) -> np.ndarray:
-    """A document's ids without the separator that a chat template may end with; InputError if one is inside."""
-    if job.messages and ids.size and ids[-1] == job.separator:
-        ids = ids[:-1]
-    if (ids == job.separator).any():  # a word-level vocabulary can do that, a Unigram one, or a chat template
-        what = f"its text encodes to the separator's id {job.separator}; remove it, or choose another with --eos TOKEN"
-        raise InputError(f"{where}: {what}")
-    return ids
+def strip_separator(ids: np.ndarray, separator: int) -> np.ndarray:
+    """A conversation's ids without the separator that many chat templates end with: the bins add it."""
+    return ids[:-1] if ids.size and ids[-1] == separator else ids
 
 
 def compare(job: Job, encoded: Encoded) -> Encoded:
@@ -193,6 +193,21 @@ def start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+@contextmanager
+def worker_pool(n: int) -> Iterator[ProcessPoolExecutor | None]:
+    """n worker processes, which start at once and import while this one still loads the tokenizer; None for n = 1."""
+    if n == 1:
+        yield None
+        return
+    pool = ProcessPoolExecutor(n, mp_context=multiprocessing.get_context("spawn"), initializer=start_worker)
+    for _ in range(n):
+        pool.submit(find_spec, "gigatoken")  # a process is started when it is first needed
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def encode_file(

@@ -19,14 +19,13 @@ Costs: the first process can read and write about 190 MB/s, enough for 70 worker
 
 import argparse
 import hashlib
-import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,7 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 from conversations import chat_template
-from encoding import Encoded, Job, encode_file, find_tokenizer, start_worker
+from encoding import Encoded, Job, encode_file, find_tokenizer, worker_pool
 from engines import Unproven, engine_version, load_tokenizer
 from nanomed import InputError, bins
 from reading import SUFFIXES
@@ -104,6 +103,18 @@ def describe_input(path: Path, job: Job, slice_bytes: int, progress) -> dict:
 # ---- the whole ----
 
 
+@dataclass(frozen=True)
+class Run:
+    """What stays the same from the first shard to the manifest."""
+
+    inputs: list[Path]
+    sources: list[dict]  # what `describe_input` says of each
+    settings: dict  # of the bins
+    out: Path
+    pool: ProcessPoolExecutor | None
+    workers: int
+
+
 def prepare(
     inputs: list[Path],
     tokenizer_dir: str | Path,
@@ -128,10 +139,22 @@ def prepare(
         raise InputError(f"{len(inputs)} inputs, expected one or more, each once")
     if workers < 1:
         raise InputError(f"--workers is {workers}, expected 1 or more")
-    job, settings = plan(tokenizer_dir, text_key, messages_key, eos, bos)
+    with worker_pool(workers) as pool:
+        job, settings = plan(tokenizer_dir, text_key, messages_key, eos, bos)
+        run = Run(inputs, describe_inputs(inputs, job, slice_bytes), settings, out, pool, workers)
+        return write_bins(run, job, engine)
+
+
+def describe_inputs(inputs: list[Path], job: Job, slice_bytes: int) -> list[dict]:
+    """`describe_input` of each, under a bar."""
     n_bytes = sum(path.stat().st_size for path in inputs if path.is_file())
     with tqdm(total=n_bytes, unit="B", unit_scale=True, desc="hash", disable=None) as bar:
-        sources = [describe_input(path, job, slice_bytes, bar.update) for path in inputs]
+        return [describe_input(path, job, slice_bytes, bar.update) for path in inputs]
+
+
+def write_bins(run: Run, job: Job, engine: str) -> bins.Bins:
+    """What is missing in the folder, under its lock; the bins opened."""
+    out = run.out
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -139,14 +162,13 @@ def prepare(
     descriptor = lock(out)
     try:
         remove_leftovers(out)
-        index, n_done, row = committed_part(out, settings, sources)
+        place = committed_part(out, run.settings, run.sources)
         if (out / "manifest.json").exists():
             done = bins.Bins(out)
             print(f"{out}: already prepared, {done.n_docs:,} documents, {done.n_tokens:,} tokens")
             return done
-        if n_done < len(inputs):
-            write_all(inputs, sources, job, settings, out, workers, (index, n_done, row), engine)
-        finish(out, inputs)
+        write_all(run, job, place, engine)
+        finish(out, run.inputs)
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror or error}; free space, then run again") from None
     finally:
@@ -171,64 +193,45 @@ def plan(
     return job, bins.settings_of(n_ids, separator, bos_id, identity)
 
 
-def write_all(
-    inputs: list[Path],
-    sources: list[dict],
-    job: Job,
-    settings: dict,
-    out: Path,
-    workers: int,
-    place: tuple[int, int, int],
-    engine: str,
-) -> None:
+def write_all(run: Run, job: Job, place: tuple[int, int, int], engine: str) -> None:
     """All shards from `place` on: (index of the shard, inputs that are done, rows of the next that are done).
 
     engine "auto": gigatoken, and `tokenizers` instead if it turns out, before a shard is committed, that it must not.
     """
-    if job.messages:  # few, and the template takes longer than the encoding
-        engine = "tokenizers"
-    elif engine == "auto":
-        try:
-            return write_inputs(inputs, sources, replace(job, engine="gigatoken"), settings, out, workers, place)
-        except Unproven as error:
-            if (out / f"{bins.shard_name(place[0])}.json").exists():
-                raise InputError(f"gigatoken: {error}; delete {out}, use --engine tokenizers") from None
-            print(f"gigatoken is not used: {error}", file=sys.stderr)
-            engine = "tokenizers"
+    if job.messages and engine == "gigatoken":
+        raise InputError("--engine gigatoken: chat records need tokenizers; use --engine auto")
+    wanted, engine = engine, "tokenizers" if job.messages or engine == "tokenizers" else "gigatoken"
     try:
-        write_inputs(inputs, sources, replace(job, engine=engine), settings, out, workers, place)
+        return write_inputs(run, replace(job, engine=engine), place)
     except Unproven as error:
-        raise InputError(f"--engine gigatoken: {error}; use --engine auto") from None
+        if wanted == "gigatoken":
+            raise InputError(f"--engine gigatoken: {error}; use --engine auto") from None
+        if (run.out / f"{bins.shard_name(place[0])}.json").exists():
+            raise InputError(f"gigatoken: {error}; delete {run.out}, use --engine tokenizers") from None
+        print(f"gigatoken is not used: {error}", file=sys.stderr)
+    write_inputs(run, replace(job, engine="tokenizers"), place)
 
 
-def write_inputs(
-    inputs: list[Path], sources: list[dict], job: Job, settings: dict, out: Path, workers: int, place: tuple
-) -> None:
-    """`write_all` with the job's engine."""
-    (index, n_done, row), pool, started = place, None, time.perf_counter()
-    n_before = sum(shard["n_bytes"] for shard in bins.committed_shards(out))
-    if workers > 1:
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
+def write_inputs(run: Run, job: Job, place: tuple[int, int, int]) -> None:
+    """`write_all` with the job's engine; Unproven if that is gigatoken and must not be."""
+    (index, n_done, row), started = place, time.perf_counter()
+    n_before = sum(shard["n_bytes"] for shard in bins.committed_shards(run.out))
     engine = engine_version(job.engine) if find_spec(job.engine) else job.engine
     try:
-        with tqdm(total=sum(source["size"] for source in sources), unit="B", unit_scale=True, disable=None) as bar:
-            for i in range(n_done, len(inputs)):
-                before = sum(source["size"] for source in sources[:i])
-                encoded = encode_file(job, inputs[i], row, pool, workers)
+        with tqdm(total=sum(source["size"] for source in run.sources), unit="B", unit_scale=True, disable=None) as bar:
+            for i in range(n_done, len(run.inputs)):
+                before = sum(source["size"] for source in run.sources[:i])
+                encoded = encode_file(job, run.inputs[i], row, run.pool, run.workers)
                 progress = lambda position, before=before: bar.update(before + position - bar.n)  # noqa: E731
-                shard_writer = lambda index: bins.ShardWriter(out, index, settings, engine)  # noqa: E731
-                index = write_file(encoded, shard_writer, sources[i], index, row, progress)
+                shard_writer = lambda index: bins.ShardWriter(run.out, index, run.settings, engine)  # noqa: E731
+                index = write_file(encoded, shard_writer, run.sources[i], index, row, progress)
                 row = 0
     except BrokenProcessPool:
         raise InputError(
             "a worker died, likely for want of memory; run again (it goes on) with fewer --workers"
         ) from None
-    finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
-    n_bytes = sum(shard["n_bytes"] for shard in bins.committed_shards(out)) - n_before
-    print(f"{n_bytes / 1e6 / (time.perf_counter() - started):.1f} MB/s with {engine}, workers: {workers}")
+    n_bytes = sum(shard["n_bytes"] for shard in bins.committed_shards(run.out)) - n_before
+    print(f"{n_bytes / 1e6 / (time.perf_counter() - started):.1f} MB/s with {engine}, workers: {run.workers}")
 
 
 def finish(out: Path, inputs: list[Path]) -> None:

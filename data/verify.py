@@ -120,8 +120,9 @@ def compare_input(bins: Bins, tokenizer: Path, path: Path, source: dict, chosen:
         n_bytes += sum(parsed.n_bytes)
         picked = [i for i in range(len(parsed.texts)) if doc + i < bins.n_docs and chosen[doc + i]]
         for i, ids in zip(picked, load_engine(job)([parsed.texts[i] for i in picked]), strict=True):
-            where, length = describe_row(path, parsed.rows[i]), int(bins.lengths[doc + i])
-            if not np.array_equal(strip_separator(job, where, ids), bins.tokens(doc + i, n_front, length - 1)):
+            found = bins.tokens(doc + i, n_front, int(bins.lengths[doc + i]) - 1)
+            if not np.array_equal(strip_separator(ids, bins.separator) if messages else ids, found):
+                where = describe_row(path, parsed.rows[i])
                 raise InputError(
                     f"{where}: encodes to other ids than document {doc + i} of {bins.folder}; prepare again"
                 )
