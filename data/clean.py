@@ -11,7 +11,7 @@
 
 FineWeb2 is already filtered and without near-duplicates; heuristics for prose are not applied again, since dosages,
 tables and lists, which medicine is full of, fail them. Personal data is counted, not removed. An interrupted run goes
-on; report.json is written last. Costs: see data/README.md; memory 100 bytes a kept document.
+on; report.json is written last. Costs: see data/README.md; memory 150 bytes a kept document.
 """
 
 import argparse
@@ -21,127 +21,22 @@ import json
 import multiprocessing
 import os
 import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from card import write_card, write_report
-from decontaminate import Questions, find_hits, read_questions
-from documents import find_files, open_parquet, read_documents, write_parquet
+from documents import find_files, read_documents, write_parquet
+from keeping import CORPUS, EXTRA, Job, keep_file, load_questions, part_of
 from nanomed import InputError
 from nanomed.bins import read_json
 from personal import PATTERNS, count_personal
-from scoring import classifier_identity, score_path
+from scoring import classifier_identity
 from sweep import read_classifier
-
-EXTRA = ("url", "dump", "date")
-CORPUS = {"id": "string", "text": "string", "url": "string", "dump": "string", "date": "string", "score": "float32"}
-KEPT = CORPUS | {"text_hash": "string", "id_hash": "string"}
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a worker needs to know."""
-
-    scores: str
-    out: str
-    threshold: float
-    eval_sets: tuple[str, ...]
-    text_key: str
-    id_key: str
-    identity: str  # of everything above that decides what is kept
-
-
-# ---- one input ----
-
-
-def part_of(path: Path, out: Path, folder: str) -> Path:
-    """Where a stage writes what it makes of an input."""
-    return out / folder / score_path(path, out).name
-
-
-def keep_file(job: Job, path: Path) -> dict:
-    """Stage 1 of one input, in a worker: its counts and hits, which OUT/kept/NAME.json holds (the commit point)."""
-    target = part_of(path, Path(job.out), "kept")
-    record = {"identity": job.identity, "input": path.name, "size": path.stat().st_size}
-    if target.with_suffix(".json").exists():
-        found = read_json(target.with_suffix(".json"))
-        for key, expected in record.items():
-            if found.get(key) != expected:
-                what = f"{key} was {found.get(key)}, now it is {expected}"
-                raise InputError(f"{target}: of another run: {what}; choose another --out, or delete it")
-        return found
-    record |= {"counts": Counter(), "personal": Counter(), "hits": []}
-    write_parquet(target, kept_documents(job, path, record), KEPT, {})
-    tmp = target.with_suffix(".json.tmp")
-    tmp.write_text(json.dumps(record, ensure_ascii=False), "utf-8")
-    os.replace(tmp, target.with_suffix(".json"))
-    return record
-
-
-def kept_documents(job: Job, path: Path, record: dict) -> Iterator[dict]:
-    """The documents that stage 1 keeps, counted in `record` as they pass."""
-    questions, counts = load_questions(job.eval_sets), record["counts"]
-    for row, (document, score) in enumerate(scored_documents(job, path)):
-        counts["documents"] += 1
-        if score is None or score < job.threshold:
-            counts["empty" if score is None else "below_threshold"] += 1
-            continue
-        text = document[job.text_key]
-        hits = find_hits(text, questions)
-        record["hits"] += [{"id": document[job.id_key], "file": path.name, "row": row} | hit for hit in hits]
-        if any(hit["drop"] for hit in hits):
-            counts["contaminated"] += 1
-            continue
-        kept = {"id": document[job.id_key], "text": text, "score": score} | {key: document[key] for key in EXTRA}
-        yield kept | {"text_hash": hash_of(normalise(text)), "id_hash": hash_of(kept["id"])}
-
-
-def scored_documents(job: Job, path: Path) -> Iterator[tuple[dict, float | None]]:
-    """Documents beside their scores; InputError if the scores are not those of this file's documents."""
-    source = score_path(path, Path(job.scores))
-    if not source.exists():
-        raise InputError(f"{source}: missing, expected the scores of {path}; run data/sweep.py on it")
-    documents = read_documents(path, (job.id_key, job.text_key), EXTRA)
-    row = 0
-    with open_parquet(source) as file:
-        for batch in file.iter_batches(batch_size=1024, columns=["id", "score"], use_threads=False):
-            pairs = zip(batch["id"].to_pylist(), batch["score"].to_pylist(), strict=True)
-            for identifier, score in pairs:
-                document = next(documents, None)
-                found = document and document[job.id_key]
-                if found != identifier:
-                    what = f"document {row + 1} has the id {found!r}, its score is for {identifier!r}"
-                    raise InputError(f"{path}: {what}; sweep this file again")
-                yield document, score
-                row += 1
-    if next(documents, None):
-        raise InputError(f"{path}: has more than the {row} documents that {source} has scores for; sweep it again")
-
-
-@functools.cache
-def load_questions(paths: tuple[str, ...]) -> Questions:
-    """The evaluation sets, read once a process."""
-    return read_questions([Path(path) for path in paths])
-
-
-def normalise(text: str) -> str:
-    """What two texts must share to count as equal: the characters, composed, without the layout of white space."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
-
-
-def hash_of(text: str) -> str:
-    """128 bits, as hexadecimal digits: among 10 million texts, two differing ones share it with p < 1e-24."""
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-# ---- all inputs ----
 
 
 def first_of_equals(hashes: np.ndarray) -> np.ndarray:
@@ -153,19 +48,27 @@ def first_of_equals(hashes: np.ndarray) -> np.ndarray:
 
 def choose_first(files: list[Path], out: Path, counts: Counter) -> list[np.ndarray]:
     """Per input, which rows of kept/NAME.parquet stay: of equal texts and then of equal ids the first."""
-    import pyarrow.parquet as pq
-
-    tables = [pq.read_table(part_of(path, out, "kept"), columns=["text_hash", "id_hash"]) for path in files]
-    text, ids = (
-        np.concatenate([table[key].to_numpy().astype("S32") for table in tables]) for key in ("text_hash", "id_hash")
-    )
+    text, sizes = read_hashes(files, out, "text_hash")
+    ids, _ = read_hashes(files, out, "id_hash")
     stays = first_of_equals(text)
     counts["duplicate_texts"] = int((~stays).sum())
     rows = np.flatnonzero(stays)
     again = rows[~first_of_equals(ids[rows])]
     stays[again] = False
     counts["duplicate_ids"] = again.size
-    return np.split(stays, np.cumsum([len(table) for table in tables])[:-1])
+    return np.split(stays, np.cumsum(sizes)[:-1])
+
+
+def read_hashes(files: list[Path], out: Path, key: str) -> tuple[np.ndarray, list[int]]:
+    """(S32 (N,) hashes of all kept documents, how many each input has): 32 bytes each, no Python string of them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    parts = []
+    for path in files:
+        column = pq.read_table(part_of(path, out, "kept"), columns=[key])[key].cast(pa.binary()).cast(pa.binary(32))
+        parts.append(np.frombuffer(column.combine_chunks().buffers()[1] or b"", "S32"))
+    return np.concatenate(parts), [part.size for part in parts]
 
 
 def write_corpus(path: Path, out: Path, stays: np.ndarray, totals: dict) -> None:
@@ -203,18 +106,26 @@ def clean(inputs: list[str], job: Job, facts: dict, workers: int) -> dict:
     if not counts["kept"]:
         raise InputError(f"{', '.join(map(str, inputs))}: no document is kept; the threshold is {job.threshold}")
     hits = [hit for record in records for hit in record["hits"]]
-    with (out / "decontamination.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(hit, ensure_ascii=False) + "\n" for hit in hits)
     eval_sets = {name: {"records": n, "dropped": 0, "listed": 0} for name, n in questions.n_records.items()}
     for hit in hits:
         eval_sets[hit["set"]]["dropped" if hit["drop"] else "listed"] += 1
     report = totals | {"eval_sets": eval_sets, "eval_questions_too_short": questions.too_short} | facts
+    try:
+        write_reports(out, report, hits)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror}; free space, then run again") from None
+    return report
+
+
+def write_reports(out: Path, report: dict, hits: list[dict]) -> None:
+    """The four files about the corpus, report.json last."""
+    with (out / "decontamination.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(hit, ensure_ascii=False) + "\n" for hit in hits)
     write_report(out, report)
     write_card(out, report)
     tmp = out / "report.json.tmp"
     tmp.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
     os.replace(tmp, out / "report.json")
-    return report
 
 
 def keep_all(job: Job, files: list[Path], workers: int) -> Iterator[dict]:

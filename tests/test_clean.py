@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 import clean as script
 from card import write_card
-from clean import first_of_equals, normalise
+from clean import first_of_equals
 from decontaminate import find_hits, read_questions, words_of
 from documents import write_parquet
+from keeping import normalise
 from nanomed import InputError
 from personal import PATTERNS, count_personal
 from scoring import COLUMNS, classifier_identity, score_path
