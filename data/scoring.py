@@ -28,6 +28,7 @@ import numpy as np
 
 from documents import find_files, read_about, read_documents, write_parquet
 from nanomed import InputError
+from reading import SUFFIXES
 
 WINDOW = 8192  # documents that are sorted together
 COLUMNS = {"id": "string", "file": "string", "row": "int64", "score": "float32"}
@@ -66,8 +67,9 @@ class Scoring:
 
 
 def score_path(path: Path, out: Path) -> Path:
-    """Where the scores of an input go."""
-    return out / "scores" / f"{path.name.split('.')[0]}.parquet"
+    """Where the scores of an input go: under its name without .parquet, .jsonl.gz and so on."""
+    stem = next((path.name.removesuffix(suffix) for suffix in SUFFIXES if path.name.endswith(suffix)), path.name)
+    return out / "scores" / f"{stem}.parquet"
 
 
 def is_committed(path: Path, out: Path, identity: str) -> bool:

@@ -3,10 +3,11 @@
     python tests/bench/data_sweep.py sweep   [--documents 400]
     python tests/bench/data_sweep.py million [--documents 1000000]
 
-sweep: data/sweep.py beside a loop over `datasets.map` in batches padded to their longest and not sorted, as FineWeb-Edu's
-classifier was run, at several batch sizes; an XLM-RoBERTa of 6 layers and 384 dimensions with random weights. Scores are
-compared with those of one document at a time. million: generated documents (see data.py) through sample.py, clean.py and
-prepare.py, with scores that keep a fiftieth, as FineWeb2 has medical documents; seconds and largest process of each.
+sweep: data/sweep.py beside a loop over `datasets.map` in batches padded to their longest and not sorted, as
+FineWeb-Edu's classifier was run, at several batch sizes, in fp32 and bf16; an XLM-RoBERTa of 6 layers and 384
+dimensions with random weights. Scores are compared with those of one document at a time. million: generated documents
+(see data.py) through sample.py, clean.py and prepare.py, with scores that keep a fiftieth, as FineWeb2 has medical
+documents; seconds and largest process of each.
 """
 
 import argparse
@@ -23,12 +24,14 @@ MAP_LOOP = """
 import sys, torch, numpy as np
 from datasets import load_dataset
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
-path, clf, out, batch_size, threads = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+path, clf, out = sys.argv[1:4]
+batch_size, threads, max_chars, dtype = int(sys.argv[4]), int(sys.argv[5]), int(sys.argv[6]), sys.argv[7]
 torch.set_num_threads(threads)
 tokenizer = PreTrainedTokenizerFast(tokenizer_file=clf + "/tokenizer.json", pad_token="<pad>")
-model = AutoModelForSequenceClassification.from_pretrained(clf).eval()
+model = AutoModelForSequenceClassification.from_pretrained(clf, dtype=getattr(torch, dtype)).eval()
 def score(batch):
-    inputs = tokenizer(batch["text"], padding="longest", truncation=True, max_length=512, return_tensors="pt")
+    texts = [text[:max_chars] for text in batch["text"]]
+    inputs = tokenizer(texts, padding="longest", truncation=True, max_length=512, return_tensors="pt")
     with torch.no_grad():
         logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
     return {"score": logits.float().softmax(-1)[:, 1].numpy()}
@@ -70,29 +73,34 @@ def bench_sweep(args: argparse.Namespace, work: Path) -> None:
     n_bytes = write_jsonl(work / "a.jsonl", documents(sources, n_docs=args.documents))
     clf = make_classifier(work / "clf", sources[:2000])
     (work / "peer.py").write_text(MAP_LOOP)
-    loop = [sys.executable, work / "peer.py", work / "a.jsonl", clf]
-    sides = {"ours": [sys.executable, ROOT / "data/sweep.py", work / "a.jsonl", "--classifier", clf,
-                      "--threads", args.threads]}  # fmt: skip
-    sides |= {f"map_batch_{size}": [*loop, size, args.threads] for size in args.batches}
+
+    def loop(out: Path, size: int, dtype: str, max_chars: int = 10**9) -> list:  # its own way has no cap in characters
+        return [sys.executable, work / "peer.py", work / "a.jsonl", clf, out, size, args.threads, max_chars, dtype]
+
+    def ours(out: Path, dtype: str) -> list:
+        options = ["--classifier", clf, "--out", out, "--threads", args.threads, "--dtype", dtype]
+        return [sys.executable, ROOT / "data/sweep.py", work / "a.jsonl", *options]
+
+    sides = {"ours": lambda out: ours(out, "fp32"), "ours_bf16": lambda out: ours(out, "bf16")}
+    sides |= {f"map_batch_{size}": lambda out, size=size: loop(out, size, "float32") for size in args.batches}
+    sides["map_batch_512_bf16"] = lambda out: loop(out, 512, "bfloat16")
     runs: dict[str, list[dict]] = {side: [] for side in sides}
     for i in range(args.rounds):
         for side, command in sides.items():
-            out = work / f"{side}-{i}"
-            where = ["--out", out] if side == "ours" else []
-            if side != "ours":
-                command = [*command[:4], out, *command[4:]]
-            runs[side].append(run([*command, *where]))
+            runs[side].append(run(command(work / f"{side}-{i}")))
             print(side, runs[side][-1], file=sys.stderr)
-    run([*loop, work / "one", 1, args.threads])
-    ours, one = pq.read_table(work / "ours-0/scores/a.parquet")["score"].to_numpy(), np.load(work / "one.npy")
-    result = {side: medians(found) for side, found in runs.items()}
-    for found in result.values():
-        found["documents_s"] = round(args.documents / found["s"], 2)
-    best = min(result[side]["s"] for side in sides if side != "ours")
-    speed = {"against_batch_512": round(result["map_batch_512"]["s"] / result["ours"]["s"], 2) if 512 in args.batches else None,
-             "against_its_best": round(best / result["ours"]["s"], 2)}  # fmt: skip
+    run(loop(work / "one", 1, "float32", THRESHOLD["max_chars"]))
+    found, one = pq.read_table(work / "ours-0/scores/a.parquet")["score"].to_numpy(), np.load(work / "one.npy")
+    result = {side: medians(each) for side, each in runs.items()}
+    for each in result.values():
+        each["documents_s"] = round(args.documents / each["s"], 2)
+    seconds = {side: each["s"] for side, each in result.items()}
+    best = min(seconds[f"map_batch_{size}"] for size in args.batches)
+    speed = {"fp32_against_batch_512": round(seconds["map_batch_512"] / seconds["ours"], 2),
+             "fp32_against_its_best_batch": round(best / seconds["ours"], 2),
+             "bf16_against_batch_512_in_bf16": round(seconds["map_batch_512_bf16"] / seconds["ours_bf16"], 2)}  # fmt: skip
     save("sweep", {"documents": args.documents, "mb": n_bytes / 1e6, "threads": args.threads, **result, "speed": speed,
-                   "largest_difference_from_one_at_a_time": float(np.abs(ours - one).max())})  # fmt: skip
+                   "largest_difference_from_one_at_a_time": float(np.abs(found - one).max())})  # fmt: skip
 
 
 def bench_million(args: argparse.Namespace, work: Path) -> None:
@@ -142,7 +150,7 @@ if __name__ == "__main__":
     parser.add_argument("case", choices=CASES)
     parser.add_argument("--documents", type=int, default=400, help="(default: %(default)s)")
     parser.add_argument(
-        "--batches", type=int, nargs="+", default=[512, 32, 8], help="of the loop (default: %(default)s)"
+        "--batches", type=int, nargs="+", default=[512, 32], help="of the loop, 512 among them (default: %(default)s)"
     )
     parser.add_argument("--threads", type=int, default=2, help="of either side (default: %(default)s)")
     parser.add_argument("--vocab", type=int, default=32_000, help="of the tokenizer (default: %(default)s)")
