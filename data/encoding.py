@@ -20,13 +20,22 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from conversations import chat_template, conversation_engine, renderer
-from engines import FIRST_DOCS, LATER_DOCS, PROBE_CHARS, Encode, Unproven, fast_engine, probes, reference_engine
+from engines import (
+    FIRST_DOCS,
+    LATER_DOCS,
+    PROBE_CHARS,
+    Encode,
+    Unproven,
+    fast_engine,
+    probes,
+    reference_engine,
+    warm_up,
+)
 from nanomed import InputError, bins
 from reading import parse_row, read_batches
 
@@ -196,14 +205,14 @@ def start_worker() -> None:
 
 
 @contextmanager
-def worker_pool(n: int) -> Iterator[ProcessPoolExecutor | None]:
-    """n worker processes, which start at once and import while this one still loads the tokenizer; None for n = 1."""
+def worker_pool(n: int, tokenizer: Path) -> Iterator[ProcessPoolExecutor | None]:
+    """n worker processes, which start and load at once, while this one still reads the tokenizer; None for n = 1."""
     if n == 1:
         yield None
         return
     pool = ProcessPoolExecutor(n, mp_context=multiprocessing.get_context("spawn"), initializer=start_worker)
     for _ in range(n):
-        pool.submit(find_spec, "gigatoken")  # a process is started when it is first needed
+        pool.submit(warm_up, tokenizer)  # a process is started when it is first needed
     try:
         yield pool
     finally:

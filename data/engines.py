@@ -17,6 +17,7 @@ Costs: guards 3 and 4 take about a tenth of gigatoken's time. gigatoken 0.10 rem
 none, so a new one is made whenever the process has grown by MAX_GROWTH.
 """
 
+import contextlib
 import functools
 import json
 import re
@@ -80,30 +81,40 @@ def reference_engine(path: Path, protected: tuple[int | None, ...]) -> Encode:
 
 def fast_engine(path: Path, protected: tuple[int | None, ...], reference: Callable[[], Encode]) -> Encode:
     """gigatoken, with the reference for documents of young characters; Unproven where it refuses the tokenizer."""
-    if find_spec("gigatoken") is None:
-        raise Unproven("it is not installed; pip install -e '.[fast]' is about ten times as fast")
-    import gigatoken
-
-    def load() -> gigatoken.Tokenizer:
-        try:
-            return gigatoken.Tokenizer.from_json(source)
-        except Exception as error:  # whatever its Rust side raises
-            raise Unproven(f"it refuses the tokenizer: {(str(error) or repr(error)).splitlines()[0]}") from None
-
     source = without_special(path.read_text("utf-8"), protected)
-    tokenizer, limit = load(), resident_bytes() + MAX_GROWTH
+    tokenizer, limit = load_gigatoken(source), resident_bytes() + MAX_GROWTH
 
     def encode(texts: list[str]) -> list[np.ndarray]:
         nonlocal tokenizer, limit
         if resident_bytes() > limit:
             tokenizer = None  # gone before the next one is made
-            tokenizer, limit = load(), max(limit, resident_bytes() + MAX_GROWTH // 2)
+            load_gigatoken.cache_clear()
+            tokenizer, limit = load_gigatoken(source), max(limit, resident_bytes() + MAX_GROWTH // 2)
         ids = [tokenizer.encode(text) for text in texts]
         for i in young(texts):
             [ids[i]] = reference()([texts[i]])
         return ids
 
     return encode
+
+
+@functools.lru_cache(maxsize=1)  # so that `warm_up` is of use
+def load_gigatoken(source: str):
+    """gigatoken's Tokenizer from the text of a tokenizer.json; Unproven where it is missing or refuses it."""
+    if find_spec("gigatoken") is None:
+        raise Unproven("it is not installed; pip install -e '.[fast]' is about ten times as fast")
+    import gigatoken
+
+    try:
+        return gigatoken.Tokenizer.from_json(source)
+    except Exception as error:  # whatever its Rust side raises
+        raise Unproven(f"it refuses the tokenizer: {(str(error) or repr(error)).splitlines()[0]}") from None
+
+
+def warm_up(path: Path) -> None:
+    """Load in a worker what `fast_engine` will most likely need, while the first process still reads the tokenizer."""
+    with contextlib.suppress(Unproven, OSError, ValueError):  # told when it matters
+        load_gigatoken(without_special(path.read_text("utf-8"), ()))
 
 
 def added_tokens(source: str) -> tuple[list[dict], int, int]:

@@ -139,8 +139,9 @@ def prepare(
         raise InputError(f"{len(inputs)} inputs, expected one or more, each once")
     if workers < 1:
         raise InputError(f"--workers is {workers}, expected 1 or more")
-    with worker_pool(workers) as pool:
-        job, settings = plan(tokenizer_dir, text_key, messages_key, eos, bos)
+    path, config = find_tokenizer(tokenizer_dir)
+    with worker_pool(workers, path) as pool:
+        job, settings = plan(path, config, text_key, messages_key, eos, bos)
         run = Run(inputs, describe_inputs(inputs, job, slice_bytes), settings, out, pool, workers)
         return write_bins(run, job, engine)
 
@@ -177,10 +178,9 @@ def write_bins(run: Run, job: Job, engine: str) -> bins.Bins:
 
 
 def plan(
-    tokenizer_dir: str | Path, text_key: str, messages_key: str | None, eos: str | None, bos: str
+    path: Path, config: dict, text_key: str, messages_key: str | None, eos: str | None, bos: str
 ) -> tuple[Job, dict]:
     """What the workers and the shards need to know of the tokenizer; the engine is not chosen yet."""
-    path, config = find_tokenizer(tokenizer_dir)
     tokenizer = load_tokenizer(path)
     identity, separator = bins.tokenizer_sha256(path), bins.separator_id(tokenizer, config, eos)
     if messages_key:

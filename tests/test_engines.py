@@ -198,6 +198,7 @@ def test_where_gigatoken_is_missing_or_refuses(tmp_path, qwen, monkeypatch, caps
     assert "gigatoken is not used: it refuses the tokenizer" in capsys.readouterr().err
     monkeypatch.setattr(engines, "find_spec", lambda name: None)
     encoding.load_engine.cache_clear()
+    engines.load_gigatoken.cache_clear()
     prepare([path], qwen, tmp_path / "missing")
     assert "gigatoken is not used: it is not installed" in capsys.readouterr().err
     with pytest.raises(Unproven, match="not installed"):

@@ -71,7 +71,7 @@ def bench_sweep(args: argparse.Namespace, work: Path) -> None:
 
     sources = read_sources(args.text)
     n_bytes = write_jsonl(work / "a.jsonl", documents(sources, n_docs=args.documents))
-    clf = make_classifier(work / "clf", sources[:2000])
+    clf = make_classifier(work / "clf", sources[:200])
     (work / "peer.py").write_text(MAP_LOOP)
 
     def loop(out: Path, size: int, dtype: str, max_chars: int = 10**9) -> list:  # its own way has no cap in characters
@@ -110,7 +110,7 @@ def bench_million(args: argparse.Namespace, work: Path) -> None:
 
     sources, files, total = read_sources(args.text), [], 0
     rng = np.random.default_rng(0)
-    clf = make_classifier(work / "clf", sources[:500], hidden_size=64, n_layers=1)
+    clf = make_classifier(work / "clf", sources[:20], hidden_size=64, n_layers=1)
     for i in range(10):
         files.append(work / f"{i:03}.parquet")
         texts, n = documents(sources, n_docs=args.documents // 10, seed=i), args.documents // 10 * i
