@@ -192,7 +192,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, metavar="N", help="tasks at the same time (default: the GPUs, or 1)")
     add("--threads", type=int, metavar="N", help="CPU threads of a worker (default: its share of this machine's)")
     add("--batch-tokens", type=int, default=0, metavar="N", help="of a batch (default: 65,536 on a GPU, else 4,096)")
-    add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on a GPU, fp32 on the CPU")
+    add(
+        "--dtype",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="auto: bf16 on a GPU, fp32 on the CPU, where bf16 may be far slower",
+    )
     add("--text-key", default="text", metavar="KEY", help="column of the text (default: %(default)s)")
     add("--id-key", default="id", metavar="KEY", help="column of the identifier (default: %(default)s)")
     add("--gpus-per-task", type=int, default=0, metavar="N", help="to ask slurm or ray for (default: %(default)s)")
