@@ -2,9 +2,9 @@
 
 Text that spells a special token, "<|endoftext|>" say, is encoded as the ordinary characters it is; else a web page
 could end a document or open a chat turn. Added tokens that are not special (Qwen's <tool_call>, runs of spaces) do
-become their ids, as in any use of the tokenizer; the separator and BOS never do, special or not.
+become their ids, as in any use of the tokenizer; the separator and BOS never do, special or not. In chat records the
+special tokens of the template are real and those of the messages are not (conversations.py).
 
-Costs: a worker encodes 2 to 2.5 MB/s of German and takes 80 to 300 MB (vocabulary, one batch or one long document).
 Workers are spawned: a fork would copy the held locks of the tokenizer's threads.
 """
 
@@ -18,17 +18,26 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tokenizers
-from tokenizers import Tokenizer
 
+from conversations import chat_template, conversation_engine, renderer
+from engines import (
+    FIRST_DOCS,
+    LATER_DOCS,
+    PROBE_CHARS,
+    Encode,
+    Unproven,
+    fast_engine,
+    probes,
+    reference_engine,
+    warm_up,
+)
 from nanomed import InputError, bins
 from reading import parse_row, read_batches
-
-ENGINE = f"tokenizers {tokenizers.__version__}"
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,9 @@ class Job:
     tokenizer_sha256: str
     separator: int
     bos: int | None
-    text_key: str
+    key: str  # of the text, or of the messages
+    messages: bool  # chat records
+    engine: str  # "tokenizers" or "gigatoken"
 
 
 @dataclass
@@ -53,19 +64,20 @@ class Encoded:
     empty: list[int]  # rows whose text is ""
     end_row: int  # row after the batch
     position: int  # bytes of the input read so far
+    sample: list[tuple[str, str, np.ndarray]]  # (where, text, ids) of a few, to be compared with the reference
 
 
 def find_tokenizer(model: str | Path) -> tuple[Path, dict]:
     """tokenizer.json of a folder, that file itself, or of a hub id; and the configuration beside it.
 
-    From the hub only the tokenizer's three files come. The configuration is tokenizer_config.json over
+    From the hub only the tokenizer's files come. The configuration is tokenizer_config.json over
     special_tokens_map.json, {} where neither is. InputError if there is no tokenizer.json.
     """
     path = Path(model)
     if not path.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model)):
         from huggingface_hub import snapshot_download  # slow to import
 
-        names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+        names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
         try:
             path = Path(snapshot_download(str(model), allow_patterns=names))
         except (OSError, ValueError) as error:
@@ -81,61 +93,107 @@ def find_tokenizer(model: str | Path) -> tuple[Path, dict]:
     return path, config
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """A Tokenizer from tokenizer.json; InputError if the library refuses it."""
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # it raises bare Exception
-        raise InputError(f"{path}: refused by tokenizers {tokenizers.__version__}: {error}") from None
+@functools.lru_cache(maxsize=1)  # loading takes up to a second; a worker does it once
+def load_engine(job: Job) -> Encode:
+    """The function that encodes texts (conversations: with aliases) to uint32 ids."""
+    path, protected = Path(job.tokenizer), (job.separator, job.bos)
+    if job.messages:
+        return conversation_engine(bins.read_json(path), protected)
+    reference = functools.partial(load_reference, job)  # loaded where it is needed
+    return fast_engine(path, protected, reference) if job.engine == "gigatoken" else reference()
 
 
-@functools.lru_cache(maxsize=1)  # loading takes a second; a worker does it once
-def load_engine(job: Job) -> Callable[[list[str]], list[list[int]]]:
-    """The function that encodes texts to ids. This is the seam for another engine, which must give the same ids."""
-    spec = json.loads(Path(job.tokenizer).read_text("utf-8"))
-    # As saved, truncation would cut documents silently, and dropout would make other bins each time.
-    spec["truncation"] = spec["padding"] = None
-    if "dropout" in spec["model"]:
-        spec["model"]["dropout"] = None
-    for token in spec.get("added_tokens") or []:
-        token["special"] = token["special"] or token["id"] in (job.separator, job.bos)
-    tokenizer = Tokenizer.from_str(json.dumps(spec))
-    tokenizer.encode_special_tokens = True  # "do encode their spelling", that is: as ordinary text
-    return lambda texts: [code.ids for code in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+@functools.lru_cache(maxsize=1)
+def load_reference(job: Job) -> Encode:
+    """The engine `tokenizers`, whatever the job's is."""
+    return reference_engine(Path(job.tokenizer), (job.separator, job.bos))
 
 
-def encode_rows(job: Job, path: Path, first_row: int, rows: list[bytes | None], position: int) -> Encoded:
-    """Parse and encode a batch, in a worker; InputError names file and line of the first bad row."""
-    is_json = path.suffix != ".parquet"
-    where = f"{path}: {'line' if is_json else 'row'}"
-    texts, n_bytes, places, empty = [], [], [], []
+@functools.lru_cache(maxsize=1)
+def load_renderer(job: Job) -> Callable[[list], tuple[str, str]]:
+    """The function messages → (text with aliases, text as it reads)."""
+    path, config = find_tokenizer(job.tokenizer)
+    return renderer(bins.read_json(path), (job.separator, job.bos), chat_template(path, config), config)
+
+
+@dataclass
+class Parsed:
+    """A batch's D documents before encoding. text: with aliases, in conversations."""
+
+    texts: list[str]
+    n_bytes: list[int]  # UTF-8, of the text as it reads
+    rows: list[int]  # from 0
+    empty: list[int]  # rows whose text is ""
+
+
+def describe_row(path: Path, row: int) -> str:
+    """How an error names a row."""
+    return f"{path}: {'row' if path.suffix == '.parquet' else 'line'} {row + 1}"
+
+
+def parse_rows(job: Job, path: Path, first_row: int, rows: list[bytes | None]) -> Parsed:
+    """The documents of a batch; InputError names file and line of the first bad row."""
+    is_json, parsed = job.messages or path.suffix != ".parquet", Parsed([], [], [], [])
     for number, row in enumerate(rows, first_row):
         try:
-            text = parse_row(row, job.text_key, is_json)
-            size = len(text.encode("utf-8")) if text else 0  # fails for half a surrogate pair, which JSON can spell
-        except UnicodeError as error:
-            raise InputError(f"{where} {number + 1}: not valid UTF-8: {error}; expected UTF-8 text") from None
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where} {number + 1}: not valid JSON: {error}; expected one object a line") from None
+            value = parse_row(row, job.key, is_json, list if job.messages else str)
+            text, visible = load_renderer(job)(value) if job.messages and value else (value, value)
+            size = len(visible.encode("utf-8")) if visible else 0  # fails for half a surrogate pair: JSON can spell it
         except ValueError as error:
-            raise InputError(f"{where} {number + 1}: {error}") from None
+            what = str(error)
+            if isinstance(error, UnicodeError):
+                what = f"not valid UTF-8: {error}; expected UTF-8 text"
+            elif isinstance(error, json.JSONDecodeError):
+                what = f"not valid JSON: {error}; expected one object a line"
+            raise InputError(f"{describe_row(path, number)}: {what}") from None
         if text:
-            texts.append(text)
-            n_bytes.append(size)
-            places.append(number)
-        elif text == "":
-            empty.append(number)
-    ids = [np.array(code, np.uint32) for code in load_engine(job)(texts)]
-    for code, number in zip(ids, places, strict=True):
-        if (code == job.separator).any():  # a word-level vocabulary can do that, or a Unigram one
-            what = (
-                f"its text encodes to the separator's id {job.separator}; remove it, or choose another with --eos TOKEN"
-            )
-            raise InputError(f"{where} {number + 1}: {what}")
+            parsed.texts.append(text)
+            parsed.n_bytes.append(size)
+            parsed.rows.append(number)
+        elif text is not None:
+            parsed.empty.append(number)
+    return parsed
+
+
+def encode_rows(
+    job: Job, path: Path, n_sample: int, first_row: int, rows: list[bytes | None], position: int
+) -> Encoded:
+    """Parse and encode a batch, in a worker; InputError names file and line of the first bad row."""
+    parsed = parse_rows(job, path, first_row, rows)
+    ids = load_engine(job)(parsed.texts)
+    sample = []
+    if job.engine == "gigatoken":
+        short = [i for i, text in enumerate(parsed.texts) if len(text) <= PROBE_CHARS][:n_sample]
+        sample += [(describe_row(path, parsed.rows[i]), parsed.texts[i], ids[i]) for i in short]
+        if n_sample > LATER_DOCS:
+            spelled = probes(Path(job.tokenizer))
+            sample += zip(spelled, spelled, load_engine(job)(spelled), strict=True)
+    if job.messages:
+        ids = [strip_separator(code, job.separator) for code in ids]
     lengths = np.array([code.size for code in ids], np.int64)
     flat = np.concatenate(ids) if ids else np.empty(0, np.uint32)
-    end_row = first_row + len(rows)
-    return Encoded(flat, lengths, np.array(n_bytes, np.int64), np.array(places, np.int64), empty, end_row, position)
+    if (inside := np.flatnonzero(flat == job.separator)).size:
+        # A word-level vocabulary can do that, a Unigram one, or a chat template.
+        row = parsed.rows[int(np.searchsorted(np.cumsum(lengths), inside[0], "right"))]
+        what = f"its text encodes to the separator's id {job.separator}; remove it, or choose another with --eos TOKEN"
+        raise InputError(f"{describe_row(path, row)}: {what}")
+    numbers = (np.array(values, np.int64) for values in (parsed.n_bytes, parsed.rows))
+    return Encoded(flat, lengths, *numbers, parsed.empty, first_row + len(rows), position, sample)
+
+
+def strip_separator(ids: np.ndarray, separator: int) -> np.ndarray:
+    """A conversation's ids without the separator that many chat templates end with: the bins add it."""
+    return ids[:-1] if ids.size and ids[-1] == separator else ids
+
+
+def compare(job: Job, encoded: Encoded) -> Encoded:
+    """The batch itself; Unproven if the reference gives other ids to a document of its sample."""
+    if encoded.sample:
+        expected = load_reference(job)([text for _, text, _ in encoded.sample])
+        for (where, _, ids), other in zip(encoded.sample, expected, strict=True):
+            if not np.array_equal(ids, other):
+                raise Unproven(f"it gives other ids than tokenizers to {where[:200]!r}")
+    return encoded
 
 
 def start_worker() -> None:
@@ -146,17 +204,33 @@ def start_worker() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
+@contextmanager
+def worker_pool(n: int, tokenizer: Path) -> Iterator[ProcessPoolExecutor | None]:
+    """n worker processes, which start and load at once, while this one still reads the tokenizer; None for n = 1."""
+    if n == 1:
+        yield None
+        return
+    pool = ProcessPoolExecutor(n, mp_context=multiprocessing.get_context("spawn"), initializer=start_worker)
+    for _ in range(n):
+        pool.submit(warm_up, tokenizer)  # a process is started when it is first needed
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def encode_file(
     job: Job, path: Path, first_row: int, pool: ProcessPoolExecutor | None, workers: int
 ) -> Iterator[Encoded]:
-    """The batches of a file, encoded, in order; two per worker are under way."""
+    """The batches of a file, encoded and compared, in order; two per worker are under way. Unproven: see engines.py."""
     waiting: deque = deque()
-    for batch in read_batches(path, job.text_key, first_row):
+    for number, batch in enumerate(read_batches(path, job.key, first_row, job.messages)):
+        n_sample = LATER_DOCS if number else FIRST_DOCS
         if pool is None:
-            yield encode_rows(job, path, *batch)
+            yield compare(job, encode_rows(job, path, n_sample, *batch))
             continue
-        waiting.append(pool.submit(encode_rows, job, path, *batch))
+        waiting.append(pool.submit(encode_rows, job, path, n_sample, *batch))
         if len(waiting) > 2 * workers:
-            yield waiting.popleft().result()
+            yield compare(job, waiting.popleft().result())
     while waiting:
-        yield waiting.popleft().result()
+        yield compare(job, waiting.popleft().result())

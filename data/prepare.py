@@ -18,25 +18,26 @@ Costs: the first process can read and write about 190 MB/s, enough for 70 worker
 """
 
 import argparse
-import fcntl
 import hashlib
-import multiprocessing
 import os
-import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from encoding import ENGINE, Encoded, Job, encode_file, find_tokenizer, load_tokenizer, start_worker
+from conversations import chat_template
+from encoding import Encoded, Job, encode_file, find_tokenizer, worker_pool
+from engines import Unproven, engine_version, load_tokenizer
 from nanomed import InputError, bins
 from reading import SUFFIXES
+from resuming import committed_part, lock, remove_leftovers
 
 SLICE_BYTES = 256 << 20  # text of a shard
 
@@ -51,10 +52,15 @@ def take(batch: Encoded, room: int) -> tuple[Encoded, Encoded]:
 
 
 def write_file(
-    encoded: Iterator[Encoded], out: Path, settings: dict, source: dict, index: int, row: int, progress
+    encoded: Iterator[Encoded],
+    shard_writer: Callable[[int], bins.ShardWriter],
+    source: dict,
+    index: int,
+    row: int,
+    progress: Callable[[int], None],
 ) -> int:
     """Write the rest of an input, from `row` on, as shards `index`, `index` + 1, ...; returns the index after them."""
-    writer, empty, end = bins.ShardWriter(out, index, settings, ENGINE), [], row
+    writer, empty, end = shard_writer(index), [], row
     for batch in encoded:
         end, empty = batch.end_row, empty + batch.empty
         while batch.rows.size:
@@ -62,7 +68,7 @@ def write_file(
                 cut = int(batch.rows[0])
                 writer.commit(source | slice_of(row, cut, empty) | {"last": False})
                 index, row, empty = index + 1, cut, [number for number in empty if number >= cut]
-                writer = bins.ShardWriter(out, index, settings, ENGINE)
+                writer = shard_writer(index)
             head, batch = take(batch, source["slice_bytes"] - writer.n_bytes)
             writer.write(head.ids, head.lengths, head.n_bytes.sum())
         progress(batch.position)
@@ -91,50 +97,22 @@ def describe_input(path: Path, job: Job, slice_bytes: int, progress) -> dict:
     if size == 0 and path.suffix in (".gz", ".zst"):
         raise InputError(f"{path}: has 0 bytes, which no compressed file has; fetch it again")
     source = {"name": path.name, "size": size, "sha256": digest.hexdigest()}
-    return source | {"text_key": job.text_key, "slice_bytes": slice_bytes}
-
-
-def committed_part(out: Path, settings: dict, sources: list[dict]) -> tuple[int, int, int]:
-    """How far an earlier run came: (shards, inputs that are done, rows of the next that are done).
-
-    InputError if a shard there was made with another tokenizer, other settings or other inputs.
-    """
-    done, row, shards = 0, 0, bins.committed_shards(out)
-    for index, shard in enumerate(shards):
-        source = sources[done] if done < len(sources) else {"name": "no further input"}
-        for key, expected in (settings | source | {"first_row": row}).items():
-            found = shard[key] if key in settings else shard["source"].get(key)
-            if found != expected:
-                path, hint = out / f"{bins.shard_name(index)}.json", f"choose another --out, or delete {out}"
-                raise InputError(f"{path}: {key} is {found}, expected {expected}; {hint}")
-        source = shard["source"]
-        done, row = (done + 1, 0) if source["last"] else (done, row + source["n_rows"])
-    if (out / "manifest.json").exists() and done < len(sources):
-        raise InputError(f"{out}: is finished, without {sources[done]['name']}; choose another --out, or delete it")
-    return len(shards), done, row
-
-
-def remove_leftovers(out: Path) -> None:
-    """Remove what an interrupted run left uncommitted: *.tmp, and .bin or .idx without their JSON."""
-    for path in out.glob("*"):
-        own = re.fullmatch(r"(shard-\d{5}\.(bin|idx|json)|manifest\.json)(\.tmp)?", path.name)
-        if own and (path.suffix == ".tmp" or not path.with_suffix(".json").exists()):
-            path.unlink()
-
-
-def lock(out: Path) -> int:
-    """Let no second run write here; the lock ends with the process, however it ends."""
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{out}: another run is writing here; wait for it, or choose another --out") from None
-    except OSError:
-        pass  # a file system without locks
-    return descriptor
+    return source | {"messages_key" if job.messages else "text_key": job.key, "slice_bytes": slice_bytes}
 
 
 # ---- the whole ----
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same from the first shard to the manifest."""
+
+    inputs: list[Path]
+    sources: list[dict]  # what `describe_input` says of each
+    settings: dict  # of the bins
+    out: Path
+    pool: ProcessPoolExecutor | None
+    workers: int
 
 
 def prepare(
@@ -146,12 +124,15 @@ def prepare(
     eos: str | None = None,
     bos: str = "auto",
     slice_bytes: int = SLICE_BYTES,
+    engine: str = "auto",
+    messages_key: str | None = None,
 ) -> bins.Bins:
     """Tokenise `inputs`, in this order, into bins in the folder `out`; returns them opened.
 
     tokenizer_dir: a folder, a tokenizer.json or a hub id. text_key: key or column of the text. workers: processes that
-    encode; with 1 it is this one. eos, bos: see `separator_id`, `bos_id`. slice_bytes: text of a shard. Run again after
-    an interruption, it keeps the committed shards. InputError if anything is wrong with what it was given.
+    encode; with 1 it is this one. eos, bos: see `separator_id`, `bos_id`. slice_bytes: text of a shard. engine: see
+    `write_all`. messages_key: key or column of chat messages, which the tokenizer's template turns into text. Run
+    again after an interruption, it keeps the committed shards. InputError if anything is wrong with what it was given.
     """
     inputs, out = [Path(path) for path in inputs], Path(out)
     if not inputs or len({path.resolve() for path in inputs}) < len(inputs):
@@ -159,65 +140,109 @@ def prepare(
     if workers < 1:
         raise InputError(f"--workers is {workers}, expected 1 or more")
     path, config = find_tokenizer(tokenizer_dir)
-    tokenizer = load_tokenizer(path)
-    identity, separator = bins.tokenizer_sha256(path), bins.separator_id(tokenizer, config, eos)
-    job = Job(str(path), identity, separator, bins.bos_id(tokenizer, config, bos), text_key)
-    n_ids = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())  # a vocabulary may have holes: do not count
-    settings = bins.settings_of(n_ids, job.separator, job.bos, identity)
+    with worker_pool(workers, path) as pool:
+        job, settings = plan(path, config, text_key, messages_key, eos, bos)
+        run = Run(inputs, describe_inputs(inputs, job, slice_bytes), settings, out, pool, workers)
+        return write_bins(run, job, engine)
+
+
+def describe_inputs(inputs: list[Path], job: Job, slice_bytes: int) -> list[dict]:
+    """`describe_input` of each, under a bar."""
     n_bytes = sum(path.stat().st_size for path in inputs if path.is_file())
     with tqdm(total=n_bytes, unit="B", unit_scale=True, desc="hash", disable=None) as bar:
-        sources = [describe_input(path, job, slice_bytes, bar.update) for path in inputs]
+        return [describe_input(path, job, slice_bytes, bar.update) for path in inputs]
+
+
+def write_bins(run: Run, job: Job, engine: str) -> bins.Bins:
+    """What is missing in the folder, under its lock; the bins opened."""
+    out = run.out
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out}: cannot be made: {error.strerror}; choose another --out") from None
     descriptor = lock(out)
     try:
-        write_all(inputs, sources, job, settings, out, workers)
+        remove_leftovers(out)
+        place = committed_part(out, run.settings, run.sources)
+        if (out / "manifest.json").exists():
+            done = bins.Bins(out)
+            print(f"{out}: already prepared, {done.n_docs:,} documents, {done.n_tokens:,} tokens")
+            return done
+        write_all(run, job, place, engine)
+        finish(out, run.inputs)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror or error}; free space, then run again") from None
     finally:
         os.close(descriptor)
     return bins.Bins(out)
 
 
-def write_all(inputs: list[Path], sources: list[dict], job: Job, settings: dict, out: Path, workers: int) -> None:
-    """Everything from the first shard that is not there yet to the manifest."""
-    remove_leftovers(out)
-    index, n_done, row = committed_part(out, settings, sources)
-    if (out / "manifest.json").exists():
-        print(f"{out}: already prepared, {bins.Bins(out).n_docs:,} documents, {bins.Bins(out).n_tokens:,} tokens")
-        return
-    pool, started, n_before = None, time.perf_counter(), sum(shard["n_bytes"] for shard in bins.committed_shards(out))
-    if workers > 1 and n_done < len(inputs):
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
+def plan(
+    path: Path, config: dict, text_key: str, messages_key: str | None, eos: str | None, bos: str
+) -> tuple[Job, dict]:
+    """What the workers and the shards need to know of the tokenizer; the engine is not chosen yet."""
+    tokenizer = load_tokenizer(path)
+    identity, separator = bins.tokenizer_sha256(path), bins.separator_id(tokenizer, config, eos)
+    if messages_key:
+        chat_template(path, config)
+        if bos == "yes":
+            raise InputError("--bos yes: with --messages-key the chat template says where BOS goes; leave --bos out")
+    bos_id = None if messages_key else bins.bos_id(tokenizer, config, bos)
+    job = Job(str(path), identity, separator, bos_id, messages_key or text_key, bool(messages_key), "tokenizers")
+    n_ids = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())  # a vocabulary may have holes: do not count
+    return job, bins.settings_of(n_ids, separator, bos_id, identity)
+
+
+def write_all(run: Run, job: Job, place: tuple[int, int, int], engine: str) -> None:
+    """All shards from `place` on: (index of the shard, inputs that are done, rows of the next that are done).
+
+    engine "auto": gigatoken, and `tokenizers` instead if it turns out, before a shard is committed, that it must not.
+    """
+    if job.messages and engine == "gigatoken":
+        raise InputError("--engine gigatoken: chat records need tokenizers; use --engine auto")
+    wanted, engine = engine, "tokenizers" if job.messages or engine == "tokenizers" else "gigatoken"
     try:
-        with tqdm(total=sum(source["size"] for source in sources), unit="B", unit_scale=True, disable=None) as bar:
-            for i in range(n_done, len(inputs)):
-                before = sum(source["size"] for source in sources[:i])
-                encoded = encode_file(job, inputs[i], row, pool, workers)
+        return write_inputs(run, replace(job, engine=engine), place)
+    except Unproven as error:
+        if wanted == "gigatoken":
+            raise InputError(f"--engine gigatoken: {error}; use --engine auto") from None
+        if (run.out / f"{bins.shard_name(place[0])}.json").exists():
+            raise InputError(f"gigatoken: {error}; delete {run.out}, use --engine tokenizers") from None
+        print(f"gigatoken is not used: {error}", file=sys.stderr)
+    write_inputs(run, replace(job, engine="tokenizers"), place)
+
+
+def write_inputs(run: Run, job: Job, place: tuple[int, int, int]) -> None:
+    """`write_all` with the job's engine; Unproven if that is gigatoken and must not be."""
+    (index, n_done, row), started = place, time.perf_counter()
+    n_before = sum(shard["n_bytes"] for shard in bins.committed_shards(run.out))
+    engine = engine_version(job.engine) if find_spec(job.engine) else job.engine
+    try:
+        with tqdm(total=sum(source["size"] for source in run.sources), unit="B", unit_scale=True, disable=None) as bar:
+            for i in range(n_done, len(run.inputs)):
+                before = sum(source["size"] for source in run.sources[:i])
+                encoded = encode_file(job, run.inputs[i], row, run.pool, run.workers)
                 progress = lambda position, before=before: bar.update(before + position - bar.n)  # noqa: E731
-                index = write_file(encoded, out, settings, sources[i], index, row, progress)
+                shard_writer = lambda index: bins.ShardWriter(run.out, index, run.settings, engine)  # noqa: E731
+                index = write_file(encoded, shard_writer, run.sources[i], index, row, progress)
                 row = 0
     except BrokenProcessPool:
         raise InputError(
             "a worker died, likely for want of memory; run again (it goes on) with fewer --workers"
         ) from None
-    finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
+    n_bytes = sum(shard["n_bytes"] for shard in bins.committed_shards(run.out)) - n_before
+    print(f"{n_bytes / 1e6 / (time.perf_counter() - started):.1f} MB/s with {engine}, workers: {run.workers}")
+
+
+def finish(out: Path, inputs: list[Path]) -> None:
+    """The manifest, and the closing line: documents, tokens, bytes."""
     if not any(shard["n_docs"] for shard in bins.committed_shards(out)):
         raise InputError(f"{', '.join(map(str, inputs))}: no text in any of the documents; nothing to write")
     bins.write_manifest(out)
-    summarise(bins.Bins(out), time.perf_counter() - started, n_before)
-
-
-def summarise(done: bins.Bins, seconds: float, n_before: int) -> None:
-    """The closing line: documents, tokens, bytes, and the speed of this run alone."""
-    rate = (done.n_bytes - n_before) / 1e6 / seconds
-    n_empty = sum(shard["source"]["n_empty"] for shard in done.shards)
+    done = bins.Bins(out)
     sizes = f"{done.n_docs:,} documents, {done.n_tokens:,} tokens, {done.n_bytes:,} bytes of text"
-    print(f"{done.folder}: {sizes}, {done.n_bytes / done.n_tokens:.2f} bytes/token, {rate:.1f} MB/s in this run")
-    if n_empty:
+    print(f"{done.folder}: {sizes}, {done.n_bytes / done.n_tokens:.2f} bytes/token")
+    if n_empty := sum(shard["source"]["n_empty"] for shard in done.shards):
         print(f"{n_empty:,} empty documents skipped")
 
 
@@ -237,14 +262,27 @@ def main() -> None:
     )
     add("--out", required=True, type=Path, metavar="FOLDER", help="where the bins go")
     add("--text-key", default="text", metavar="KEY", help="key or column that holds the text (default: %(default)s)")
+    add("--messages-key", metavar="KEY", help="instead: key or column of chat messages, for the model's chat template")
     add("--eos", metavar="TOKEN", help="token that ends each document (default: <|endoftext|> if there, else the eos)")
     bos_help = "begin documents with BOS? auto: if the tokenizer itself does, so that training looks like inference"
     add("--bos", choices=("auto", "yes", "no"), default="auto", help=bos_help)
     workers_help = "processes that encode; the bins do not depend on it (default: the CPUs, %(default)s)"
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help=workers_help)
+    engine_help = "auto: gigatoken if it is installed and gives the ids of tokenizers (default: %(default)s)"
+    add("--engine", choices=("auto", "gigatoken", "tokenizers"), default="auto", help=engine_help)
     args = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # --workers says how many cores
-    prepare(args.inputs, args.tokenizer, args.out, args.text_key, args.workers, args.eos, args.bos)
+    prepare(
+        args.inputs,
+        args.tokenizer,
+        args.out,
+        args.text_key,
+        args.workers,
+        args.eos,
+        args.bos,
+        engine=args.engine,
+        messages_key=args.messages_key,
+    )
 
 
 if __name__ == "__main__":

@@ -18,11 +18,14 @@ BATCH_BYTES = 1 << 20  # raw rows of a batch
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 
-def read_rows(path: Path, text_key: str) -> Iterator[tuple[bytes | None, int]]:
-    """Raw rows and the input's bytes read so far: a line of JSON, or the UTF-8 of a Parquet text (None for null)."""
+def read_rows(path: Path, key: str, nested: bool = False) -> Iterator[tuple[bytes | None, int]]:
+    """Raw rows and the input's bytes read so far: a line of JSON, or the UTF-8 of a Parquet text (None for null).
+
+    nested: the Parquet column holds lists (chat messages), and each comes as a line of JSON with this one key.
+    """
     with path.open("rb") as raw:
         if path.suffix == ".parquet":
-            yield from read_parquet(path, text_key)
+            yield from read_parquet(path, key, nested)
             return
         lines: io.BufferedIOBase = raw
         if path.suffix == ".gz":
@@ -33,24 +36,30 @@ def read_rows(path: Path, text_key: str) -> Iterator[tuple[bytes | None, int]]:
             yield line, raw.tell()
 
 
-def read_parquet(path: Path, text_key: str) -> Iterator[tuple[bytes | None, int]]:
+def read_parquet(path: Path, key: str, nested: bool) -> Iterator[tuple[bytes | None, int]]:
     """read_rows for Parquet: one column, 256 rows at a time, so that memory does not grow with row groups."""
     pa = pyarrow()
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path, buffer_size=1 << 20) as file:  # buffered: else a whole column chunk is in memory
         names = file.schema_arrow.names
-        if text_key not in names:
-            raise InputError(f"{path}: no column {text_key!r}, it has {', '.join(names)}; name one with --text-key")
-        kind = file.schema_arrow.field(text_key).type
+        flag, expected = ("--messages-key", "list of messages") if nested else ("--text-key", "string")
+        if key not in names:
+            raise InputError(f"{path}: no column {key!r}, it has {', '.join(names)}; name one with {flag}")
+        kind = file.schema_arrow.field(key).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise InputError(f"{path}: column {text_key!r} is {kind}, expected string; name another with --text-key")
+        if not (pa.types.is_list(kind) if nested else pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise InputError(f"{path}: column {key!r} is {kind}, expected {expected}; name another with {flag}")
         n_read, n_rows, size = 0, file.metadata.num_rows, path.stat().st_size
-        for batch in file.iter_batches(batch_size=256, columns=[text_key], use_threads=False):
-            for text in batch.column(0).cast(pa.large_string()).cast(pa.large_binary()).to_pylist():
+        for batch in file.iter_batches(batch_size=256, columns=[key], use_threads=False):
+            column = batch.column(0)
+            if nested:
+                rows = [json.dumps({key: messages}).encode() for messages in column.to_pylist()]
+            else:
+                rows = column.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
+            for row in rows:
                 n_read += 1
-                yield text, size * n_read // n_rows
+                yield row, size * n_read // n_rows
 
 
 def pyarrow():
@@ -62,11 +71,13 @@ def pyarrow():
     return pyarrow
 
 
-def read_batches(path: Path, text_key: str, first_row: int) -> Iterator[tuple[int, list[bytes | None], int]]:
+def read_batches(
+    path: Path, key: str, first_row: int = 0, nested: bool = False
+) -> Iterator[tuple[int, list[bytes | None], int]]:
     """(row of the first, raw rows, bytes of the input read so far), about BATCH_BYTES each, from `first_row` on."""
     rows, size, n_read, position = [], 0, 0, 0
     try:
-        for row, position in read_rows(path, text_key):
+        for row, position in read_rows(path, key, nested):
             n_read += 1
             if n_read <= first_row:
                 continue
@@ -83,11 +94,11 @@ def read_batches(path: Path, text_key: str, first_row: int) -> Iterator[tuple[in
         yield n_read - len(rows), rows, position
 
 
-def parse_row(row: bytes | None, text_key: str, is_json: bool) -> str | None:
-    """The text of a raw row, None for a blank line; ValueError says what is wrong with it."""
+def parse_row(row: bytes | None, key: str, is_json: bool, kind: type = str):
+    """The value of a raw row, a string or a list as `kind` says; None for a blank line. ValueError: what is wrong."""
     if not is_json:
         if row is None:
-            raise ValueError(f"{text_key!r} is null, expected a string")
+            raise ValueError(f"{key!r} is null, expected a string")
         return row.decode("utf-8")
     line = row.decode("utf-8")
     if not line.strip():
@@ -97,12 +108,12 @@ def parse_row(row: bytes | None, text_key: str, is_json: bool) -> str | None:
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
     if not isinstance(record, dict):
-        raise ValueError(f"a JSON {type(record).__name__}, expected an object with the key {text_key!r}")
-    if text_key not in record:
-        raise ValueError(
-            f"no key {text_key!r}, it has {', '.join(map(repr, [*record][:12]))}; name one with --text-key"
-        )
-    text = record[text_key]
-    if not isinstance(text, str):
-        raise ValueError(f"{text_key!r} is of type {type(text).__name__}, expected a string")
-    return text
+        raise ValueError(f"a JSON {type(record).__name__}, expected an object with the key {key!r}")
+    if key not in record:
+        flag = "--text-key" if kind is str else "--messages-key"
+        raise ValueError(f"no key {key!r}, it has {', '.join(map(repr, [*record][:12]))}; name one with {flag}")
+    value = record[key]
+    if not isinstance(value, kind):
+        expected = "a string" if kind is str else "a list of messages"
+        raise ValueError(f"{key!r} is of type {type(value).__name__}, expected {expected}")
+    return value

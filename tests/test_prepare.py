@@ -402,6 +402,20 @@ def test_a_worker_reports_the_first_bad_line_too(tmp_path, tok, small_batches):
         prepare([tmp_path / "a.jsonl"], tok, tmp_path / "bins", workers=2)
 
 
+def test_a_full_disk_is_one_line_and_the_next_run_goes_on(tmp_path, tok, corpus, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(InputError, match=r"bins: cannot be written: No space left on device; free space") as error:
+            prepare(corpus, tok, tmp_path / "bins")
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="expected a finished set"):
+        Bins(tmp_path / "bins")
+    verify(prepare(corpus, tok, tmp_path / "bins").folder)
+
+
 def test_other_wrong_arguments(tmp_path, tok, corpus):
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "broken").mkdir()

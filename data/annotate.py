@@ -1,0 +1,197 @@
+"""Annotate: an LLM behind an OpenAI-compatible URL says of every sampled document whether it is medical.
+
+    vllm serve mistralai/Mixtral-8x7B-Instruct-v0.1 --tensor-parallel-size 2
+    python data/annotate.py sample.parquet --url http://localhost:8000/v1 --model mistralai/Mixtral-8x7B-Instruct-v0.1 \\
+        --out labels.parquet
+    python data/annotate.py labels.parquet --audit 300     # writes a sheet for a physician; run again when it is filled
+
+The prompt is a file with a version in its name, and both words of the answer stand in it: another language or field is
+another file (`--prompt`). Temperature 0, a few tokens of answer, the text capped. Nothing is guessed: what is not
+clearly one of the two words is labelled `invalid`, never "not medical", and its raw text is kept beside it.
+
+Answers are cached in OUT.answers.sqlite as they come (nanomed/chat.py): a killed run goes on where it was and pays for
+nothing twice. OUT is written at the end, in the sample's order, whole or not at all. Memory: a few hundred bytes a
+document; texts are read twice instead of kept.
+"""
+
+import argparse
+import hashlib
+import re
+import sys
+import tomllib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from audit import audit
+from documents import read_about, read_documents, write_parquet
+from nanomed import InputError
+from nanomed.chat import Answer, ask
+
+PROMPT = Path(__file__).resolve().parent / "prompts" / "medical-de-v1.toml"
+COLUMNS = dict.fromkeys(("id", "text", "label", "answer", "finish_reason", "model", "prompt_sha256"), "string")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An annotation prompt: the template, with {text} in it, and the word that stands for either label."""
+
+    template: str
+    medical: str
+    not_medical: str
+    sha256: str  # of the file
+
+    def parse(self, answer: str) -> str:
+        """medical, not_medical or invalid: the answer begins with one word, in any case, and never has the other."""
+        found = {label for label in ("medical", "not_medical") if _has_word(answer, getattr(self, label))}
+        if len(found) == 1:
+            (label,) = found
+            if _has_word(answer, getattr(self, label), at_start=True):
+                return label
+        return "invalid"
+
+
+def _has_word(answer: str, word: str, at_start: bool = False) -> bool:
+    """Whether the word stands in the answer by itself; at its start, quotes, brackets and asterisks may go before it."""
+    before = r"^[\s\"'„“«»*_`(\[]*" if at_start else r"(?<!\w)"
+    return re.search(before + re.escape(word) + r"(?!\w)", answer, re.IGNORECASE) is not None
+
+
+def read_prompt(path: Path) -> Prompt:
+    """A prompt file; InputError if a part is missing or the two words cannot be told apart."""
+    try:
+        raw = path.read_bytes()
+        spec = tomllib.loads(raw.decode("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as a prompt ({error}); expected TOML such as {PROMPT}") from None
+    for key in ("prompt", "medical", "not_medical"):
+        if not isinstance(spec.get(key), str) or not spec[key].strip():
+            raise InputError(f"{path}: has no {key!r}; expected the text of the prompt and the two words of the answer")
+    if spec["prompt"].count("{text}") != 1:
+        raise InputError(f"{path}: {{text}} stands in it {spec['prompt'].count('{text}')} times, expected once")
+    words = [spec["medical"].strip(), spec["not_medical"].strip()]
+    if _has_word(words[0], words[1]) or _has_word(words[1], words[0]):
+        raise InputError(
+            f"{path}: of the words {words[0]!r} and {words[1]!r} one is in the other; choose two that differ"
+        )
+    return Prompt(spec["prompt"].strip(), *words, hashlib.sha256(raw).hexdigest())
+
+
+def read_sample(path: Path) -> Iterator[dict]:
+    """Documents {id, text}; InputError for an id that comes twice."""
+    seen = set()
+    for document in read_documents(path, ("id", "text")):
+        if document["id"] in seen:
+            raise InputError(f"{path}: id {document['id']!r} comes twice; labels are kept by id, so remove one")
+        seen.add(document["id"])
+        yield document
+
+
+def annotate(
+    sample: Path, out: Path, url: str, model: str, prompt: Prompt, max_chars: int, max_tokens: int, **how
+) -> Counter:
+    """Label every document of the sample into `out`; how many got which label.
+
+    An empty text is `invalid` and not asked about. how: concurrency, timeout_s, tries of nanomed.chat.ask.
+    InputError if anything is wrong with what was given, or the endpoint gives up; then run again to go on.
+    """
+    settings = {"model": model, "prompt_sha256": prompt.sha256, "max_chars": max_chars, "max_tokens": max_tokens}
+    n_documents, digest = 0, hashlib.sha256()
+    for document in read_sample(sample):  # everything is checked before the first request is paid for
+        n_documents += 1
+        digest.update(repr((document["id"], document["text"])).encode())
+    settings["sample_sha256"] = digest.hexdigest()
+    if n_documents == 0:
+        raise InputError(f"{sample}: has no documents")
+    if out.exists():
+        return _finished(out, settings)
+
+    def requests() -> Iterator[tuple[int, dict]]:
+        for number, document in enumerate(read_sample(sample)):
+            if text := document["text"].strip():
+                content = prompt.template.replace("{text}", text[:max_chars])
+                body = {"model": model, "messages": [{"role": "user", "content": content}]}
+                yield number, body | {"temperature": 0, "max_tokens": max_tokens}
+
+    answers: dict[int, Answer] = {}
+    cache = out.with_name(out.name + ".answers.sqlite")
+    for number, answer in ask(requests(), url, cache, n_documents, desc="annotate", **how):
+        answers[number] = answer
+
+    counts: Counter = Counter()
+
+    def labelled() -> Iterator[dict]:
+        nothing = Answer("", "empty", model, 0, 0)
+        for number, document in enumerate(read_sample(sample)):
+            answer = answers.get(number, nothing)
+            label = prompt.parse(answer.text)
+            counts[label] += 1
+            about = {"label": label, "answer": answer.text, "finish_reason": answer.finish_reason}
+            yield document | about | {"model": model, "prompt_sha256": prompt.sha256}
+
+    tokens = {name: sum(getattr(a, name) for a in answers.values()) for name in ("prompt_tokens", "completion_tokens")}
+    write_parquet(out, labelled(), COLUMNS, settings | tokens)
+    print(f"{tokens['prompt_tokens']:,} tokens of prompts, {tokens['completion_tokens']:,} of answers")
+    return counts
+
+
+def _finished(out: Path, settings: dict) -> Counter:
+    """The labels of a file that is there already; InputError if it was made otherwise."""
+    found = read_about(out)
+    if differs := [key for key in settings if found.get(key) != settings[key]]:
+        key = differs[0]
+        what = f"was made with {key} {found.get(key)}, now it is {settings[key]}"
+        raise InputError(f"{out}: {what}; choose another --out, or delete it")
+    print(f"{out}: already annotated")
+    return Counter(row["label"] for row in read_documents(out, ("label",)))
+
+
+def main() -> None:
+    """The command line; a wrong input is one line and exit status 1."""
+    parser = argparse.ArgumentParser(
+        description="Label documents through an OpenAI-compatible endpoint. Run again after an interruption: it goes on "
+        "and pays for nothing twice. The key, where one is needed, is read from OPENAI_API_KEY.",
+        epilog="example: python data/annotate.py sample.parquet --url http://localhost:8000/v1 "
+        "--model mistralai/Mixtral-8x7B-Instruct-v0.1 --out labels.parquet",
+    )
+    add = parser.add_argument
+    add("input", type=Path, metavar="FILE", help="sample.parquet of data/sample.py; with --audit: labels.parquet")
+    add("--url", help="of the endpoint, with its /v1")
+    add("--model", help="name of the model, as the endpoint knows it")
+    add("--out", type=Path, metavar="LABELS", help="labels.parquet to write")
+    add("--prompt", type=Path, default=PROMPT, metavar="TOML", help="prompt file (default: data/prompts/%(default)s)"
+        .replace("%(default)s", PROMPT.name))  # fmt: skip
+    add("--max-chars", type=int, default=4000, metavar="N", help="of a text that are shown (default: %(default)s)")
+    add("--max-tokens", type=int, default=8, metavar="N", help="of an answer (default: %(default)s)")
+    add("--concurrency", type=int, default=64, metavar="N", help="requests in flight (default: %(default)s)")
+    add("--timeout", type=float, default=120, metavar="S", help="seconds for one try (default: %(default)s)")
+    add("--audit", type=int, metavar="N", help="write a sheet of N documents to label by hand; when filled, print F1")
+    args = parser.parse_args()
+    for name in ("max_chars", "max_tokens", "concurrency", "timeout", "audit"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected more than 0")
+    if args.audit:
+        audit(args.input, args.audit)
+        return
+    if missing := [f"--{name}" for name in ("url", "model", "out") if getattr(args, name) is None]:
+        raise InputError(f"{', '.join(missing)} is missing; see --help for an example")
+    how = {"concurrency": args.concurrency, "timeout_s": args.timeout}
+    prompt = read_prompt(args.prompt)
+    counts = annotate(args.input, args.out, args.url, args.model, prompt, args.max_chars, args.max_tokens, **how)
+    total = sum(counts.values())
+    shares = (
+        f"{counts[label]:,} {label} ({counts[label] / total:.1%})" for label in ("medical", "not_medical", "invalid")
+    )
+    print(f"{args.out}: {total:,} documents: {', '.join(shares)}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,215 @@
+"""Clean: documents + scores → the corpus, with a report of what was left out and a data card.
+
+    python data/clean.py fineweb/*.parquet --scores sweep --classifier clf --eval mmlu_de.jsonl --out finemed-de
+
+1. An input at a time, in parallel: documents at or above the threshold that hold no question of an evaluation set
+   (decontaminate.py), to OUT/kept/NAME.parquet with the hash of their text.
+2. Over all inputs: of equal texts the first stays (equal after Unicode composition, white space aside), and of equal
+   ids; what stays goes to OUT/corpus/NAME.parquet: id, text, url, dump, date, score. url, dump and date are kept so that
+   anybody can attribute a document, rebuild the corpus, or have a document taken down.
+3. decontamination.jsonl (every hit, kept documents too), report.json, report.md, README.md (the data card).
+
+FineWeb2 is already filtered and without near-duplicates; heuristics for prose are not applied again, since dosages,
+tables and lists, which medicine is full of, fail them. Personal data is counted, not removed. An interrupted run goes
+on; report.json is written last. Costs: see data/README.md; memory 150 bytes a kept document.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from card import write_card, write_report
+from documents import find_files, read_documents, write_parquet
+from keeping import CORPUS, EXTRA, Job, keep_file, load_questions, part_of
+from nanomed import InputError
+from nanomed.bins import read_json
+from personal import PATTERNS, count_personal
+from scoring import classifier_identity
+from sweep import read_classifier
+
+
+def first_of_equals(hashes: np.ndarray) -> np.ndarray:
+    """bool (N,): is this the first row with its value? hashes: S32 (N,)."""
+    first = np.zeros(hashes.size, bool)
+    first[np.unique(hashes, return_index=True)[1]] = True  # the index of the first occurrence
+    return first
+
+
+def choose_first(files: list[Path], out: Path, counts: Counter) -> list[np.ndarray]:
+    """Per input, which rows of kept/NAME.parquet stay: of equal texts and then of equal ids the first."""
+    text, sizes = read_hashes(files, out, "text_hash")
+    ids, _ = read_hashes(files, out, "id_hash")
+    stays = first_of_equals(text)
+    counts["duplicate_texts"] = int((~stays).sum())
+    rows = np.flatnonzero(stays)
+    again = rows[~first_of_equals(ids[rows])]
+    stays[again] = False
+    counts["duplicate_ids"] = again.size
+    return np.split(stays, np.cumsum(sizes)[:-1])
+
+
+def read_hashes(files: list[Path], out: Path, key: str) -> tuple[np.ndarray, list[int]]:
+    """(S32 (N,) hashes of all kept documents, how many each input has): 32 bytes each, no Python string of them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    parts = []
+    for path in files:
+        column = pq.read_table(part_of(path, out, "kept"), columns=[key])[key].cast(pa.binary()).cast(pa.binary(32))
+        parts.append(np.frombuffer(column.combine_chunks().buffers()[1] or b"", "S32"))
+    return np.concatenate(parts), [part.size for part in parts]
+
+
+def write_corpus(path: Path, out: Path, stays: np.ndarray, totals: dict) -> None:
+    """Stage 2 of one input; personal data and dumps are counted here, in what is kept."""
+
+    def documents() -> Iterator[dict]:
+        for document, stay in zip(read_documents(part_of(path, out, "kept"), ("id", "text"), (*EXTRA, "score")), stays,
+                                  strict=True):  # fmt: skip
+            if stay:
+                totals["counts"]["kept"] += 1
+                totals["text_bytes"] += len(document["text"].encode())
+                totals["dumps"][document["dump"] or "unknown"] += 1
+                count_personal(document["text"], totals["personal"])
+                yield document
+
+    write_parquet(part_of(path, out, "corpus"), documents(), CORPUS, {})
+
+
+def clean(inputs: list[str], job: Job, facts: dict, workers: int) -> dict:
+    """Both stages and the reports; returns what report.json holds. facts: of classifier and source, for the card."""
+    files, out = find_files(inputs), Path(job.out)
+    for name in ("kept", "corpus"):
+        try:
+            (out / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{out / name}: cannot be made: {error.strerror}; choose another --out") from None
+    (out / "report.json").unlink(missing_ok=True)
+    questions = load_questions(job.eval_sets)
+    records = list(tqdm(keep_all(job, files, workers), total=len(files), desc="keep", unit=" files", disable=None))
+    counts = sum((Counter(record["counts"]) for record in records), Counter())
+    stays = choose_first(files, out, counts)
+    totals = {"counts": counts, "text_bytes": 0, "dumps": Counter(), "personal": {name: Counter() for name in PATTERNS}}
+    for path, rows in tqdm([*zip(files, stays, strict=True)], desc="corpus", unit=" files", disable=None):
+        write_corpus(path, out, rows, totals)
+    if not counts["kept"]:
+        raise InputError(f"{', '.join(map(str, inputs))}: no document is kept; the threshold is {job.threshold}")
+    hits = [hit for record in records for hit in record["hits"]]
+    eval_sets = {name: {"records": n, "dropped": 0, "listed": 0} for name, n in questions.n_records.items()}
+    for hit in hits:
+        eval_sets[hit["set"]]["dropped" if hit["drop"] else "listed"] += 1
+    report = totals | {"eval_sets": eval_sets, "eval_questions_too_short": questions.too_short} | facts
+    try:
+        write_reports(out, report, hits)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror}; free space, then run again") from None
+    return report
+
+
+def write_reports(out: Path, report: dict, hits: list[dict]) -> None:
+    """The four files about the corpus, report.json last."""
+    with (out / "decontamination.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(hit, ensure_ascii=False) + "\n" for hit in hits)
+    write_report(out, report)
+    write_card(out, report)
+    tmp = out / "report.json.tmp"
+    tmp.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    os.replace(tmp, out / "report.json")
+
+
+def keep_all(job: Job, files: list[Path], workers: int) -> Iterator[dict]:
+    """Stage 1 of all inputs, in order."""
+    if workers == 1 or len(files) == 1:
+        yield from (keep_file(job, path) for path in files)
+        return
+    with ProcessPoolExecutor(min(workers, len(files)), mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(functools.partial(keep_file, job), files)
+
+
+# ---- the command line ----
+
+
+def plan(args: argparse.Namespace) -> tuple[Job, dict]:
+    """What the workers and the card need to know; InputError if the scores are another classifier's."""
+    about, swept = read_classifier(args.classifier), read_json(args.scores / "sweep.json")
+    found = classifier_identity(args.classifier)
+    if swept.get("classifier_sha256") != found:
+        what = f"classifier_sha256 is {swept.get('classifier_sha256')}, but {args.classifier} has {found}"
+        raise InputError(f"{args.scores / 'sweep.json'}: {what}; give the classifier that made the scores")
+    threshold = about["threshold"] if args.threshold is None else args.threshold
+    sets = []
+    for path in args.eval:
+        try:
+            sets.append(hashlib.sha256(path.read_bytes()).hexdigest())
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}; expected an evaluation set") from None
+    keys = {"text_key": args.text_key, "id_key": args.id_key}
+    identity = hashlib.sha256(json.dumps([found, threshold, sets, keys]).encode()).hexdigest()
+    job = Job(str(args.scores), str(args.out), threshold, tuple(map(str, args.eval)), **keys, identity=identity)
+    facts = {"threshold": threshold, "classifier_sha256": found, "source": args.source, "language": args.language}
+    measured = ("precision", "recall", "target_precision", "n_report") if threshold == about["threshold"] else ()
+    facts |= {key: about[key] for key in (*measured, "base_model", "prompt_sha256", "annotator") if key in about}
+    return job, facts
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Make the corpus of documents and scores. Run again after an interruption: it goes on.",
+        epilog="example: python data/clean.py fineweb/*.parquet --scores sweep --classifier clf --out finemed-de",
+    )
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="INPUT", help="the documents that data/sweep.py scored")
+    add("--scores", required=True, type=Path, metavar="SWEEP", help="the folder that data/sweep.py wrote")
+    add("--classifier", required=True, type=Path, metavar="CLF", help="the folder that data/classify.py wrote")
+    add("--out", required=True, type=Path, metavar="FOLDER", help="where the corpus goes")
+    add(
+        "--eval", nargs="*", default=[], type=Path, metavar="FILE", help="evaluation sets to keep out: .jsonl, .parquet"
+    )
+    add("--threshold", type=float, metavar="T", help="another than CLF/threshold.json's")
+    add(
+        "--source",
+        default="HuggingFaceFW/fineweb-2",
+        metavar="ID",
+        help="data set of the documents (default: %(default)s)",
+    )
+    add("--language", default="de", metavar="CODE", help="for the data card (default: %(default)s)")
+    add("--text-key", default="text", metavar="KEY", help="column of the text (default: %(default)s)")
+    add("--id-key", default="id", metavar="KEY", help="column of the identifier (default: %(default)s)")
+    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: the CPUs)")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    """A wrong input is one line and exit status 1."""
+    args = parse_arguments()
+    job, facts = plan(args)
+    report = clean(args.inputs, job, facts, max(1, args.workers))
+    counts = report["counts"]
+    print(
+        f"{args.out}: {counts['kept']:,} of {counts['documents']:,} documents kept, {report['text_bytes']:,} bytes of text"
+    )
+    left_out = ("empty", "below_threshold", "contaminated", "duplicate_texts", "duplicate_ids")
+    print("left out: " + ", ".join(f"{counts[key]:,} {key.replace('_', ' ')}" for key in left_out))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)

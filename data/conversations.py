@@ -1,0 +1,109 @@
+"""Conversations: chat records → text by the tokenizer's own chat template, in which only the template's special tokens
+are real.
+
+A message that says "<|im_end|>" must not end a turn: in every string of a record, special tokens are broken by a mark
+before the template is rendered. What the rendering then spells unbroken is the template's own; it is renamed to an
+alias, a spelling that no message can hold, and the marks are removed. The ids are the tokenizer's with the special
+tokens renamed likewise, so splitting, stripping and prefixes around them are its own, and for messages without special
+tokens the ids are those of transformers' `apply_chat_template`.
+
+The three characters of mark and alias are Unicode noncharacters, which no text may interchange: a record that holds
+one is refused. Costs: 0.1 ms a record more than the encoding (the template, in jinja's sandbox).
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from nanomed import InputError
+
+MARK, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
+FORBIDDEN = re.compile(f"[{MARK}{OPEN}{CLOSE}]")
+
+
+def chat_template(path: Path, config: dict) -> str:
+    """The template of tokenizer.json at `path`: chat_template.jinja beside it, else that of its config (the default
+    one of several). InputError if there is none."""
+    file = path.parent / "chat_template.jinja"
+    template = file.read_text("utf-8") if file.is_file() else config.get("chat_template")
+    if isinstance(template, list):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...}]
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if not template:
+        raise InputError(f"{path.parent}: no chat template, expected one for --messages-key; give an instruct model")
+    return template
+
+
+def renderer(
+    spec: dict, protected: tuple[int | None, ...], template: str, config: dict
+) -> Callable[[list], tuple[str, str]]:
+    """The function messages → (text with aliases, text as it reads). It raises ValueError for what it cannot render.
+
+    spec: tokenizer.json; protected: ids that count as special; config: tokenizer_config.json, whose bos_token and so on
+    the template may name.
+    """
+    try:
+        from transformers.utils.chat_template_utils import render_jinja_template
+    except ImportError:
+        raise InputError("--messages-key needs transformers and jinja2: pip install -e '.[data]'") from None
+    names = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()}
+    variables = {key: value for key, value in names.items() if key.endswith("_token") and isinstance(value, str)}
+    alias = {token["content"]: alias for token, alias in aliases(spec, protected)}
+    special = re.compile("|".join(re.escape(token) for token in sorted(alias, key=len, reverse=True)) or "(?!)")
+
+    def render(messages: list) -> tuple[str, str]:
+        try:
+            [[text], _] = render_jinja_template([map_strings(messages, lambda s: mark(s, special))],
+                                                chat_template=template, **variables)  # fmt: skip
+        except ValueError:
+            raise
+        except Exception as error:  # jinja's own, and whatever a template's raise_exception says
+            raise ValueError(f"the chat template refuses it: {str(error).splitlines()[0]}") from None
+        aliased = special.sub(lambda match: alias[match[0]], text)
+        return aliased.replace(MARK, ""), text.replace(MARK, "")
+
+    return render
+
+
+def mark(string: str, special: re.Pattern) -> str:
+    """The string with each special token broken by a mark behind its first character."""
+    if found := FORBIDDEN.search(string):
+        raise ValueError(f"it holds the noncharacter U+{ord(found[0]):04X}; remove it")
+    while broken := special.search(string):  # again, since breaking one may leave another that overlaps it
+        string = f"{string[: broken.start() + 1]}{MARK}{string[broken.start() + 1 :]}"
+    return string
+
+
+def map_strings(value, function: Callable[[str], str]):
+    """A JSON value with the function applied to each string in it, keys excepted."""
+    if isinstance(value, dict):
+        return {key: map_strings(item, function) for key, item in value.items()}
+    if isinstance(value, list):
+        return [map_strings(item, function) for item in value]
+    return function(value) if isinstance(value, str) else value
+
+
+def aliases(spec: dict, protected: tuple[int | None, ...]) -> list[tuple[dict, str]]:
+    """The special tokens of tokenizer.json, each with its alias."""
+    return [(token, f"{OPEN}{token['id']}{CLOSE}") for token in spec.get("added_tokens") or []
+            if token["special"] or token["id"] in protected]  # fmt: skip
+
+
+def conversation_engine(spec: dict, protected: tuple[int | None, ...]) -> Callable[[list[str]], list[np.ndarray]]:
+    """The function texts with aliases → uint32 ids of each."""
+    renamed = {token["id"]: {"content": alias, "special": True} for token, alias in aliases(spec, protected)}
+    tokens = [token | renamed.get(token["id"], {}) for token in spec.get("added_tokens") or []]
+    # The post-processor names tokens too, and is not used: the template says where BOS goes.
+    changed = {"added_tokens": tokens, "post_processor": None, "truncation": None, "padding": None}
+    if "dropout" in spec["model"]:
+        changed["model"] = spec["model"] | {"dropout": None}
+    tokenizer = Tokenizer.from_str(json.dumps(spec | changed))
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    original = np.arange(1 + max(vocabulary.values()), dtype=np.uint32)  # a new spelling may have got a new id
+    for token in tokens:
+        original[vocabulary[token["content"]]] = token["id"]
+    encode = tokenizer.encode_batch_fast
+    return lambda texts: [original[np.array(code.ids, np.uint32)] for code in encode(texts, add_special_tokens=False)]

@@ -1,0 +1,195 @@
+"""Documents: whole records from local files or the hub, several columns at once, and Parquet written whole or not at all.
+
+reading.py reads one column as fast as it can, for prepare.py; here a stage reads a few (`id`, `text`, `label`, ...) by
+name. A path may be local or any URL that fsspec knows (`hf://datasets/HuggingFaceFW/fineweb-2/data/deu_Latn/train`): the
+hub is streamed by range requests, so that a column that is not asked for is not fetched either.
+
+Memory: 256 rows at a time. Whatever is not a whole document is an InputError that names file and row (line, for JSONL).
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from nanomed import InputError
+from reading import SUFFIXES, pyarrow, read_batches
+
+BATCH_ROWS = 256
+
+
+def find_files(inputs: list[str]) -> list[Path]:
+    """Inputs as paths, local or remote (UPath), in sorted order: a file as it is, a folder or glob as what it holds.
+
+    InputError for what is not there, holds nothing readable, or comes twice.
+    """
+    found: list[Path] = []
+    for name in map(str, inputs):
+        try:
+            matches = _matches(name)
+        except OSError as error:
+            raise InputError(
+                f"{name}: cannot be listed: {str(error).splitlines()[0]}; expected a file or URL"
+            ) from None
+        if not matches:
+            raise InputError(f"{name}: no such input; expected files, folders or URLs of {', '.join(SUFFIXES)}")
+        found += matches
+    for path in found:
+        if not path.name.endswith(SUFFIXES):
+            raise InputError(f"{path}: unknown kind of file, expected {', '.join(SUFFIXES)}")
+    if len(set(map(str, found))) < len(found):
+        twice = next(str(path) for path in found if [*map(str, found)].count(str(path)) > 1)
+        raise InputError(f"{twice}: given twice, expected each input once")
+    return sorted(found, key=str)
+
+
+def _matches(name: str) -> list[Path]:
+    """The files behind one argument."""
+    try:
+        from upath import UPath
+    except ImportError:
+        raise InputError("the corpus's scripts need more packages: pip install -e '.[data]'") from None
+    if "*" in name:
+        folder, slash, _ = name[: name.index("*")].rpartition("/")
+        pattern = name.removeprefix(folder + slash)
+        return [path for path in UPath(folder or slash or ".").glob(pattern) if path.is_file()]
+    path = UPath(name)
+    if path.is_dir():
+        return [child for child in path.iterdir() if child.name.endswith(SUFFIXES)]
+    return [path] if path.exists() else []
+
+
+def open_parquet(path: Path):
+    """A pyarrow ParquetFile, local or remote; InputError where the file is not one (a cut tail is found here)."""
+    import pyarrow.parquet as pq
+
+    try:
+        is_local = isinstance(path, os.PathLike)
+        return pq.ParquetFile(path if is_local else path.open("rb"), buffer_size=1 << 20)
+    except (OSError, ValueError) as error:  # pyarrow's are of both kinds
+        raise InputError(f"{path}: not a whole Parquet file: {_first_line(error)}; fetch it again") from None
+
+
+def read_documents(path: Path, needed: tuple[str, ...], extra: tuple[str, ...] = ()) -> Iterator[dict]:
+    """The documents of a file, in order: {column: value}; `needed` ones are strings, `extra` ones what is there or None.
+
+    A number as an id is taken as its digits. InputError names file and row (from 1) of what is missing or null.
+    """
+    return (document for _, document in read_numbered(path, needed, extra))
+
+
+def read_numbered(
+    path: Path, needed: tuple[str, ...], extra: tuple[str, ...] = (), only: np.ndarray | None = None
+) -> Iterator[tuple[int, dict]]:
+    """(row, document) as in read_documents; rows (lines, for JSONL) count from 1. only: ascending rows to read, or all.
+
+    With `only`, row groups of a Parquet file that hold none of these rows are not read; other lines are not parsed.
+    """
+    unit = "row" if path.name.endswith(".parquet") else "line"
+    records = _parquet_records(path, needed, extra, only) if unit == "row" else _json_records(path, only)
+    for number, record in records:
+        document = {}
+        for key in (*needed, *extra):
+            value = record.get(key)
+            if isinstance(value, int) and key in needed and key != "text" and not isinstance(value, bool):
+                value = str(value)
+            if key in needed and not isinstance(value, str):
+                raise InputError(f"{path}: {unit} {number}: {_what(record, key)}; expected a string")
+            document[key] = value
+        yield number, document
+
+
+def _what(record: dict, key: str) -> str:
+    """What is wrong with a record that has no string under the key."""
+    if key not in record:
+        return f"no {key!r}, it has {', '.join([*record][:12])}"
+    return f"{key!r} is null" if record[key] is None else f"{key!r} is of type {type(record[key]).__name__}"
+
+
+def _json_records(path: Path, only: np.ndarray | None) -> Iterator[tuple[int, dict]]:
+    """(line number, object) of every line that is wanted and not blank."""
+    wanted = None if only is None else set(only.tolist())
+    for first, rows, _ in read_batches(path, "", 0):
+        for number, row in enumerate(rows, first + 1):
+            if (wanted is not None and number not in wanted) or not row.strip():
+                continue
+            try:
+                record = json.loads(row)
+                if b"\\ud" in row or b"\\uD" in row:
+                    json.dumps(record, ensure_ascii=False).encode()  # JSON can spell half a surrogate pair
+            except (ValueError, RecursionError) as error:
+                what = "UTF-8" if isinstance(error, UnicodeError) else "JSON"
+                raise InputError(f"{path}: line {number}: not valid {what}: {_first_line(error)}") from None
+            if not isinstance(record, dict):
+                raise InputError(f"{path}: line {number}: a JSON {type(record).__name__}, expected an object")
+            yield number, record
+
+
+def _parquet_records(
+    path: Path, needed: tuple[str, ...], extra: tuple[str, ...], only: np.ndarray | None
+) -> Iterator[tuple[int, dict]]:
+    """(row number, record) of every row that is wanted, with the columns that are asked for and there."""
+    with open_parquet(path) as file:
+        names = file.schema_arrow.names
+        if missing := [key for key in needed if key not in names]:
+            raise InputError(f"{path}: no column {missing[0]!r}, it has {', '.join(names)}")
+        columns, end = [key for key in (*needed, *extra) if key in names], 0
+        for group in range(file.num_row_groups):
+            number, end = end, end + file.metadata.row_group(group).num_rows
+            inside = None if only is None else only[np.searchsorted(only, number + 1) : np.searchsorted(only, end + 1)]
+            if inside is not None and inside.size == 0:
+                continue
+            wanted = None if inside is None else set(inside.tolist())
+            try:
+                for batch in file.iter_batches(BATCH_ROWS, [group], columns, use_threads=False):
+                    for record in batch.to_pylist():
+                        number += 1
+                        if wanted is None or number in wanted:
+                            yield number, record
+            except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
+                what = f"unreadable after row {number}, damaged or not UTF-8: {_first_line(error)}"
+                raise InputError(f"{path}: {what}; fetch it again") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def write_parquet(path: Path, documents: Iterable[dict], columns: dict[str, str], about: dict) -> int:
+    """Write documents, as they come, to a Parquet file that is there whole or not at all; how many there were.
+
+    columns: name → Arrow type ("string", "float32", ...). about: goes into the file's metadata under `nanomed`, as JSON.
+    """
+    pa = pyarrow()
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in columns.items()])
+    schema = schema.with_metadata({"nanomed": json.dumps(about, ensure_ascii=False)})
+    tmp, n_written, rows = path.with_name(path.name + ".tmp"), 0, []
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tmp.open("wb") as file:
+            with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+                for document in documents:
+                    rows.append({name: document.get(name) for name in columns})
+                    if len(rows) == 1000:
+                        writer.write_table(pa.Table.from_pylist(rows, schema))
+                        n_written, rows = n_written + len(rows), []
+                if rows:
+                    writer.write_table(pa.Table.from_pylist(rows, schema))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or _first_line(error)}") from None
+    finally:
+        tmp.unlink(missing_ok=True)
+    return n_written + len(rows)
+
+
+def read_about(path: Path) -> dict:
+    """What `write_parquet` noted in the file; {} if another tool wrote it."""
+    with open_parquet(path) as file:
+        return json.loads((file.schema_arrow.metadata or {}).get(b"nanomed", b"{}"))

@@ -1,0 +1,122 @@
+"""Keeping: the first stage of clean.py, one input at a time: which documents count as the domain's, and are clean?
+
+A document is kept if its score reaches the threshold and it holds no question of an evaluation set. What is kept goes
+to OUT/kept/NAME.parquet with hashes of text and id, from which the second stage finds what is there twice;
+OUT/kept/NAME.json, written last, holds the counts and every hit, and says that the input is done.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from decontaminate import Questions, find_hits, read_questions
+from documents import open_parquet, read_documents, write_parquet
+from nanomed import InputError
+from nanomed.bins import read_json
+from scoring import score_path
+
+EXTRA = ("url", "dump", "date")
+CORPUS = {"id": "string", "text": "string", "url": "string", "dump": "string", "date": "string", "score": "float32"}
+KEPT = CORPUS | {"text_hash": "string", "id_hash": "string"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to know."""
+
+    scores: str
+    out: str
+    threshold: float
+    eval_sets: tuple[str, ...]
+    text_key: str
+    id_key: str
+    identity: str  # of everything above that decides what is kept
+
+
+def part_of(path: Path, out: Path, folder: str) -> Path:
+    """Where a stage writes what it makes of an input."""
+    return out / folder / score_path(path, out).name
+
+
+def keep_file(job: Job, path: Path) -> dict:
+    """Stage 1 of one input, in a worker: its counts and hits, which OUT/kept/NAME.json holds (the commit point)."""
+    target = part_of(path, Path(job.out), "kept")
+    record = {"identity": job.identity, "input": path.name, "size": path.stat().st_size}
+    if target.with_suffix(".json").exists():
+        found = read_json(target.with_suffix(".json"))
+        for key, expected in record.items():
+            if found.get(key) != expected:
+                what = f"{key} was {found.get(key)}, now it is {expected}"
+                raise InputError(f"{target}: of another run: {what}; choose another --out, or delete it")
+        return found
+    record |= {"counts": Counter(), "personal": Counter(), "hits": []}
+    write_parquet(target, kept_documents(job, path, record), KEPT, {})
+    tmp = target.with_suffix(".json.tmp")
+    try:
+        tmp.write_text(json.dumps(record, ensure_ascii=False), "utf-8")
+        os.replace(tmp, target.with_suffix(".json"))
+    except OSError as error:
+        raise InputError(f"{tmp}: cannot be written: {error.strerror}; free space, then run again") from None
+    return record
+
+
+def kept_documents(job: Job, path: Path, record: dict) -> Iterator[dict]:
+    """The documents that stage 1 keeps, counted in `record` as they pass."""
+    questions, counts = load_questions(job.eval_sets), record["counts"]
+    for row, (document, score) in enumerate(scored_documents(job, path)):
+        counts["documents"] += 1
+        if score is None or score < job.threshold:
+            counts["empty" if score is None else "below_threshold"] += 1
+            continue
+        text = document[job.text_key]
+        hits = find_hits(text, questions)
+        record["hits"] += [{"id": document[job.id_key], "file": path.name, "row": row} | hit for hit in hits]
+        if any(hit["drop"] for hit in hits):
+            counts["contaminated"] += 1
+            continue
+        kept = {"id": document[job.id_key], "text": text, "score": score} | {key: document[key] for key in EXTRA}
+        yield kept | {"text_hash": hash_of(normalise(text)), "id_hash": hash_of(kept["id"])}
+
+
+def scored_documents(job: Job, path: Path) -> Iterator[tuple[dict, float | None]]:
+    """Documents beside their scores; InputError if the scores are not those of this file's documents."""
+    source = score_path(path, Path(job.scores))
+    if not source.exists():
+        raise InputError(f"{source}: missing, expected the scores of {path}; run data/sweep.py on it")
+    documents = read_documents(path, (job.id_key, job.text_key), EXTRA)
+    row = 0
+    with open_parquet(source) as file:
+        for batch in file.iter_batches(batch_size=1024, columns=["id", "score"], use_threads=False):
+            pairs = zip(batch["id"].to_pylist(), batch["score"].to_pylist(), strict=True)
+            for identifier, score in pairs:
+                document = next(documents, None)
+                found = document and document[job.id_key]
+                if found != identifier:
+                    what = f"document {row + 1} has the id {found!r}, its score is for {identifier!r}"
+                    raise InputError(f"{path}: {what}; sweep this file again")
+                yield document, score
+                row += 1
+    if next(documents, None):
+        raise InputError(f"{path}: has more than the {row} documents that {source} has scores for; sweep it again")
+
+
+@functools.cache
+def load_questions(paths: tuple[str, ...]) -> Questions:
+    """The evaluation sets, read once a process."""
+    return read_questions([Path(path) for path in paths])
+
+
+def normalise(text: str) -> str:
+    """What two texts must share to count as equal: the characters, composed, without the layout of white space."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def hash_of(text: str) -> str:
+    """128 bits, as hexadecimal digits: among 10 million texts, two differing ones share it with p < 1e-24."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

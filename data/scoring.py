@@ -1,0 +1,268 @@
+"""Scoring: what a worker of the sweep does: one input file in, its scores out, in the file's order.
+
+A thread reads and tokenises (the `tokenizers` library lets Python go and uses the cores it is given) while the device
+computes. Documents are collected in windows, sorted by length and cut into batches of so many tokens: a batch then
+holds documents of nearly one length and next to no padding, and short documents come in large batches. Texts are capped
+in characters before they are tokenised: the Unigram tokenizer reads all it is given and throws the rest away after.
+
+The score is the softmax probability of class 1. On a GPU the encoder runs in bf16 (fp16 overflows in XLM-R), its
+last layer and the softmax in fp32. On the CPU all is fp32, and a batch gives the scores of one document at a time.
+
+The file of scores is committed by its rename, and carries the configuration it was made with: who finds it there skips
+the input. Memory: two windows of token ids, 512 tokens × 8,192 documents × 4 bytes at most, beside the model.
+"""
+
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import queue
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from documents import find_files, read_about, read_documents, write_parquet
+from nanomed import InputError
+from reading import SUFFIXES
+
+WINDOW = 8192  # documents that are sorted together
+COLUMNS = {"id": "string", "file": "string", "row": "int64", "score": "float32"}
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """A step for datatrove's executors: task `rank` of `world_size` scores every world_size-th file."""
+
+    files: tuple[str, ...]
+    out: str
+    classifier: str
+    identity: str  # JSON: what decides the scores; goes into each file of scores
+    max_chars: int
+    max_tokens: int
+    text_key: str
+    id_key: str
+    dtype: str  # "auto", "bf16" or "fp32"
+    batch_tokens: int  # 0: 65,536 on a GPU, 4,096 on the CPU
+    threads: int
+
+    def __call__(self, data, rank: int, world_size: int) -> None:
+        """Score the files of this task; an InputError is left where sweep.py finds it, whatever the executor."""
+        os.environ["RAYON_NUM_THREADS"] = str(self.threads)  # of the tokenizer
+        os.environ["TOKENIZERS_PARALLELISM"] = "true"
+        for name in self.files[rank::world_size]:
+            note = Path(self.out, "errors", f"{Path(name).name}.txt")
+            note.unlink(missing_ok=True)
+            try:
+                [path] = find_files([name])
+                if not is_committed(path, Path(self.out), self.identity):
+                    score_file(self, path)
+            except InputError as error:
+                note.parent.mkdir(parents=True, exist_ok=True)
+                note.write_text(f"{error}\n", "utf-8")
+
+
+def score_path(path: Path, out: Path) -> Path:
+    """Where the scores of an input go: under its name without .parquet, .jsonl.gz and so on."""
+    stem = next((path.name.removesuffix(suffix) for suffix in SUFFIXES if path.name.endswith(suffix)), path.name)
+    return out / "scores" / f"{stem}.parquet"
+
+
+def is_committed(path: Path, out: Path, identity: str) -> bool:
+    """Is this input scored? InputError if it was with another configuration, or has changed since."""
+    target = score_path(path, out)
+    if not target.exists():
+        return False
+    found, expected = read_about(target), about_scores(path, identity)
+    for key in expected:
+        if found.get(key) != expected[key]:
+            what = f"{key} was {found.get(key)}, now it is {expected[key]}"
+            raise InputError(f"{target}: made with another configuration: {what}; choose another --out, or delete it")
+    return True
+
+
+def about_scores(path: Path, identity: str) -> dict:
+    """What decides the scores of an input: the configuration and the input."""
+    return json.loads(identity) | {"input": path.name, "size": path.stat().st_size}
+
+
+def classifier_identity(folder: Path) -> str:
+    """sha256 over the classifier's weights, configuration and tokenizer."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        try:
+            with (folder / name).open("rb") as file:
+                while chunk := file.read(1 << 22):
+                    digest.update(chunk)
+        except OSError as error:
+            raise InputError(f"{folder / name}: {error.strerror}; expected a classifier of data/classify.py") from None
+    return digest.hexdigest()
+
+
+def score_file(task: Scoring, path: Path) -> None:
+    """Write the scores of an input; an empty text has none (null)."""
+    import torch
+
+    torch.set_num_threads(task.threads)
+    scorer = load_scorer(task)
+    place = Path(task.out, "progress", path.name)
+    place.parent.mkdir(parents=True, exist_ok=True)
+
+    def rows() -> Iterator[dict]:
+        row = 0
+        for ids, tokens in read_ahead(read_windows(task, path)):
+            for identifier, score in zip(ids, scorer(tokens).tolist(), strict=True):
+                yield {"id": identifier, "file": path.name, "row": row, "score": None if np.isnan(score) else score}
+                row += 1
+            place.write_text(str(row))
+
+    write_parquet(score_path(path, Path(task.out)), rows(), COLUMNS, about_scores(path, task.identity))
+
+
+def read_windows(task: Scoring, path: Path) -> Iterator[tuple[list[str], list[list[int]]]]:
+    """(ids, token ids) of up to WINDOW documents; no tokens for an empty text."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(Path(task.classifier) / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(task.max_tokens)
+    ids, tokens, texts = [], [], []
+
+    def tokenise() -> None:
+        codes = iter(tokenizer.encode_batch_fast([text for text in texts if text]))
+        tokens.extend(next(codes).ids if text else [] for text in texts)
+        texts.clear()
+
+    for document in read_documents(path, (task.id_key, task.text_key)):
+        ids.append(document[task.id_key])
+        text = document[task.text_key][: task.max_chars]
+        texts.append(text if text.strip() else "")
+        if len(texts) == 512 or len(ids) == WINDOW:  # few texts at a time: they are long, their tokens not
+            tokenise()
+        if len(ids) == WINDOW:
+            yield ids, tokens
+            ids, tokens = [], []
+    tokenise()
+    if ids:
+        yield ids, tokens
+
+
+def read_ahead(items: Iterator) -> Iterator:
+    """The same items, made one ahead in a thread; its exception is raised here."""
+    waiting, stop = queue.Queue(maxsize=1), threading.Event()
+
+    def put(item) -> None:
+        while not stop.is_set():
+            try:
+                return waiting.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in items:
+                if stop.is_set():
+                    return
+                put((item, None))
+            put((None, None))
+        except BaseException as error:
+            put((None, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = waiting.get()
+            if error:
+                raise error
+            if item is None:
+                return
+            yield item
+    finally:
+        stop.set()
+        thread.join()
+
+
+def cut_batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
+    """Indices of documents, longest first, in batches of at most `budget` tokens with their padding (or one document).
+
+    lengths: int (N,), tokens; documents of 0 are left out.
+    """
+    order = np.argsort(-lengths, kind="stable")[: int(np.count_nonzero(lengths))]
+    while order.size:
+        count = max(1, budget // int(lengths[order[0]]))
+        yield order[:count]
+        order = order[count:]
+
+
+@functools.lru_cache(maxsize=1)
+def load_scorer(task: Scoring):
+    """The function list of token ids (N documents) → float32 (N,) scores, nan for a document without tokens."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of loading, which would break ours
+    device = claim_device()
+    bf16 = task.dtype == "bf16" or (task.dtype == "auto" and device.type == "cuda")
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(task.classifier, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{task.classifier}: no classifier: {str(error).splitlines()[0]}") from None
+    model = model.to(device, torch.bfloat16 if bf16 else torch.float32).eval()
+    keep_head_in_fp32(model)
+    pad = model.config.pad_token_id or 0
+    budget = task.batch_tokens or (65_536 if device.type == "cuda" else 4_096)
+
+    @torch.inference_mode()
+    def score(tokens: list[list[int]]) -> np.ndarray:
+        lengths = np.array([len(ids) for ids in tokens], np.int64)
+        chosen, parts = [], []
+        for batch in cut_batches(lengths, budget):
+            longest = int(lengths[batch[0]])
+            ids = np.full((batch.size, longest), pad, np.int64)
+            for row, index in enumerate(batch):
+                ids[row, : lengths[index]] = tokens[index]
+            mask = torch.from_numpy(np.arange(longest) < lengths[batch, None]).long()
+            inputs = torch.from_numpy(ids).to(device, non_blocking=True)
+            logits = model(input_ids=inputs, attention_mask=mask.to(device, non_blocking=True)).logits
+            parts.append(logits.float().softmax(-1)[:, 1])  # stays on the device: one wait a window, not one a batch
+            chosen.append(batch)
+        scores = np.full(len(tokens), np.nan, np.float32)
+        if parts:
+            scores[np.concatenate(chosen)] = torch.cat(parts).cpu().numpy()
+        return scores
+
+    return score
+
+
+def keep_head_in_fp32(model) -> None:
+    """The last layer in fp32, whatever the encoder's dtype: in bf16 a score of 0.95 is off by 0.004."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module.out_features == model.config.num_labels:
+            module.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+
+
+@functools.cache
+def claim_device():
+    """The CPU, or a GPU that no other process of this machine sweeps on; held until this process ends."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all").replace("/", "_")
+    for index in range(torch.cuda.device_count()):
+        path = Path(tempfile.gettempdir(), f"nanomed-sweep-{os.getuid()}-{visible}-{index}.lock")
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return torch.device("cuda", index)
+        except BlockingIOError:
+            os.close(descriptor)
+    raise InputError(f"{torch.cuda.device_count()} GPUs, and every one is taken by another worker; fewer --workers")

@@ -1,0 +1,232 @@
+"""Sweep: documents × classifier → a score for every document.
+
+    python data/sweep.py hf://datasets/HuggingFaceFW/fineweb-2/data/deu_Latn/train --classifier clf --out sweep
+    python data/sweep.py ... --executor slurm --workers 64 --slurm-partition gpu --gpus-per-task 1
+
+Every document gets its score, and clean.py filters: another threshold needs no second sweep. An input file is a task of
+datatrove's executors: `local` (this machine, a worker per GPU), `slurm` or `ray`. Each leaves SWEEP/scores/NAME.parquet
+(id, file, row from 0, score; null for an empty text), whole or not there, with the configuration's hash in it: run the
+same command again after an interruption, it scores what is missing. datatrove's own markers are not relied on: they
+know neither the classifier nor whether the list of files has changed.
+
+Costs: see scoring.py for how it is fast, data/README.md for the 428 million documents.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from documents import find_files
+from nanomed import InputError
+from nanomed.bins import read_json
+from scoring import Scoring, classifier_identity, is_committed, score_path
+
+FINISHED = "sweep.json"
+
+
+def read_classifier(folder: Path) -> dict:
+    """threshold.json of a classifier's folder; InputError where it lacks what the sweep needs."""
+    about = read_json(folder / "threshold.json")
+    for key, kind in (("threshold", (int, float)), ("max_chars", int), ("max_tokens", int)):
+        if not isinstance(about.get(key), kind):
+            raise InputError(f"{folder / 'threshold.json'}: {key} is {about.get(key)!r}, expected a number")
+    if about.get("positive_label", 1) != 1:
+        raise InputError(f"{folder / 'threshold.json'}: positive_label is {about['positive_label']}, expected 1")
+    return about
+
+
+def plan(inputs: list[str], classifier: Path, out: Path, args: argparse.Namespace) -> tuple[Scoring, list[Path]]:
+    """The step that every task runs, and the inputs; InputError if scores of another configuration lie in `out`."""
+    files, about = find_files(inputs), read_classifier(classifier)
+    names = [score_path(path, out).name for path in files]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"two inputs would write scores/{twice}; give files of different names, or sweep them apart")
+    identity = {"classifier_sha256": classifier_identity(classifier)}
+    identity |= {key: about[key] for key in ("max_chars", "max_tokens")}
+    identity |= {"dtype": args.dtype, "text_key": args.text_key, "id_key": args.id_key}
+    identity = json.dumps(identity)
+    for path in files:
+        is_committed(path, out, identity)
+    threads = args.threads or max(1, (os.cpu_count() or 1) // args.workers)
+    names = tuple(map(str, files))
+    return Scoring(names, str(out), str(classifier), identity, about["max_chars"], about["max_tokens"], args.text_key,
+                   args.id_key, args.dtype, args.batch_tokens, threads), files  # fmt: skip
+
+
+def make_executor(step: Scoring, args: argparse.Namespace):
+    """datatrove's executor for the step, a task a file."""
+    try:
+        from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
+        from loguru import logger
+    except ImportError:
+        raise InputError("the sweep needs more packages: pip install -e '.[data]'") from None
+    logger.remove()  # its log goes to files: on the terminal it would write over the progress bar
+    tasks = len(step.files)
+    # skip_completed: by our own files of scores, in the step
+    common = dict(pipeline=[step], tasks=tasks, workers=args.workers, skip_completed=False,
+                  logging_dir=str(Path(step.out) / "logs"))  # fmt: skip
+    cluster = dict(cpus_per_task=step.threads, gpus_per_task=args.gpus_per_task, mem_per_cpu_gb=args.mem_per_cpu_gb)
+    here = str(Path(__file__).resolve().parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, (here, str(Path(here).parent), os.environ.get("PYTHONPATH")))
+    )
+    if args.executor == "local":
+        return LocalPipelineExecutor(**common, start_method="spawn")
+    if args.executor == "slurm":
+        if not args.slurm_partition:
+            raise InputError("--executor slurm needs --slurm-partition NAME")
+        path = f"export PYTHONPATH={os.environ['PYTHONPATH']}"
+        return SlurmPipelineExecutor(**common, **cluster, time=args.slurm_time, partition=args.slurm_partition,
+                                     job_name="sweep", venv_path=f"{sys.prefix}/bin/activate", env_command=path)  # fmt: skip
+    try:
+        import ray
+    except ImportError:
+        raise InputError("--executor ray needs ray: pip install -e '.[ray]'") from None
+    ray.init(ignore_reinit_error=True, logging_level="error", log_to_driver=False,
+             runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}})  # fmt: skip
+    return RayPipelineExecutor(**common, **cluster)
+
+
+@contextmanager
+def progress_bar(step: Scoring) -> Iterator[None]:
+    """Documents scored so far, from the notes that tasks leave, on whichever machine they run.
+
+    What datatrove and others print to stderr meanwhile goes to SWEEP/logs/console.log: it would break the bar.
+    """
+    folder, done, terminal = Path(step.out, "progress"), threading.Event(), os.dup(2)
+    for note in folder.glob("*"):
+        note.unlink()
+
+    def watch() -> None:
+        with os.fdopen(terminal, "w") as file, tqdm(unit=" documents", desc="sweep", file=file, disable=None) as bar:
+            last = False
+            while not last:
+                last = done.wait(1)
+                counts = [note.read_text() for note in folder.glob("*")]
+                bar.set_postfix_str(f"{len(counts)} of {len(step.files)} files begun", refresh=False)
+                bar.update(sum(int(count or 0) for count in counts) - bar.n)
+
+    Path(step.out, "logs").mkdir(parents=True, exist_ok=True)
+    thread, stderr = threading.Thread(target=watch, daemon=True), os.dup(2)
+    with Path(step.out, "logs", "console.log").open("ab") as log:
+        os.dup2(log.fileno(), 2)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
+def finish(step: Scoring, files: list[Path], threshold: float) -> dict:
+    """The totals, written to SWEEP/sweep.json last; InputError names the first input that has no scores."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    out, totals = Path(step.out), {"documents": 0, "empty": 0, "at_or_above_threshold": 0}
+    for path in files:
+        target, note = score_path(path, out), out / "errors" / f"{path.name}.txt"
+        if not target.exists():
+            missing = f"{path}: its scores are missing; see {out / 'logs'}, then run the same command again"
+            raise InputError(note.read_text("utf-8").strip() if note.exists() else missing)
+        scores = pq.read_table(target, columns=["score"])["score"]
+        totals["documents"] += len(scores)
+        totals["empty"] += scores.null_count
+        totals["at_or_above_threshold"] += pc.sum(pc.greater_equal(scores, threshold)).as_py() or 0
+    names = {path.name: score_path(path, out).name for path in files}
+    record = json.loads(step.identity) | totals | {"threshold": threshold, "files": names}
+    record["versions"] = {name: importlib.metadata.version(name) for name in ("datatrove", "transformers", "torch")}
+    tmp = out / f"{FINISHED}.tmp"
+    tmp.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    os.replace(tmp, out / FINISHED)
+    return totals
+
+
+def sweep(inputs: list[str], classifier: Path, out: Path, args: argparse.Namespace) -> None:
+    """Score `inputs` into `out`; run again after an interruption, it scores what is missing."""
+    started = time.perf_counter()
+    step, files = plan(inputs, classifier, out, args)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be made: {error.strerror}; choose another --out") from None
+    missing = [path for path in files if not score_path(path, out).exists()]
+    if missing:
+        executor = make_executor(step, args)
+        if args.executor == "slurm":
+            executor.run()
+            print(f"{len(missing)} tasks are with Slurm; run the same command again when they are through")
+            return
+        with progress_bar(step):
+            executor.run()
+    totals = finish(step, files, read_classifier(classifier)["threshold"])
+    share = totals["at_or_above_threshold"] / max(1, totals["documents"])
+    print(f"{out}: {totals['documents']:,} documents, {totals['empty']:,} of them empty, {len(files)} files; "
+          f"{totals['at_or_above_threshold']:,} ({share:.2%}) at or above the threshold")  # fmt: skip
+    if missing:
+        print(f"{time.perf_counter() - started:.1f} s for {len(missing)} files")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Score every document with a classifier. Run again after an interruption: it goes on.",
+        epilog="example: python data/sweep.py fineweb/*.parquet --classifier clf --out sweep",
+    )
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="INPUT", help="files, folders or hf:// URLs of .parquet or .jsonl[.gz|.zst]")
+    add("--classifier", required=True, type=Path, metavar="CLF", help="the folder that data/classify.py wrote")
+    add("--out", required=True, type=Path, metavar="SWEEP", help="where the scores go")
+    add("--executor", choices=("local", "slurm", "ray"), default="local", help="where it runs (default: %(default)s)")
+    add("--workers", type=int, metavar="N", help="tasks at the same time (default: the GPUs, or 1)")
+    add("--threads", type=int, metavar="N", help="CPU threads of a worker (default: its share of this machine's)")
+    add("--batch-tokens", type=int, default=0, metavar="N", help="of a batch (default: 65,536 on a GPU, else 4,096)")
+    add(
+        "--dtype",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="auto: bf16 on a GPU, fp32 on the CPU, where bf16 may be far slower",
+    )
+    add("--text-key", default="text", metavar="KEY", help="column of the text (default: %(default)s)")
+    add("--id-key", default="id", metavar="KEY", help="column of the identifier (default: %(default)s)")
+    add("--gpus-per-task", type=int, default=0, metavar="N", help="to ask slurm or ray for (default: %(default)s)")
+    add("--mem-per-cpu-gb", type=int, default=4, metavar="N", help="to ask slurm or ray for (default: %(default)s)")
+    add("--slurm-partition", metavar="NAME", help="of the cluster")
+    add("--slurm-time", default="24:00:00", metavar="H:M:S", help="limit of a task (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.workers is None:
+        import torch
+
+        args.workers = max(1, torch.cuda.device_count())
+    for name in ("workers", "threads"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name} is {value}, expected 1 or more")
+    return args
+
+
+def main() -> None:
+    """A wrong input is one line and exit status 1."""
+    args = parse_arguments()
+    sweep(args.inputs, args.classifier, args.out, args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)

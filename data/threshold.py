@@ -1,0 +1,187 @@
+"""Threshold: where does a document count as medical? Chosen on one held-out part, and its worth measured on another.
+
+    python data/threshold.py clf --target-precision 0.9        # choose again; no training, no sweep
+
+classify.py leaves the scores of both held-out parts in CLF/held_out.parquet. The threshold is the lowest at which the
+precision on the part `choose` reaches the target: of all that do, the one with the highest recall. Chosen so, it is a
+little too good on that very part, so precision and recall are reported from the part `report`, which had no say.
+Intervals are Wilson's, 95 %: they hold for small counts and near 0 and 1, where the textbook's ± does not.
+(E. B. Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 1927.)
+
+Both figures are against the annotator's labels; what those are worth, `annotate.py --audit` measures.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from documents import read_documents
+from nanomed import InputError
+
+
+def wilson(hits: int, n: int, z: float = 1.959964) -> list[float]:
+    """[share, low, high] of hits among n, 95 %; [nan, 0, 1] for n = 0."""
+    if n == 0:
+        return [math.nan, 0.0, 1.0]
+    share, shrink = hits / n, 1 + z * z / n
+    middle = (share + z * z / (2 * n)) / shrink
+    half = z / shrink * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return [share, max(0.0, middle - half), min(1.0, middle + half)]
+
+
+def curve(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Precision and recall at every possible threshold, from the highest down: (thresholds, precisions, recalls).
+
+    scores: (N,) float; labels: (N,) 0 or 1, at least one of them 1. A document counts where score ≥ threshold. A
+    threshold lies halfway to the next lower score: so the same documents count where a score is a rounding off.
+    """
+    order = np.argsort(-scores, kind="stable")
+    ranked, hits = scores[order].astype(np.float64), np.cumsum(labels[order])
+    last = np.append(ranked[1:] < ranked[:-1], True)  # equal scores are one point
+    below = np.append(ranked[1:], max(0.0, 2 * ranked[-1] - 1))
+    kept = np.arange(1, ranked.size + 1)
+    return ((ranked + below) / 2)[last], (hits / kept)[last], (hits / hits[-1])[last]
+
+
+def choose(scores: np.ndarray, labels: np.ndarray, target_precision: float) -> float:
+    """The lowest threshold whose precision reaches the target; InputError if none does."""
+    thresholds, precisions, recalls = curve(scores, labels)
+    enough = np.flatnonzero(precisions >= target_precision)
+    if enough.size == 0:
+        best = int(np.argmax(precisions))
+        found = f"at best {precisions[best]:.3f} at a recall of {recalls[best]:.3f}"
+        raise InputError(
+            f"no threshold reaches precision {target_precision} on the part `choose`: {found}; lower --target-precision"
+        )
+    return float(thresholds[enough[-1]])
+
+
+def measure(scores: np.ndarray, labels: np.ndarray, threshold: float) -> dict:
+    """Precision and recall at a threshold, each [value, low, high], and the counts behind them."""
+    kept, true = scores >= threshold, labels == 1
+    n_hits = int((kept & true).sum())
+    return {
+        "precision": wilson(n_hits, int(kept.sum())),
+        "recall": wilson(n_hits, int(true.sum())),
+        "n_report": int(labels.size),
+        "n_report_medical": int(true.sum()),
+        "n_report_kept": int(kept.sum()),
+    }
+
+
+def read_held_out(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """part → (scores, labels) of held_out.parquet."""
+    parts: dict[str, list] = {"choose": [], "report": []}
+    for row in read_documents(path, ("id", "part", "label"), ("score",)):
+        if row["part"] in parts:
+            parts[row["part"]].append((row["score"], row["label"] == "medical"))
+    return {part: (np.array([s for s, _ in rows], np.float64), np.array([y for _, y in rows], np.int64))
+            for part, rows in parts.items()}  # fmt: skip
+
+
+def set_threshold(folder: Path, target_precision: float, about: dict) -> dict:
+    """Choose, measure, draw, and write FOLDER/threshold.json last; returns its content. about: what else goes into it."""
+    if not 0 < target_precision <= 1:
+        raise InputError(f"--target-precision is {target_precision}, expected above 0 and at most 1")
+    parts = read_held_out(folder / "held_out.parquet")
+    threshold = choose(*parts["choose"], target_precision)
+    result = {"threshold": threshold, "positive_label": 1, "target_precision": target_precision}
+    result |= measure(*parts["report"], threshold) | about
+    draw_curve(folder / "precision_recall.svg", parts, threshold, result)
+    draw_histogram(folder / "scores.svg", parts["report"], threshold)
+    tmp = folder / "threshold.json.tmp"
+    tmp.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(tmp, folder / "threshold.json")
+    return result
+
+
+def summary(result: dict) -> str:
+    """The figures in one line."""
+    shown = (f"{name} {{:.3f}} [{{:.3f}}, {{:.3f}}]".format(*result[name]) for name in ("precision", "recall"))
+    counts = f"{result['n_report']:,} held-out documents, {result['n_report_medical']:,} of them medical"
+    return f"threshold {result['threshold']:.4f}: {', '.join(shown)} (95 %, {counts})"
+
+
+# ---- pictures ----
+
+
+def _axes(**labels: str):
+    """A figure with one bare pair of axes; text stays text, and the same input gives the same bytes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "nanomed"})
+    figure, axes = plt.subplots(figsize=(6, 4.5), layout="constrained")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(**labels)
+    return figure, axes
+
+
+def _save(figure, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def draw_curve(path: Path, parts: dict, threshold: float, result: dict) -> None:
+    """Precision over recall of both parts; the point chosen on one, and what it is worth on the other."""
+    figure, axes = _axes(title="Precision and recall on held-out documents", xlabel="recall", ylabel="precision")
+    for (part, (scores, labels)), color in zip(parts.items(), ("0.7", "C0"), strict=True):
+        _, precisions, recalls = curve(scores, labels)
+        axes.step(recalls, precisions, where="post", color=color, label=f"{part} ({labels.size:,} documents)")
+    axes.axhline(result["target_precision"], color="0.8", lw=1, ls="--", zorder=0)
+    (p, *p_ends), (r, *r_ends) = result["precision"], result["recall"]
+    if not math.isnan(p):
+        bars = dict(xerr=np.abs(np.array([r_ends]).T - r), yerr=np.abs(np.array([p_ends]).T - p))
+        label = f"threshold {threshold:.3f}, 95 % intervals"
+        axes.errorbar([r], [p], **bars, fmt="o", color="C3", capsize=3, label=label)
+    axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
+    axes.legend(frameon=False, loc="lower left")
+    _save(figure, path)
+
+
+def draw_histogram(path: Path, part: tuple[np.ndarray, np.ndarray], threshold: float) -> None:
+    """How the scores of either label lie about the threshold; counts on a log axis, since most documents lie at 0."""
+    figure, axes = _axes(title="Scores of the part `report`", xlabel="score", ylabel="documents")
+    scores, labels = part
+    bins = np.linspace(0, 1, 41)
+    for value, name, color in ((0, "labelled not medical", "0.6"), (1, "labelled medical", "C0")):
+        axes.hist(scores[labels == value], bins, histtype="stepfilled", alpha=0.6, color=color, label=name)
+    axes.axvline(threshold, color="C3", lw=1.2, label=f"threshold {threshold:.3f}")
+    axes.set(xlim=(0, 1), yscale="log")
+    axes.legend(frameon=False, loc="upper center")
+    _save(figure, path)
+
+
+def main() -> None:
+    """The command line; a wrong input is one line and exit status 1."""
+    parser = argparse.ArgumentParser(
+        description="Choose the threshold of a trained classifier again, for another precision, without training."
+    )
+    parser.add_argument("classifier", type=Path, metavar="CLF", help="the folder that data/classify.py wrote")
+    parser.add_argument("--target-precision", type=float, required=True, metavar="P", help="to reach, 0 to 1")
+    args = parser.parse_args()
+    path = args.classifier / "threshold.json"
+    try:
+        about = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); expected a folder of data/classify.py") from None
+    chosen = ("threshold", "positive_label", "target_precision", *measure(np.ones(1), np.ones(1), 0.5))
+    about = {key: value for key, value in about.items() if key not in chosen}
+    print(summary(set_threshold(args.classifier, args.target_precision, about)))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

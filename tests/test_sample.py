@@ -1,0 +1,344 @@
+"""Exactly N documents, the same ones whatever the order, sharding and workers; a kill costs nothing; bad input is named."""
+
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import sample as script
+from conftest import ROOT
+from documents import read_about
+from nanomed import InputError
+from sample import lot, sample
+
+
+def make(n: int) -> list[dict]:
+    return [
+        {"id": f"<urn:{i}>", "text": f"Text {i} über Fieber. " * (i % 5 + 1), "url": f"https://a.de/{i}", "dump": "CC-1",
+         "date": "2024-01-01T00:00:00Z", "language_score": 0.9}
+        for i in range(n)
+    ]  # fmt: skip
+
+
+def write(path: Path, documents: list[dict], row_group_size: int = 7) -> Path:
+    lines = "".join(json.dumps(document) + "\n" for document in documents)
+    if path.name.endswith(".parquet"):
+        pq.write_table(pa.Table.from_pylist(documents), path, row_group_size=row_group_size)
+    elif path.name.endswith(".gz"):
+        path.write_bytes(gzip.compress(lines.encode()))
+    elif path.name.endswith(".zst"):
+        path.write_bytes(pa.compress(lines.encode(), "zstd", asbytes=True))
+    else:
+        path.write_text(lines, "utf-8")
+    return path
+
+
+def ids(path: Path) -> list[str]:
+    return pq.read_table(path)["id"].to_pylist()
+
+
+def obvious(documents: list[dict], n: int, seed: int = 0) -> list[dict]:
+    """The definition."""
+    columns = ("id", "text", "url", "dump", "date")
+    chosen = sorted(documents, key=lambda document: lot(document["id"], seed))[:n]
+    return [{key: document[key] for key in columns} for document in chosen]
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 5), st.integers(1, 4), st.randoms())
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_same_sample_for_any_order_sharding_and_workers(tmp_path_factory, n_documents, n, n_files, workers, rng):
+    n = min(n, n_documents)
+    documents = make(n_documents)
+    folder = tmp_path_factory.mktemp("in")
+    expected = obvious(documents, n)
+    rng.shuffle(documents)
+    endings = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
+    for i in range(min(n_files, n_documents)):
+        write(folder / f"{i}{endings[i % 4]}", documents[i::n_files], row_group_size=rng.randint(1, 20))
+    out = folder / "out" / "sample.parquet"
+    assert sample([folder], out, n, workers=workers) == n_documents
+    assert pq.read_table(out).to_pylist() == expected
+    assert [path.name for path in out.parent.iterdir()] == ["sample.parquet"]
+
+
+def test_the_file_is_the_same_byte_for_byte_for_any_number_of_workers(tmp_path):
+    documents = make(5000)
+    for i in range(10):
+        write(tmp_path / f"{i}.parquet", documents[i::10], row_group_size=100)
+    made = []
+    for workers in (1, 2, 5):
+        sample([tmp_path / "*.parquet"], tmp_path / f"out{workers}" / "s.parquet", 300, workers=workers)
+        made.append((tmp_path / f"out{workers}" / "s.parquet").read_bytes())
+    assert made[0] == made[1] == made[2]
+
+
+def test_a_smaller_sample_is_the_beginning_of_a_larger_one_and_a_seed_another(tmp_path):
+    write(tmp_path / "a.jsonl", make(200))
+    for name, n, seed in (("large", 100, 0), ("small", 20, 0), ("other", 20, 1)):
+        sample([tmp_path / "a.jsonl"], tmp_path / f"{name}.parquet", n, seed)
+    large, small, other = (ids(tmp_path / f"{name}.parquet") for name in ("large", "small", "other"))
+    assert large[:20] == small
+    assert len(set(small) & set(other)) < 10
+
+
+def test_the_draw_is_uniform():
+    """Of 20 documents 5 are drawn under 4,000 seeds: each 1,000 times, give or take five standard deviations."""
+    counts = Counter()
+    for seed in range(4000):
+        counts.update(sorted((f"<urn:{i}>" for i in range(20)), key=lambda identity: lot(identity, seed))[:5])
+    assert len(counts) == 20
+    assert all(abs(count - 1000) < 5 * (4000 * 0.25 * 0.75) ** 0.5 for count in counts.values())
+
+
+def test_what_is_kept_of_a_document(tmp_path):
+    """Numbers as ids, other names of the keys, missing columns, texts that are empty or strange."""
+    texts = ["", "ß€😀\u0000\n", "x" * 5_000_000]
+    rows = [{"nr": i, "body": text} for i, text in enumerate(texts)]
+    write(tmp_path / "a.jsonl", rows)
+    sample([tmp_path / "a.jsonl"], tmp_path / "s.parquet", 3, keys=("nr", "body"))
+    found = pq.read_table(tmp_path / "s.parquet").to_pylist()
+    assert {row["id"]: row["text"] for row in found} == {str(i): text for i, text in enumerate(texts)}
+    assert all(row["url"] is row["dump"] is row["date"] is None for row in found)
+    assert read_about(tmp_path / "s.parquet")["n_documents"] == 3
+
+
+def test_only_row_groups_with_a_chosen_row_are_read(tmp_path, monkeypatch):
+    write(tmp_path / "a.parquet", make(10_000), row_group_size=10)
+    columns_read = Counter()
+    plain = pq.ParquetFile.iter_batches
+
+    def counting(self, batch_size, groups, columns, **how):
+        columns_read[tuple(columns)] += 1
+        return plain(self, batch_size, groups, columns, **how)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counting)
+    sample([tmp_path / "a.parquet"], tmp_path / "s.parquet", 10)
+    assert columns_read[("id",)] == 1000
+    assert columns_read[("id", "text", "url", "dump", "date")] == 10
+
+
+def test_remote_files_are_streamed(tmp_path):
+    """fsspec's file system in memory stands in for the hub's: both are reached by URL, and neither is on the disk."""
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    documents = make(100)
+    for name in ("a.parquet", "b.jsonl.gz"):
+        part = documents[:60] if name == "a.parquet" else documents[60:]
+        memory.pipe(f"/crawl/de/{name}", write(tmp_path / name, part).read_bytes())
+    for inputs in (["memory://crawl/de"], ["memory://crawl/de/*.jsonl.gz", "memory://crawl/de/a.parquet"]):
+        sample(inputs, tmp_path / "s.parquet", 30)
+        assert pq.read_table(tmp_path / "s.parquet").to_pylist() == obvious(documents, 30)
+        (tmp_path / "s.parquet").unlink()
+    memory.rm("/crawl", recursive=True)
+
+
+# ---- interruptions ----
+
+
+def test_an_interruption_anywhere_loses_nothing(tmp_path, monkeypatch):
+    documents = make(2000)
+    for i in range(4):
+        write(tmp_path / f"{i}.parquet", documents[i::4], row_group_size=50)
+    inputs, out = [tmp_path / "*.parquet"], tmp_path / "out" / "s.parquet"
+    plain = script.Draw._execute
+    for stop_at in range(1, 40, 3):
+        calls = 0
+
+        def dying(self, sql, rows=None, stop_at=stop_at):
+            nonlocal calls
+            calls += 1
+            if calls >= stop_at:
+                raise KeyboardInterrupt
+            return plain(self, sql, rows)
+
+        monkeypatch.setattr(script.Draw, "_execute", dying)
+        try:
+            sample(inputs, out, 700, workers=1)
+        except KeyboardInterrupt:
+            assert not out.exists()
+            monkeypatch.setattr(script.Draw, "_execute", plain)
+            sample(inputs, out, 700, workers=2)
+        assert pq.read_table(out).to_pylist() == obvious(documents, 700)
+        out.unlink()
+
+
+def test_files_that_are_done_are_not_read_again(tmp_path, monkeypatch):
+    documents = make(400)
+    for i in range(4):
+        write(tmp_path / f"{i}.jsonl", documents[i::4])
+    bad = tmp_path / "3.jsonl"
+    good = bad.read_text()
+    bad.write_text("x" * len(good))
+    out = tmp_path / "s.parquet"
+    with pytest.raises(InputError, match=r"3\.jsonl: line 1"):
+        sample([tmp_path / "*.jsonl"], out, 50, workers=1)
+    bad.write_text(good)
+    read = []
+    plain = script.draw_lots
+    monkeypatch.setattr(
+        script, "draw_lots", lambda draw, file, path, *rest: read.append(path.name) or plain(draw, file, path, *rest)
+    )
+    sample([tmp_path / "*.jsonl"], out, 50, workers=1)
+    assert read == ["3.jsonl"]
+    assert pq.read_table(out).to_pylist() == obvious(documents, 50)
+
+
+def test_kill_9(tmp_path):
+    documents = make(60_000)
+    for i in range(6):
+        write(tmp_path / f"{i}.parquet", documents[i::6], row_group_size=500)
+    out = tmp_path / "s.parquet"
+    command = [
+        sys.executable,
+        ROOT / "data/sample.py",
+        *tmp_path.glob("*.parquet"),
+        "--n",
+        "20000",
+        "--out",
+        out,
+        "--workers",
+        "2",
+    ]
+    partial = tmp_path / "s.parquet.partial.sqlite"
+    for seconds in (0.1, 0.5):
+        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while run.poll() is None and not partial.exists():
+            time.sleep(0.01)
+        time.sleep(seconds)
+        os.kill(run.pid, signal.SIGKILL)
+        run.wait()
+        assert not out.exists()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "20,000 of 60,000 documents" in done.stdout
+    assert pq.read_table(out).to_pylist() == obvious(documents, 20_000)
+    assert not partial.exists()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_second_run_has_nothing_to_do_and_another_is_refused(tmp_path):
+    write(tmp_path / "a.jsonl", make(50))
+    sample([tmp_path / "a.jsonl"], tmp_path / "s.parquet", 10)
+    made = (tmp_path / "s.parquet").read_bytes()
+    assert sample([tmp_path / "a.jsonl"], tmp_path / "s.parquet", 10) == 50
+    with pytest.raises(InputError, match="made with other seed"):
+        sample([tmp_path / "a.jsonl"], tmp_path / "s.parquet", 10, seed=1)
+    assert (tmp_path / "s.parquet").read_bytes() == made
+
+
+def test_an_interrupted_run_with_other_settings_is_not_gone_on_with(tmp_path):
+    write(tmp_path / "a.jsonl", make(50))
+    with pytest.raises(InputError, match="fewer than --n 60"):
+        sample([tmp_path / "a.jsonl"], tmp_path / "s.parquet", 60)
+    with pytest.raises(InputError, match=r"interrupted run with other n; delete"):
+        sample([tmp_path / "a.jsonl"], tmp_path / "s.parquet", 10)
+
+
+# ---- bad input ----
+
+
+def cut(path: Path, share: float = 0.7) -> Path:
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    return path
+
+
+def damaged(path: Path) -> Path:
+    """A byte in the middle of the last third flipped."""
+    raw = bytearray(path.read_bytes())
+    for i in range(len(raw) // 2, len(raw) // 2 + 40):
+        raw[i] ^= 0xFF
+    path.write_bytes(raw)
+    return path
+
+
+def binary_parquet(path: Path, texts: list[bytes]) -> Path:
+    """A string column whose bytes are not UTF-8."""
+    array = pa.Array.from_buffers(pa.string(), len(texts), pa.array(texts, pa.binary()).buffers())
+    pq.write_table(pa.table({"id": [str(i) for i in range(len(texts))], "text": array}), path)
+    return path
+
+
+many = make(3000)
+random.Random(0).shuffle(many)
+BAD = {
+    "no such file": lambda d: (d / "none.parquet", "no such input"),
+    "empty folder": lambda d: ((d / "empty").mkdir() or d / "empty", "no such input"),
+    "other kind": lambda d: (write(d / "a.csv", many), "unknown kind of file"),
+    "cut gz": lambda d: (cut(write(d / "a.jsonl.gz", many)), "a.jsonl.gz: unreadable after line"),
+    "cut zst": lambda d: (cut(write(d / "a.jsonl.zst", many)), "a.jsonl.zst: unreadable after line"),
+    "cut parquet": lambda d: (cut(write(d / "a.parquet", many)), "a.parquet: not a whole Parquet file"),
+    "damaged parquet": lambda d: (damaged(write(d / "a.parquet", many, 1000)), "a.parquet: unreadable after row"),
+    "cut jsonl": lambda d: (cut(write(d / "a.jsonl", many)), "a.jsonl: line"),
+    "no bytes": lambda d: ((d / "a.parquet").touch() or d / "a.parquet", "not a whole Parquet file"),
+    "missing id": lambda d: (write(d / "a.jsonl", [*many, {"text": "a"}]), "line 3001: no 'id', it has text"),
+    "missing id column": lambda d: (write(d / "a.parquet", [{"text": "a"}]), "no column 'id', it has text"),
+    "null id": lambda d: (write(d / "a.parquet", [*many, {"id": None}]), "row 3001: 'id' is null"),
+    "missing text": lambda d: (write(d / "a.jsonl", [{"id": str(i)} for i in range(99)]), "no 'text', it has id"),
+    "null text": lambda d: (write(d / "a.jsonl", [{"id": str(i), "text": None} for i in range(99)]), "'text' is null"),
+    "a number as text": lambda d: (write(d / "a.jsonl", [{"id": i, "text": i} for i in range(99)]), "of type int"),
+    "a list": lambda d: ((d / "a.jsonl").write_text("[1]\n") and d / "a.jsonl", "line 1: a JSON list"),
+    "duplicate ids": lambda d: (write(d / "a.jsonl", make(60) + make(60)), "have the same id"),
+    "not UTF-8": lambda d: (
+        (d / "a.jsonl").write_bytes(b'{"id": "\xff"}\n') and d / "a.jsonl",
+        "line 1: not valid UTF-8",
+    ),
+    "half a surrogate": lambda d: (
+        (d / "a.jsonl").write_text('{"id": "\\ud800"}\n') and d / "a.jsonl",
+        "line 1: not valid",
+    ),
+    "Parquet not UTF-8": lambda d: (binary_parquet(d / "a.parquet", [b"\xff\xfe"] * 99), "not UTF-8"),
+    "too few": lambda d: (write(d / "a.jsonl", make(5)), "5 documents in 1 files, fewer than --n 20"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_input_is_named(tmp_path, name):
+    path, expected = BAD[name](tmp_path)
+    with pytest.raises(InputError) as error:
+        sample([path], tmp_path / "s.parquet", 20)
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "s.parquet").exists()
+
+
+def test_an_input_comes_once(tmp_path):
+    path = write(tmp_path / "a.jsonl", make(50))
+    with pytest.raises(InputError, match="given twice"):
+        sample([path, tmp_path], tmp_path / "s.parquet", 10)
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    write(tmp_path / "a.jsonl", make(50))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("documents.os.fsync", full)
+    with pytest.raises(InputError, match=r"s\.parquet: cannot be written: No space left"):
+        sample([tmp_path / "a.jsonl"], tmp_path / "s.parquet", 10)
+    assert not (tmp_path / "s.parquet").exists()
+    assert not (tmp_path / "s.parquet.tmp").exists()
+    monkeypatch.undo()
+    sample([tmp_path / "a.jsonl"], tmp_path / "s.parquet", 10)
+
+
+def test_the_command_line(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "a.jsonl", make(50))
+    run = lambda *flags: monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, flags)]) or script.main()  # noqa: E731
+    run(tmp_path / "a.jsonl", "--n", 10, "--out", tmp_path / "s.parquet")
+    assert "10 of 50 documents" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--n is 0"):
+        run(tmp_path / "a.jsonl", "--n", 0, "--out", tmp_path / "t.parquet")
