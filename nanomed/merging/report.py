@@ -150,33 +150,28 @@ def plot(path: Path, table: list[dict]) -> None:
     figure = Figure(figsize=(11, 4))
     FigureCanvasSVG(figure)
     left, right = figure.subplots(1, 2)
-    inside = [row for row in table if row["layer"] is not None]
     for part, style in zip(("attention", "mlp", "norm"), ("o-", "s-", "^:"), strict=True):
-        layers = sorted({row["layer"] for row in inside if part_of(row["tensor"]) == part})
-        at = [[row for row in inside if row["layer"] == layer and part_of(row["tensor"]) == part] for layer in layers]
-        left.plot(layers, [100 * total_change(group) for group in at], style, ms=3, lw=1, label=part)
-        right.plot(layers, [statistics.mean(row["t"] for row in group) for group in at], style, ms=3, lw=1, label=part)
+        layers: dict[int, list[dict]] = {}
+        for row in table:
+            if row["layer"] is not None and part_of(row["tensor"]) == part:
+                layers.setdefault(row["layer"], []).append(row)
+        x = sorted(layers)
+        left.plot(x, [100 * total_change(layers[i]) for i in x], style, ms=3, lw=1, label=part)
+        right.plot(x, [statistics.mean(row["t"] for row in layers[i]) for i in x], style, ms=3, lw=1, label=part)
     for row in table:
         if row["layer"] is None and row["relative_change"] is not None and len(row["shape"]) > 1:
-            name = row["tensor"].removesuffix(".weight").split(".")[-1]
-            left.axhline(100 * row["relative_change"], color="0.6", lw=0.8, zorder=0)
+            left.axhline(100 * row["relative_change"], color="0.6", lw=0.8, ls="--", zorder=0)
+            name, place = row["tensor"].removesuffix(".weight").split(".")[-1], left.get_yaxis_transform()
             left.text(
-                1,
-                100 * row["relative_change"],
-                name,
-                color="0.5",
-                size=8,
-                ha="right",
-                va="bottom",
-                transform=left.get_yaxis_transform(),
+                0.99, 100 * row["relative_change"], name, color="0.5", size=8, ha="right", va="bottom", transform=place
             )
     left.set(title="How far CPT moved from BASE", xlabel="layer", ylabel="|CPT - BASE| / |BASE|, %", ylim=(0, None))
     right.set(title="t: how much of that was taken", xlabel="layer", ylabel="t (0 = BASE, 1 = CPT)")
-    low, high = (limit(row["t"] for row in table) for limit in (min, max))
-    right.set_ylim(min(0, low) - 0.05, max(1, high) + 0.05)
+    ts = [row["t"] for row in table]
+    right.set_ylim(min(0, *ts) - 0.05, max(1, *ts) + 0.05)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
     figure.subplots_adjust(left=0.07, right=0.98, bottom=0.14, top=0.9, wspace=0.2)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nanomed"}):  # same input, same bytes
-        figure.savefig(path, metadata={"Date": None})
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

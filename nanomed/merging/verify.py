@@ -22,7 +22,7 @@ from nanomed.shards import ITEM_BYTES, has_entries, n_elements, read_header
 
 MANTISSA = {"BF16": 7, "F16": 10}  # bits behind the point
 MAX_NORM = 1e-6  # of the error of a float32 tensor, relative
-MAX_ULP = 1.0  # of the error of a bf16 or fp16 element, in units in the last place of the larger term
+MAX_ULP = 1.0  # of the error of a bf16 or fp16 element, in units in the last place of the largest of terms and sum
 
 
 def open_result(folder: Path) -> dict[str, Tensor]:
@@ -119,15 +119,16 @@ def _cos(files: dict, a: Tensor, b: Tensor) -> float:
 
 
 def _errors(files: dict, found: Tensor, sources: list[Tensor], weights: list[float]) -> tuple[float, float]:
-    """(error in units in the last place of the larger term; 0 for float32, error's norm / norm; 0 for 16 bits)."""
+    """(error in units in the last place; 0 for float32, error's norm / norm; 0 for 16 bits)."""
     ulp, error2, norm2 = 0.0, 0.0, 0.0
     for y, *xs in _together(files, [found, *sources]):
         terms = [w * x for x, w in zip(xs, weights, strict=True)]
-        error = np.abs(y - sum(terms))
+        total = sum(terms)
+        error = np.abs(y - total)
         if found.dtype == "F32":
             error2, norm2 = error2 + float(error @ error), norm2 + float(y @ y)
             continue
-        larger = np.maximum.reduce([np.abs(term) for term in terms])
+        larger = np.maximum.reduce([np.abs(term) for term in (total, *terms)])
         smallest = 2.0**-126 if found.dtype == "BF16" else 2.0**-14  # below it the steps no longer shrink
         exponent = np.frexp(np.maximum(larger, smallest))[1] - 1
         ulp = max(ulp, float((error / np.exp2(exponent - MANTISSA[found.dtype])).max(initial=0)))
