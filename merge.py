@@ -23,8 +23,7 @@ from nanomed.merging import checks, mergekit_yaml, report
 from nanomed.merging.mergekit_yaml import DTYPES
 from nanomed.merging.schedule import PRESETS, Rule, evaluate, read_rules
 from nanomed.merging.source import Checkpoint, open_checkpoint
-from nanomed.merging.stream import Streamer, groups
-from nanomed.merging.write import N_THREADS, Staging, progress, write_linear, write_merges
+from nanomed.merging.write import Staging, all_stats, write_linear, write_merges
 
 
 def merge_pair(args: argparse.Namespace) -> None:
@@ -96,8 +95,7 @@ def warn_outside(wanted: dict[str, list[Rule]]) -> None:
 
 def print_stats(base: Checkpoint, cpt: Checkpoint) -> None:
     """--stats-only: the distance of the two, per block and module."""
-    with progress([base, cpt], 1, "read") as bar, Streamer([base, cpt], {}, [], N_THREADS, bar.update) as streamer:
-        stats = {k: s for names in groups([base, cpt], base.tensors) for k, s in streamer.stats(names).items()}
+    stats = all_stats(base, cpt)
     table = report.rows(stats, dict.fromkeys(stats, 0.0), {name: t.shape for name, t in base.tensors.items()})
     n_arc = sum(row["branch"] == "slerp" for row in table)
     print("change: |CPT - BASE| / |BASE|\n" + report.block_table(table))

@@ -18,7 +18,7 @@ from nanomed.merging.mergekit_yaml import Recipe
 from nanomed.merging.schedule import Rule, evaluate
 from nanomed.merging.slerp import Stats, factors
 from nanomed.merging.source import Checkpoint
-from nanomed.merging.stream import Streamer
+from nanomed.merging.stream import Streamer, groups
 from nanomed.merging.verify import slerp_factors, verify
 
 N_THREADS = min(8, os.cpu_count() or 1)
@@ -115,3 +115,10 @@ def write_linear(path: Path, models: list[Checkpoint], out: Path, recipe: Recipe
         if check:
             verified(models, tmp, lambda name, _: [weights[name]], needs_cos=False)
     print(f"merged: {out}")
+
+
+def all_stats(base: Checkpoint, cpt: Checkpoint) -> dict[str, Stats]:
+    """The sums of every tensor, nothing written."""
+    inputs = [base, cpt]
+    with progress(inputs, 1, "read") as bar, Streamer(inputs, {}, [], N_THREADS, bar.update) as streamer:
+        return {name: s for names in groups(inputs, base.tensors) for name, s in streamer.stats(names).items()}
