@@ -23,7 +23,7 @@ slices:
   - sources:
       - model: mistralai/Mistral-7B-Instruct-v0.1
         layer_range: [0, 32]
-      - model: BioMistral/BioMistral-7B
+      - model: Project44/BioMistral-7B-0.1-PubMed-V2
         layer_range: [0, 32]
 merge_method: slerp
 base_model: mistralai/Mistral-7B-Instruct-v0.1
@@ -33,7 +33,7 @@ parameters:
       value: [0, 0.5, 0.3, 0.7, 1]
     - filter: mlp
       value: [1, 0.5, 0.7, 0.3, 0]
-    - value: 0.5 # fallback for rest of tensors
+    - value: 0.5
 dtype: bfloat16
 """
 
@@ -88,7 +88,7 @@ def test_biomistrals_own_file_on_stand_ins_of_32_layers(tmp_path, tiny, monkeypa
     monkeypatch.setitem(CONFIGS, "mistral", config)
     monkeypatch.chdir(tmp_path)
     model = save_reference(config, tmp_path / "mistralai/Mistral-7B-Instruct-v0.1", torch.bfloat16)
-    base, cpt = tmp_path / "mistralai/Mistral-7B-Instruct-v0.1", tmp_path / "BioMistral/BioMistral-7B"
+    base, cpt = tmp_path / "mistralai/Mistral-7B-Instruct-v0.1", tmp_path / "Project44/BioMistral-7B-0.1-PubMed-V2"
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):
             p.add_((torch.randn(p.shape) * p.float().std().nan_to_num(0.1) * (0.01, 0.3)[i % 2]).to(p.dtype))
