@@ -111,14 +111,14 @@ def merge_yaml(path: Path, out: Path, check: bool) -> None:
     """--mergekit-yaml: slerp and linear here, the rest by mergekit."""
     recipe = mergekit_yaml.read_config(path)
     if isinstance(recipe, str):
-        return run_mergekit(path, out, recipe)
+        return run_mergekit(path, out, recipe, check)
     models = [open_checkpoint(name, "model") for name in recipe.models]
     base = models[0]
     for other in models[1:]:
         warn(checks.check_pair(base, other, "model"))
     n_layers = base.config().get("num_hidden_layers")
     if recipe.n_layers not in (None, n_layers):
-        return run_mergekit(path, out, f"a layer_range of {recipe.n_layers} of {n_layers} layers")
+        return run_mergekit(path, out, f"a layer_range of {recipe.n_layers} of {n_layers} layers", check)
     checks.check_tokenizer(base)
     dtypes = {name: recipe.dtype or tensor.dtype for name, tensor in base.tensors.items()}
     if recipe.method == "slerp":
@@ -128,8 +128,10 @@ def merge_yaml(path: Path, out: Path, check: bool) -> None:
     write_linear(path, models, out, recipe, dtypes, check)
 
 
-def run_mergekit(path: Path, out: Path, why: str) -> None:
+def run_mergekit(path: Path, out: Path, why: str, check: bool) -> None:
     """The whole merge by mergekit, its result renamed last as ours is."""
+    if check:
+        raise InputError(f"--verify: {path} has {why}, which mergekit itself runs; only slerp and linear are verified")
     names = mergekit_yaml.models_of(path)
     checks.check_out(out, 0)
     if names and Path(names[0]).is_dir():  # mergekit would write a tokenizer of its own making

@@ -144,6 +144,8 @@ def test_mergekits_own_failure_is_one_line(tmp_path, tiny, monkeypatch):
     assert "mergekit failed" in str(exit_.value.code)
     assert "\n" not in str(exit_.value.code)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit, match="only slerp and linear are verified"):
+        run(monkeypatch, tmp_path / "out", "--mergekit-yaml", tmp_path / "c.yml", "--verify")
     monkeypatch.setattr(mergekit_yaml.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(SystemExit, match="pip install"):
         run(monkeypatch, tmp_path / "out", "--mergekit-yaml", tmp_path / "c.yml")

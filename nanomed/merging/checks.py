@@ -37,8 +37,10 @@ def _check_architecture(base: Checkpoint, other: Checkpoint, role: str) -> None:
     ours, theirs = base.config(), other.config()
     if not theirs:
         return  # a run that has not exported: its tensors tell
-    for config in (ours, theirs):
+    for config in (ours, theirs):  # what may be left out means the same as its default
         config["tie_word_embeddings"] = bool(config.get("tie_word_embeddings"))
+        if not config.get("head_dim") and config.get("num_attention_heads"):
+            config["head_dim"] = config.get("hidden_size", 0) // config["num_attention_heads"]
     for field in sorted(ours.keys() & theirs.keys() - FREE, key=lambda f: f != "model_type"):
         _expect(role, other, field, theirs[field], ours[field])
     _expect(role, other, "rope_theta", _rope_theta(theirs), _rope_theta(ours))
@@ -58,13 +60,12 @@ def _rope_theta(config: dict) -> float | None:
 
 def _check_tensors(base: Checkpoint, other: Checkpoint, role: str) -> None:
     ours, theirs = base.tensors, other.tensors
-    for name in ("lm_head.weight",):
-        if (name in ours) != (name in theirs):
-            with_it, without = (base, other) if name in ours else (other, base)
-            raise InputError(
-                f"{role} {other.name}: {with_it.name} has a {name}, {without.name} ties it to the embedding; "
-                "merge two tied or two untied models"
-            )
+    if ("lm_head.weight" in ours) != ("lm_head.weight" in theirs):
+        with_it, without = (base, other) if "lm_head.weight" in ours else (other, base)
+        raise InputError(
+            f"{role} {other.name}: {with_it.name} has a lm_head.weight, {without.name} ties it to the embedding; "
+            "merge two tied or two untied models"
+        )
     if missing := sorted(ours.keys() - theirs.keys()):
         raise InputError(f"{role} {other.name}: tensor {missing[0]} is missing, BASE has it ({len(missing)} in all)")
     if extra := sorted(theirs.keys() - ours.keys()):

@@ -109,10 +109,15 @@ def call_mergekit(path: Path, out: Path) -> None:
     if importlib.util.find_spec("mergekit") is None:
         raise InputError(f"{path}: needs mergekit, which is not installed: pip install 'nanomed[merge]'")
     command = [sys.executable, "-m", "mergekit.scripts.run_yaml", str(path), str(out)]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise InputError(f"{path}: mergekit failed: {lines[-1] if lines else f'exit status {done.returncode}'}")
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    last, failed = "", False
+    for line in process.stderr:  # its progress bars and warnings go on to the user, its traceback becomes one line
+        failed = failed or line.startswith("Traceback")
+        if not failed:
+            sys.stderr.write(line)
+        last = line.strip() or last
+    if process.wait():
+        raise InputError(f"{path}: mergekit failed: {last or f'exit status {process.returncode}'}")
 
 
 def models_of(path: Path) -> list[str]:
