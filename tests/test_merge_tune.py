@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merge
@@ -35,6 +36,9 @@ def chat_pair(tmp_path, tiny):
     """A pair with a chat template, prompts for it."""
     base, cpt = make_pair(tmp_path, tiny.model, dtype=torch.float32)
     for folder in (base, cpt):
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.norm.weight"].fill_(1.0)  # zero in the pair: every logit would be
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         config = json.loads((folder / "tokenizer_config.json").read_text())
         (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": TEMPLATE}))
     prompts = tmp_path / "prompts.jsonl"
@@ -193,11 +197,11 @@ def open_(folder):
 
 def test_bad_input(chat_pair, tiny, tmp_path, monkeypatch):
     base, cpt, prompts = chat_pair
-    flags = ["tune", base, cpt, tmp_path / "tuned", "--domain", tiny.val, "--general", tiny.val, "--chat"]
+    flags = ["tune", base, cpt, tmp_path / "tuned", "--domain", tiny.val, "--general", tiny.val]
 
-    def refused(*more, named: str) -> None:
+    def refused(chat, *more, named: str) -> None:
         with pytest.raises(SystemExit) as exit_:
-            run(monkeypatch, *flags, *more)
+            run(monkeypatch, *flags, "--seq-len", "64", "--chat", chat, *more)
         assert named in str(exit_.value.code)
         assert "\n" not in str(exit_.value.code)
         assert not (tmp_path / "tuned").exists()
@@ -211,7 +215,7 @@ def test_bad_input(chat_pair, tiny, tmp_path, monkeypatch):
     ):
         (tmp_path / "bad.jsonl").write_text(text)
         refused(tmp_path / "bad.jsonl", named=named)
-    refused(prompts, "--tokens", "16", named="fewer than two windows")
+    refused(prompts, "--tokens", "60", named="fewer than two windows")
     write_bins(tmp_path / "other", [[1, 2, 3]] * 9, 320)
     flags[5] = tmp_path / "other"
     refused(prompts, named="another tokenizer")
