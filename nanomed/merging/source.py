@@ -72,7 +72,7 @@ def open_checkpoint(name: str, role: str) -> Checkpoint:
     if (Path(name) / "run.json").is_file():
         return _open_run(Path(name), name, role)
     folder = fetch(name, role)
-    return Checkpoint(name, folder, _safetensors(folder, role), tokenizer_of(folder), "safetensors")
+    return Checkpoint(name, folder, safetensors_in(folder, role), tokenizer_of(folder), "safetensors")
 
 
 def tokenizer_of(folder: Path) -> dict[str, str]:
@@ -85,8 +85,8 @@ def tokenizer_of(folder: Path) -> dict[str, str]:
     return found
 
 
-def _safetensors(folder: Path, role: str) -> dict[str, Tensor]:
-    """All tensors that the folder's index, or its one file, names."""
+def safetensors_in(folder: Path, role: str) -> dict[str, Tensor]:
+    """All tensors that the folder's index, or its one file, names, in the order of the bytes. role: for the errors."""
     where = find_weights(folder)
     if not where:
         raise InputError(f"{role} {folder}: has no model.safetensors and no index of shards; only safetensors are read")
@@ -116,7 +116,7 @@ def _open_run(run: Path, name: str, role: str) -> Checkpoint:
     if not steps and not exported:
         raise InputError(f"{role} {name}: the run has no whole checkpoint and no hf/ yet; let train.py reach one")
     if not steps:
-        return Checkpoint(name, exported, _safetensors(exported, role), tokenizer_of(exported), "safetensors of hf/")
+        return Checkpoint(name, exported, safetensors_in(exported, role), tokenizer_of(exported), "safetensors of hf/")
     step, path = steps[-1]
     init = Path(read_json(run / "config.json").get("init", ""))
     folder = exported or (init if (init / "config.json").is_file() else None)

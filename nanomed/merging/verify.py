@@ -14,27 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from nanomed import InputError
-from nanomed.hf import find_weights
 from nanomed.merging.slerp import DOT_THRESHOLD, EPS
-from nanomed.merging.source import Checkpoint, Part, Tensor
+from nanomed.merging.source import Checkpoint, Tensor, safetensors_in
 from nanomed.merging.stream import CHUNK, read_fully
-from nanomed.shards import ITEM_BYTES, has_entries, n_elements, read_header
+from nanomed.shards import ITEM_BYTES
 
 MANTISSA = {"BF16": 7, "F16": 10}  # bits behind the point
 MAX_NORM = 1e-6  # of the error of a float32 tensor, relative
 MAX_ULP = 1.0  # of the error of a bf16 or fp16 element, in units in the last place of the largest of terms and sum
-
-
-def open_result(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a merged folder."""
-    where, tensors = find_weights(folder), {}
-    for path in sorted(set(where.values())):
-        entries, start = read_header(path)
-        has_entries(path, entries, [name for name, file in where.items() if file == path])
-        for name, e in entries.items():
-            part = Part(path, start + e["data_offsets"][0], n_elements(e["shape"]))
-            tensors[name] = Tensor(e["dtype"], tuple(e["shape"]), (part,))
-    return tensors
 
 
 def verify(
@@ -49,7 +36,7 @@ def verify(
 
     weights(name, cos): the right factors of the inputs, several rows where more than one counts as right.
     """  # fmt: skip
-    result = open_result(folder)
+    result = safetensors_in(folder, "result")
     if differing := sorted(result.keys() ^ inputs[0].tensors.keys()):
         raise InputError(f"{folder}: tensor {differing[0]} is there and should not be, or the other way round")
     with ExitStack() as stack, ThreadPoolExecutor(n_threads) as pool:
