@@ -12,7 +12,6 @@ ids; CPT may be a run folder of train.py (then its float32 weights are merged). 
 """
 
 import argparse
-import errno
 import sys
 from pathlib import Path
 
@@ -32,18 +31,15 @@ def merge_pair(args: argparse.Namespace) -> None:
     warn(checks.check_pair(base, cpt, "CPT"))
     if args.stats_only:
         return print_stats(base, cpt)
-    checks.check_tokenizer(base)
+    checks.check_base(base)
     wanted = schedules(args)
     for rules in wanted.values():
         evaluate(rules, base.tensors, args.t_file or "--t")  # finds a tensor without t
     warn_outside(wanted)
     dtypes = {name: DTYPES[args.dtype] if args.dtype else tensor.dtype for name, tensor in base.tensors.items()}
     if args.emit_mergekit:
-        n_layers = base.config()["num_hidden_layers"]
         dtype = max(set(dtypes.values()), key=list(dtypes.values()).count)
-        mergekit_yaml.write_config(
-            args.emit_mergekit, base.name, cpt.name, next(iter(wanted.values())), n_layers, dtype
-        )
+        mergekit_yaml.write_config(args.emit_mergekit, base, cpt, next(iter(wanted.values())), dtype)
     if args.out:
         write_merges(base, cpt, args.out, wanted, dtypes, args.verify)
 
@@ -52,7 +48,7 @@ def schedules(args: argparse.Namespace) -> dict[str, list[Rule]]:
     """Subfolder of OUT ("" is OUT itself) → rules for t."""
     if args.sweep:
         values = [number(text, "--sweep") for text in args.sweep.split(",")]
-        return {f"t-{t:g}": read_rules(t, "--sweep") for t in values}
+        return {f"t-{t:.12g}": read_rules(t, "--sweep") for t in values}
     if args.t_file:
         return {"": read_t_file(args.t_file)}
     return {"": read_rules(args.t if args.t is not None else PRESETS[args.preset or "uniform"], "--t")}
@@ -62,7 +58,7 @@ def read_t_file(path: Path) -> list[Rule]:
     """The rules of a t.yaml, whose one key is t."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"--t-file {path}: cannot be read as YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(content, dict) or content.keys() != {"t"}:
         raise InputError(f"--t-file {path}: expected one key, t: a number, a list of numbers, or filters with values")
@@ -119,7 +115,7 @@ def merge_yaml(path: Path, out: Path, check: bool) -> None:
     n_layers = base.config().get("num_hidden_layers")
     if recipe.n_layers not in (None, n_layers):
         return run_mergekit(path, out, f"a layer_range of {recipe.n_layers} of {n_layers} layers", check)
-    checks.check_tokenizer(base)
+    checks.check_base(base)
     dtypes = {name: recipe.dtype or tensor.dtype for name, tensor in base.tensors.items()}
     if recipe.method == "slerp":
         evaluate(recipe.rules[0], base.tensors, str(path))
@@ -135,7 +131,7 @@ def run_mergekit(path: Path, out: Path, why: str, check: bool) -> None:
     names = mergekit_yaml.models_of(path)
     checks.check_out(out, 0)
     if names and Path(names[0]).is_dir():  # mergekit would write a tokenizer of its own making
-        checks.check_tokenizer(open_checkpoint(names[0], "model"))
+        checks.check_base(open_checkpoint(names[0], "model"))
     print(f"{why}: calling mergekit", file=sys.stderr)
     with Staging(out) as tmp:
         mergekit_yaml.call_mergekit(path, tmp)
@@ -208,9 +204,7 @@ def main() -> None:
             merge_yaml(args.mergekit_yaml, Path(args.paths[0]), args.verify)
         else:
             merge_pair(args)
-    except (InputError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise  # any other than a full disk is a bug of ours
+    except (InputError, OSError) as error:  # an OSError names its file: a full disk, no permission, no such folder
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; nothing is left of it")

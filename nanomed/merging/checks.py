@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from nanomed import InputError
-from nanomed.merging.source import Checkpoint
+from nanomed.merging.source import Checkpoint, tokenizer_of
 
 # Fields of config.json that may differ: they name versions and habits, not maths. (vocab_size is compared by shape too.)
 FREE = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache", "max_position_embeddings",
@@ -43,7 +43,9 @@ def _check_architecture(base: Checkpoint, other: Checkpoint, role: str) -> None:
             config["head_dim"] = config.get("hidden_size", 0) // config["num_attention_heads"]
     for field in sorted(ours.keys() & theirs.keys() - FREE, key=lambda f: f != "model_type"):
         _expect(role, other, field, theirs[field], ours[field])
-    _expect(role, other, "rope_theta", _rope_theta(theirs), _rope_theta(ours))
+    ours, theirs = _rope(ours), _rope(theirs)
+    for field in sorted(ours.keys() | theirs.keys()):
+        _expect(role, other, field, theirs.get(field), ours.get(field))
 
 
 def _expect(role: str, other: Checkpoint, field: str, found, expected) -> None:
@@ -53,9 +55,11 @@ def _expect(role: str, other: Checkpoint, field: str, found, expected) -> None:
         )
 
 
-def _rope_theta(config: dict) -> float | None:
-    """From transformers 4's spelling or 5's."""
-    return config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta")
+def _rope(config: dict) -> dict:
+    """rope_theta and scaling from transformers 4's spelling or 5's; what is left out has its default."""
+    found = {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    kind = found.pop("rope_type", None) or found.pop("type", None) or "default"
+    return {key: value for key, value in found.items() if value is not None and key != "type"} | {"rope_type": kind}
 
 
 def _check_tensors(base: Checkpoint, other: Checkpoint, role: str) -> None:
@@ -77,9 +81,13 @@ def _check_tensors(base: Checkpoint, other: Checkpoint, role: str) -> None:
             )
 
 
-def check_tokenizer(base: Checkpoint) -> None:
-    """The result takes BASE's tokenizer: InputError where it has none."""
-    if not base.tokenizer:
+def check_base(base: Checkpoint) -> None:
+    """The result takes BASE's config and tokenizer: InputError where it has none."""
+    if base.folder is None:
+        raise InputError(
+            f"BASE {base.name}: is a run that has not exported, so there is no config.json; give the model it began with"
+        )
+    if not tokenizer_of(base.folder):
         raise InputError(
             f"BASE {base.name}: has no tokenizer.json and no tokenizer.model; the merged model would have no tokenizer: "
             "copy BASE's own files there"

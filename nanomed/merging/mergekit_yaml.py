@@ -16,7 +16,8 @@ from pathlib import Path
 import yaml
 
 from nanomed import InputError
-from nanomed.merging.schedule import Rule, read_rules, spell
+from nanomed.merging.schedule import Rule, layer_of, read_rules, spell
+from nanomed.merging.source import Checkpoint
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _KEYS = {"slices", "models", "merge_method", "base_model", "dtype", "out_dtype", "parameters", "tokenizer_source"}
@@ -39,10 +40,17 @@ def read_config(path: Path) -> Recipe | str:
     """The configuration as a Recipe, or in words what of it only mergekit can do. InputError where it is none."""
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{path}: cannot be read as YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(config, dict) or "merge_method" not in config:
         raise InputError(f"{path}: has no merge_method; expected a mergekit configuration")
+    try:
+        return _understand(path, config)
+    except (TypeError, AttributeError, KeyError):  # a number where a list belongs, and the like
+        raise InputError(f"{path}: is not laid out as a mergekit configuration; see mergekit's README") from None
+
+
+def _understand(path: Path, config: dict) -> Recipe | str:
     method = config["merge_method"]
     if method not in ("slerp", "linear"):
         return f"merge_method {method}"
@@ -95,11 +103,16 @@ def _rules(path: Path, name: str, scopes: list[dict]) -> list[Rule]:
     return [rule for scope in scopes if name in scope for rule in read_rules(scope[name], str(path), name)]
 
 
-def write_config(path: Path, base: str, cpt: str, rules: list[Rule], n_layers: int, dtype: str) -> None:
+def write_config(path: Path, base: Checkpoint, cpt: Checkpoint, rules: list[Rule], dtype: str) -> None:
     """The configuration with which mergekit does the same: maths in float32, one rounding. dtype: the result's."""
+    for checkpoint in (base, cpt):
+        if (Path(checkpoint.name) / "run.json").is_file():
+            raise InputError(f"--emit-mergekit: {checkpoint.name} is a run folder, which mergekit does not read; "
+                             f"give its export, {Path(checkpoint.name) / 'hf'}")  # fmt: skip
     name = {ours: theirs for theirs, ours in DTYPES.items()}[dtype]
-    sources = [{"model": model, "layer_range": [0, n_layers]} for model in (base, cpt)]
-    config = {"slices": [{"sources": sources}], "merge_method": "slerp", "base_model": base,
+    n_layers = 1 + max((layer for layer in map(layer_of, base.tensors) if layer is not None), default=-1)
+    sources = [{"model": model.name, "layer_range": [0, n_layers]} for model in (base, cpt)]
+    config = {"slices": [{"sources": sources}], "merge_method": "slerp", "base_model": base.name,
               "parameters": {"t": spell(rules)}, "dtype": "float32", "out_dtype": name}  # fmt: skip
     path.write_text(yaml.safe_dump(config, sort_keys=False, default_flow_style=None))
 
@@ -115,7 +128,8 @@ def call_mergekit(path: Path, out: Path) -> None:
         failed = failed or line.startswith("Traceback")
         if not failed:
             sys.stderr.write(line)
-        last = line.strip() or last
+        if line.strip() and not line.strip().startswith("For further information"):  # pydantic's last word
+            last = line.strip()
     if process.wait():
         raise InputError(f"{path}: mergekit failed: {last or f'exit status {process.returncode}'}")
 
@@ -123,7 +137,10 @@ def call_mergekit(path: Path, out: Path) -> None:
 def models_of(path: Path) -> list[str]:
     """Names of the models in a configuration, base first; what only mergekit understands is left out."""
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    parts = [config, *(config.get("slices") or [])]
-    sources = [source for part in parts for source in [*(part.get("sources") or []), *(part.get("models") or [])]]
-    names = [config.get("base_model"), *(source.get("model") for source in sources)]
+    try:
+        parts = [config, *(config.get("slices") or [])]
+        sources = [source for part in parts for source in [*(part.get("sources") or []), *(part.get("models") or [])]]
+        names = [config.get("base_model"), *(source.get("model") for source in sources)]
+    except (TypeError, AttributeError):
+        return []  # mergekit will say what is wrong with it
     return list(dict.fromkeys(name for name in names if isinstance(name, str)))

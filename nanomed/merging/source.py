@@ -59,7 +59,10 @@ class Checkpoint:
 
     def config(self) -> dict:
         """Contents of config.json; empty where there is none."""
-        return read_json(self.folder / "config.json") if self.folder else {}
+        config = read_json(self.folder / "config.json") if self.folder else {}
+        if not isinstance(config, dict):
+            raise InputError(f"{self.folder / 'config.json'}: holds no JSON object; fetch the checkpoint again")
+        return config
 
     def identity(self) -> list:
         """Paths, sizes and times of the files that hold the weights: equal means that nobody has touched them."""

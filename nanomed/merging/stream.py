@@ -11,6 +11,7 @@ A group of tensors (0.5 GB) is summed first and then merged, its pages still in 
 once, however many outputs there are. With the sums known beforehand the first half falls away.
 """
 
+import math
 import os
 import queue
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from nanomed.shards import ITEM_BYTES, header
 
 CHUNK = 1 << 18  # elements
 GROUP_BYTES = 512 * 10**6
+LARGEST = {"F32": math.inf, "BF16": (2 - 2.0**-8) * 2.0**127, "F16": 65520.0}  # what rounds to infinity, and more
 ROW = 1024  # elements summed in float32; rows are summed in float64
 Weights = list[list[float]]  # [output][input]: what the inputs are multiplied by
 
@@ -88,8 +90,7 @@ def narrow(x: np.ndarray, dtype: str, spare: np.ndarray, out: np.ndarray) -> np.
         return x
     if dtype == "F16":
         half = out[: x.size].view(np.float16)
-        with np.errstate(over="ignore"):
-            np.copyto(half, x, casting="same_kind")
+        np.copyto(half, x, casting="same_kind")
         return half
     bits, rounded = x.view(np.uint32), spare[: x.size].view(np.uint32)
     np.right_shift(bits, 16, out=rounded)
@@ -217,10 +218,14 @@ class Streamer:
             file, base, entry = self.entries[name]
             offset = base + entry["data_offsets"][0] + start * ITEM_BYTES[entry["dtype"]]
             for folder, row in zip(self.folders, weights, strict=True):
-                total = weigh(xs, row, lane.sum, lane.spare)
+                with np.errstate(over="ignore", invalid="ignore"):  # checked next
+                    total = weigh(xs, row, lane.sum, lane.spare)
+                lowest, highest = float(total.min()), float(total.max())  # NaN where there is one
+                if not (-LARGEST[entry["dtype"]] < lowest and highest < LARGEST[entry["dtype"]]):
+                    self._finite(name, xs)
+                    raise InputError(f"tensor {name}: a merged value of {max(-lowest, highest):.3g} is beyond "
+                                     f"{entry['dtype']}; take another dtype, or a t nearer to [0, 1]")  # fmt: skip
                 result = narrow(total, entry["dtype"], lane.spare, lane.raw)
-                if result.dtype == np.float16 and not np.isfinite(result).all():
-                    raise InputError(f"tensor {name}: a merged value is beyond float16; use --dtype bfloat16")
                 write_fully(self.files[folder / file], result, offset)
             return n_bytes
         finally:

@@ -149,6 +149,7 @@ def tune(args: argparse.Namespace) -> None:
         print(f"warning: {line}", file=sys.stderr)
     if "tokenizer.json" not in base.tokenizer:
         raise InputError(f"BASE {base.name}: has no tokenizer.json, which tune needs")
+    checks.check_base(base)
     checks.check_out(args.out, 0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = model_config(base.folder)
