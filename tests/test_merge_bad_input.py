@@ -1,5 +1,6 @@
 """Every wrong input ends in one line that names it, exit status 1, and no folder that looks whole."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -7,11 +8,12 @@ import sys
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 import merge
 from nanomed import InputError
-from nanomed.merging import checks, stream, write
+from nanomed.merging import checks, mergekit_yaml, stream, write
 from nanomed.merging.source import open_checkpoint
 from test_merge import files_of, make_pair, run
 
@@ -59,10 +61,12 @@ def edit_tensors(folder, change) -> None:
         ("rms_norm_eps", 1e-3),
         ("hidden_act", "gelu"),
         ("rope_theta", 5e6),
+        ("factor", 4.0),
     ],
 )
 def test_another_architecture(field, value, refused):
-    refused(lambda base, cpt: edit_config(cpt, **{field: value}), "CPT", field, str(value), "BASE")
+    fields = {"rope_scaling": {"type": "yarn", "factor": value}} if field == "factor" else {field: value}
+    refused(lambda base, cpt: edit_config(cpt, **fields), "CPT", field, str(value), "BASE")
 
 
 def test_the_two_spellings_of_one_architecture_are_one(tmp_path, tiny, monkeypatch):
@@ -168,6 +172,7 @@ def test_no_weights_at_all(refused):
     refused(lambda _, cpt: (cpt / "model.safetensors").unlink(), "CPT", "safetensors")
     refused(lambda _, cpt: (cpt / "model.safetensors").rename(cpt / "pytorch_model.bin"), "pytorch_model.bin")
     refused(lambda _, cpt: (cpt / "config.json").unlink(), "CPT", "config.json")
+    refused(lambda _, cpt: (cpt / "config.json").write_text("[]"), "config.json", "object")
     refused(lambda _, cpt: shutil.rmtree(cpt), "CPT", "cpt")
 
 
@@ -188,6 +193,18 @@ def test_a_tensor_that_is_not_finite(which, value, word, refused):
     )
 
 
+def test_linear_finds_one_that_is_not_finite(pair_and_out, tmp_path, monkeypatch):
+    """No sums are taken there, and rounding to bf16 would make a NaN a zero."""
+    base, cpt, out = pair_and_out
+    name = "model.layers.2.self_attn.v_proj.weight"
+    edit_tensors(cpt, lambda t: t[name].view(-1)[-1].fill_(float("nan")))
+    models = [{"model": str(path), "parameters": {"weight": 0.5}} for path in (base, cpt)]
+    (tmp_path / "c.yml").write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
+    with pytest.raises(SystemExit, match=f"cpt: tensor {name} holds NaN"):
+        run(monkeypatch, out, "--mergekit-yaml", tmp_path / "c.yml")
+    assert not out.exists()
+
+
 def test_a_file_that_shrinks_meanwhile(refused, monkeypatch):
     whole_create = write.create
 
@@ -200,12 +217,16 @@ def test_a_file_that_shrinks_meanwhile(refused, monkeypatch):
         refused(lambda *_: None, "ends too early")
 
 
-def test_large_values_do_not_fit_float16(refused):
+@pytest.mark.parametrize(("value", "flags"), [(1e6, ("--dtype", "float16")), (3e38, ("--t=-2",))])
+def test_a_merged_value_too_large_for_its_dtype(value, flags, refused):
+    """Beyond float16; and extrapolated from finite values beyond bf16."""
     name = "model.layers.2.self_attn.v_proj.weight"
-    line = refused(
-        lambda *pair: [edit_tensors(p, lambda t: t[name].fill_(1e6)) for p in pair], name, flags=("--dtype", "float16")
-    )
-    assert "bfloat16" in line
+
+    def enlarge(*pair):
+        for path, x in zip(pair, (value, value * 0.99), strict=True):
+            edit_tensors(path, lambda t, x=x: t[name].fill_(x))
+
+    refused(enlarge, name, "dtype", flags=flags)
 
 
 # --- the command line ----------------------------------------------------------------------------------------------
@@ -307,6 +328,44 @@ def test_a_mergekit_configuration_that_cannot_be(content, named, pair_and_out, t
     assert "\n" not in line
     assert not out.exists()
     assert sys.argv[1] == str(out)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{merge_method: slerp, models: 3}",
+        "{merge_method: slerp, models: [a, b]}",
+        "{merge_method: linear, slices: 3}",
+        "{merge_method: slerp, slices: [{sources: [{model: a, layer_range: 2}]}]}",
+        "{merge_method: slerp, base_model: a, models: [{model: a}, {model: b}], parameters: 3}",
+        "{merge_method: slerp, base_model: a, models: [{model: a}, {model: b}], dtype: [1]}",
+        "{merge_method: [slerp]}",
+    ],
+)
+def test_a_mergekit_configuration_laid_out_wrongly(content, tmp_path):
+    (tmp_path / "c.yml").write_text(content)
+    with pytest.raises(InputError, match=r"c.yml: is not laid out"):
+        mergekit_yaml.read_config(tmp_path / "c.yml")
+
+
+def test_a_place_to_write_that_is_none(pair_and_out, tmp_path, monkeypatch):
+    base, cpt, _ = pair_and_out
+    (tmp_path / "file").write_text("")
+    for flags in ((tmp_path / "file" / "out",), ("--emit-mergekit", tmp_path / "nowhere" / "c.yml")):
+        with pytest.raises(SystemExit, match=r"error: .*(file|nowhere)"):
+            run(monkeypatch, base, cpt, *flags)
+
+
+def test_a_run_that_has_not_exported_is_no_base_and_no_run_is_mergekits(pair_and_out, tmp_path, monkeypatch):
+    base, cpt, out = pair_and_out
+    unexported = dataclasses.replace(open_checkpoint(str(base), "BASE"), folder=None)
+    with pytest.raises(InputError, match="has not exported"):
+        checks.check_base(unexported)
+    (cpt / "run.json").write_text("{}")
+    shutil.copytree(cpt, cpt / "hf")
+    with pytest.raises(SystemExit, match=r"run folder, which mergekit does not read; give its export, .*hf"):
+        run(monkeypatch, base, cpt, out, "--emit-mergekit", tmp_path / "c.yml")
+    assert not (tmp_path / "c.yml").exists()
 
 
 def test_a_run_folder_that_is_none(tmp_path):

@@ -116,6 +116,7 @@ def test_linear_of_three_models(normalize, tmp_path, tiny, monkeypatch):
     run(monkeypatch, tmp_path / "ours", "--mergekit-yaml", tmp_path / "c.yml", "--verify")
     run_mergekit(tmp_path / "c.yml", tmp_path / "theirs")
     ours, theirs = tensors_of(tmp_path / "ours"), tensors_of(tmp_path / "theirs")
+    assert (tmp_path / "c.yml").read_text().rstrip() in (tmp_path / "ours" / "README.md").read_text()
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert (ours[name] - theirs[name]).norm() <= 1e-6 * theirs[name].norm(), name

@@ -57,7 +57,8 @@ def _expect(role: str, other: Checkpoint, field: str, found, expected) -> None:
 
 def _rope(config: dict) -> dict:
     """rope_theta and scaling from transformers 4's spelling or 5's; what is left out has its default."""
-    found = {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    found = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    found["rope_theta"] = config.get("rope_theta") or found.get("rope_theta")
     kind = found.pop("rope_type", None) or found.pop("type", None) or "default"
     return {key: value for key, value in found.items() if value is not None and key != "type"} | {"rope_type": kind}
 

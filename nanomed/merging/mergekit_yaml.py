@@ -52,6 +52,8 @@ def read_config(path: Path) -> Recipe | str:
 
 def _understand(path: Path, config: dict) -> Recipe | str:
     method = config["merge_method"]
+    if not isinstance(method, str):
+        raise TypeError
     if method not in ("slerp", "linear"):
         return f"merge_method {method}"
     if unknown := sorted(key for key in config.keys() - _KEYS if config[key] is not None):

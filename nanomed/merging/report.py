@@ -43,12 +43,12 @@ def write_report(folder: Path, base: Checkpoint, cpt: Checkpoint, rules: list[Ru
         "cpt": {"name": cpt.name, "kind": cpt.kind, "files": cpt.identity()},
         "tensors": table,
     }  # fmt: skip
-    (folder / "merge_report.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    (folder / "merge_report.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     (folder / "merge_report.md").write_text(
-        f"# Merge report\n\n{summary(base, cpt, rules, table)}\n{tensor_table(table)}"
+        f"# Merge report\n\n{summary(base, cpt, rules, table)}\n{tensor_table(table)}", encoding="utf-8"
     )
     plot(folder / "merge_report.svg", table)
-    (folder / "README.md").write_text(model_card(base, cpt, rules, table))
+    (folder / "README.md").write_text(model_card(base, cpt, rules, table), encoding="utf-8")
 
 
 def known_stats(out: Path, base: Checkpoint, cpt: Checkpoint) -> tuple[dict[str, Stats], Path] | None:
@@ -126,16 +126,31 @@ def tensor_table(table: list[dict]) -> str:
 
 def model_card(base: Checkpoint, cpt: Checkpoint, rules: list[Rule], table: list[dict]) -> str:
     """README.md of the merged model, with the metadata that the Hugging Face hub reads."""
-    sources = [c.name for c in (base, cpt) if not Path(c.name).exists()]  # hub ids; local paths mean nothing elsewhere
-    front = {"library_name": "transformers", "tags": ["merge", "slerp", "nanomed"]}
-    if sources:
-        front |= {"base_model": sources, "base_model_relation": "merge"}
     return (
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {Path(base.name).name} + {Path(cpt.name).name}\n\n"
-        f"{summary(base, cpt, rules, table)}\n![Change and t over depth](merge_report.svg)\n\n"
+        f"{_front_matter([base, cpt], 'slerp')}{summary(base, cpt, rules, table)}\n"
+        "![Change and t over depth](merge_report.svg)\n\n"
         "Config, tokenizer and chat template are those of the first model, and so are its licence's terms; every tensor is in "
         "[merge_report.md](merge_report.md). Made with nanomed's merge.py.\n"
     )
+
+
+def linear_card(models: list[Checkpoint], config: str) -> str:
+    """README.md of a linear merge. config: mergekit's configuration, as it was."""
+    names = ", ".join(f"`{c.name}` ({c.kind})" for c in models)
+    return (
+        f"{_front_matter(models, 'linear')}Weighted sum of {names}.\n\n```yaml\n{config.rstrip()}\n```\n\n"
+        "Config, tokenizer and chat template are those of the first model, and so are its licence's terms. "
+        "Made with nanomed's merge.py.\n"
+    )
+
+
+def _front_matter(models: list[Checkpoint], method: str) -> str:
+    """The hub's metadata and a title."""
+    sources = [c.name for c in models if not Path(c.name).exists()]  # hub ids; local paths mean nothing elsewhere
+    front = {"library_name": "transformers", "tags": ["merge", method, "nanomed"]}
+    if sources:
+        front |= {"base_model": sources, "base_model_relation": "merge"}
+    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {' + '.join(Path(c.name).name for c in models)}\n\n"
 
 
 # --- picture -------------------------------------------------------------------------------------------------------

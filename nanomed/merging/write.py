@@ -112,6 +112,7 @@ def write_linear(path: Path, models: list[Checkpoint], out: Path, recipe: Recipe
         with progress(models, 1) as bar, Streamer(models, plan, [tmp], N_THREADS, bar.update) as streamer:
             streamer.merge(lambda name, _: [weights[name]], {})
         shutil.copyfile(path, tmp / "mergekit_config.yml")
+        (tmp / "README.md").write_text(report.linear_card(models, path.read_text(encoding="utf-8")), encoding="utf-8")
         if check:
             verified(models, tmp, lambda name, _: [weights[name]], needs_cos=False)
     print(f"merged: {out}")
