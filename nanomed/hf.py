@@ -12,8 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
 from nanomed import InputError
@@ -152,15 +150,21 @@ def _windows(model_type: str, fields: dict, n_layers: int) -> tuple[int | None, 
 # --- finding files -------------------------------------------------------------------------------------------------
 
 
-def fetch(init: str) -> Path:
-    """A local folder as it is, or a hub id downloaded: JSON and tokenizer files, then only the weights the index names."""
+def fetch(init: str, flag: str = "--init") -> Path:
+    """A local folder as it is, or a hub id downloaded: JSON and tokenizer files, then only the weights the index names.
+
+    flag: what the command line calls it, for the errors.
+    """
     folder = Path(init)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise InputError(f"--init {init}: the folder has no config.json")
+            raise InputError(f"{flag} {init}: the folder has no config.json")
         return folder
     if init.startswith((".", "/")) or init.count("/") != 1:
-        raise InputError(f"--init {init}: neither a local folder nor a hub id (owner/name)")
+        raise InputError(f"{flag} {init}: neither a local folder nor a hub id (owner/name)")
+    from huggingface_hub import snapshot_download  # slow to import, and a local folder does without
+    from huggingface_hub.errors import HFValidationError
+
     try:
         folder = Path(snapshot_download(init, allow_patterns=[*CARRIED, "model.safetensors.index.json"]))
         index = folder / "model.safetensors.index.json"
@@ -168,10 +172,10 @@ def fetch(init: str) -> Path:
         snapshot_download(init, allow_patterns=names)
     except (OSError, HFValidationError, ValueError) as error:
         raise InputError(
-            f"--init {init}: no such local folder, and the hub says: {str(error).splitlines()[0]}"
+            f"{flag} {init}: no such local folder, and the hub says: {str(error).splitlines()[0]}"
         ) from error
     if not find_weights(folder):
-        raise InputError(f"--init {init}: the repository has no model.safetensors; only safetensors are read")
+        raise InputError(f"{flag} {init}: the repository has no model.safetensors; only safetensors are read")
     return folder
 
 
@@ -193,13 +197,13 @@ def find_weights(folder: Path) -> dict[str, Path]:
                 f"{folder}: has {others[0]} but neither model.safetensors nor its index; only those are read"
             )
         return {}
-    return dict.fromkeys(open_safetensors(single).keys(), single)
+    return dict.fromkeys(open_safetensors(single, "np").keys(), single)
 
 
-def open_safetensors(path: Path):
-    """A safetensors file opened lazily, or InputError where it is missing or cut short."""
+def open_safetensors(path: Path, framework: str = "pt"):
+    """A safetensors file opened lazily, or InputError where it is missing or cut short. "np" does without torch."""
     try:
-        return safe_open(path, framework="pt")
+        return safe_open(path, framework=framework)
     except FileNotFoundError as error:
         raise InputError(f"{path}: missing, though the index names it; fetch the checkpoint again") from error
     except (SafetensorError, OSError) as error:

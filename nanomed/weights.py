@@ -7,7 +7,6 @@ needs a consolidation; a safetensors file is 8 bytes of length, a JSON header an
 is one seek and one write.) All ranks must see the same file system, as they must for checkpoints.
 """
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -16,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from nanomed import InputError
+from nanomed import InputError, shards
 from nanomed.hf import CARRIED, find_weights, open_safetensors, read_json
 from nanomed.parallel import World
 
-EXPORT_SHARD_BYTES = 5 * 10**9
+EXPORT_SHARD_BYTES = shards.SHARD_BYTES
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -112,8 +111,8 @@ def export(model: nn.Module, source: Path, out: Path, world: World) -> None:
             if (source / name).exists():
                 shutil.copyfile(source / name, tmp / name)
         for file, tensors in plan.items():
-            _write_header(tmp / file, tensors)
-        _write_index(tmp, plan)
+            shards.write_header(tmp / file, tensors)
+        shards.write_index(tmp, plan)
     world.barrier()
     params = dict(model.named_parameters())
     for file, tensors in plan.items():
@@ -137,46 +136,13 @@ def source_dtypes(model: nn.Module, source: Path) -> dict[str, torch.dtype]:
 
 def _export_plan(model: nn.Module, dtypes: dict) -> dict[str, dict[str, dict]]:
     """File name → tensor name → its entry in that file's header."""
-    files, size = [{}], 0
-    for name, param in model.named_parameters():
-        n_bytes = param.numel() * dtypes[name].itemsize
-        if files[-1] and size + n_bytes > EXPORT_SHARD_BYTES:
-            files.append({})
-            size = 0
-        files[-1][name] = {
-            "dtype": DTYPE_NAMES[dtypes[name]], "shape": list(param.shape), "data_offsets": [size, size + n_bytes],
-        }  # fmt: skip
-        size += n_bytes
-    if len(files) == 1:
-        return {"model.safetensors": files[0]}
-    return {f"model-{i:05}-of-{len(files):05}.safetensors": tensors for i, tensors in enumerate(files, 1)}
-
-
-def _header(tensors: dict[str, dict]) -> bytes:
-    text = json.dumps({"__metadata__": {"format": "pt"}, **tensors}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _write_header(path: Path, tensors: dict[str, dict]) -> None:
-    """A file of its final length with the header in place and holes for the tensors."""
-    header = _header(tensors)
-    with path.open("wb") as file:
-        file.write(header)
-        file.truncate(len(header) + max(entry["data_offsets"][1] for entry in tensors.values()))
-
-
-def _write_index(folder: Path, plan: dict[str, dict[str, dict]]) -> None:
-    if len(plan) > 1:
-        total = sum(max(e["data_offsets"][1] for e in tensors.values()) for tensors in plan.values())
-        weight_map = {name: file for file, tensors in plan.items() for name in tensors}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    tensors = {name: (DTYPE_NAMES[dtypes[name]], list(param.shape)) for name, param in model.named_parameters()}
+    return shards.plan(tensors, EXPORT_SHARD_BYTES)
 
 
 def _write_rows(path: Path, tensors: dict[str, dict], params: dict[str, Tensor]) -> None:
     """Put this rank's rows of every tensor where they belong. Of HSDP's replicas only the first writes."""
-    base = len(_header(tensors))
+    base = len(shards.header(tensors))
     # Write-only: a file opened for reading too lets NFS fetch whole pages and write back what another rank changed.
     with os.fdopen(os.open(path, os.O_WRONLY), "wb") as file:
         for name, entry in tensors.items():

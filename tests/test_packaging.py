@@ -62,8 +62,8 @@ def test_the_wheel_holds_the_kernels_as_files(wheel):
         copied = wheel / "nanomed" / "kernels" / file.name
         assert not copied.is_symlink()
         assert copied.read_bytes() == file.read_bytes()
-    for file in (ROOT / "nanomed").glob("*.py"):
-        assert (wheel / "nanomed" / file.name).exists()
+    for file in (p for folder in ("nanomed", "nanomed/merging") for p in (ROOT / folder).glob("*.py")):
+        assert (wheel / file.relative_to(ROOT)).exists()
     assert not (wheel / "kernels").exists()
 
 

@@ -165,7 +165,7 @@ class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
 
-@pytest.mark.parametrize("moment", ["_write_header", "_write_index", "_write_rows", "replace"])
+@pytest.mark.parametrize("moment", ["write_header", "write_index", "_write_rows", "replace"])
 def test_a_kill_while_exporting_leaves_no_hf(moment, tmp_path, monkeypatch):
     """hf/ appears whole or not at all, whatever was there at the second of the kill; the next export is as if nothing was."""
     source, out = make_source(tmp_path / "source", "llama"), tmp_path / "run" / "hf"
@@ -176,7 +176,8 @@ def test_a_kill_while_exporting_leaves_no_hf(moment, tmp_path, monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(weights.os if moment == "replace" else weights, moment, dies)
+        owner = {"replace": weights.os, "_write_rows": weights}.get(moment, weights.shards)
+        patch.setattr(owner, moment, dies)
         with pytest.raises(Killed):
             untouched(source, out)
     assert not out.exists()

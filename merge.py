@@ -1,0 +1,214 @@
+"""Merge a continually pre-trained model with the instruct model it came from, layer by layer.
+
+    python merge.py BASE CPT OUT --t 0.5                             one model
+    python merge.py BASE CPT OUT --sweep 0,0.25,0.5,0.75,1           several, reading the inputs once: OUT/t-0.25, ...
+    python merge.py BASE CPT --stats-only                            how far CPT moved from BASE, nothing written
+    python merge.py OUT --mergekit-yaml config.yml                   a mergekit configuration
+    python merge.py tune BASE CPT OUT --domain BINS ...              search t (python merge.py tune --help)
+
+Continual pre-training wears away what instruction tuning taught; interpolating back towards the instruct model brings
+it back, at some price in the domain. t says how much of CPT there is: 0 is BASE, 1 is CPT. Both are local folders or hub
+ids; CPT may be a run folder of train.py (then its float32 weights are merged). Memory does not grow with the model.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import yaml
+
+from nanomed import InputError
+from nanomed.merging import checks, mergekit_yaml, report
+from nanomed.merging.mergekit_yaml import DTYPES
+from nanomed.merging.schedule import PRESETS, Rule, evaluate, read_rules
+from nanomed.merging.source import Checkpoint, open_checkpoint
+from nanomed.merging.write import Staging, all_stats, write_linear, write_merges
+
+
+def merge_pair(args: argparse.Namespace) -> None:
+    """The plain command line: SLERP of BASE and CPT with one t or schedule, or with several t."""
+    base, cpt = open_checkpoint(args.base, "BASE"), open_checkpoint(args.cpt, "CPT")
+    warn(checks.check_pair(base, cpt, "CPT"))
+    if args.stats_only:
+        return print_stats(base, cpt)
+    checks.check_base(base)
+    wanted = schedules(args)
+    for rules in wanted.values():
+        evaluate(rules, base.tensors, args.t_file or "--t")  # finds a tensor without t
+    warn_outside(wanted)
+    dtypes = {name: DTYPES[args.dtype] if args.dtype else tensor.dtype for name, tensor in base.tensors.items()}
+    if args.emit_mergekit:
+        dtype = max(set(dtypes.values()), key=list(dtypes.values()).count)
+        mergekit_yaml.write_config(args.emit_mergekit, base, cpt, next(iter(wanted.values())), dtype)
+    if args.out:
+        write_merges(base, cpt, args.out, wanted, dtypes, args.verify)
+
+
+def schedules(args: argparse.Namespace) -> dict[str, list[Rule]]:
+    """Subfolder of OUT ("" is OUT itself) → rules for t."""
+    if args.sweep:
+        values = [number(text, "--sweep") for text in args.sweep.split(",")]
+        return {f"t-{t:.12g}": read_rules(t, "--sweep") for t in values}
+    if args.t_file:
+        return {"": read_t_file(args.t_file)}
+    return {"": read_rules(args.t if args.t is not None else PRESETS[args.preset or "uniform"], "--t")}
+
+
+def read_t_file(path: Path) -> list[Rule]:
+    """The rules of a t.yaml, whose one key is t."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"--t-file {path}: cannot be read as YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(content, dict) or content.keys() != {"t"}:
+        raise InputError(f"--t-file {path}: expected one key, t: a number, a list of numbers, or filters with values")
+    return read_rules(content["t"], f"--t-file {path}")
+
+
+def number(text: str, flag: str) -> float:
+    """A finite number, or InputError naming the flag."""
+    try:
+        value = float(text)
+        if abs(value) < float("inf"):
+            return value
+    except ValueError:
+        pass
+    raise InputError(f"{flag}: {text!r} is not a number")
+
+
+def warn(lines: list[str]) -> None:
+    """Warnings to stderr."""
+    for line in lines:
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def warn_outside(wanted: dict[str, list[Rule]]) -> None:
+    """t outside [0, 1] is allowed and said."""
+    values = {v for rules in wanted.values() for rule in rules for v in rule.values}
+    if outside := sorted(v for v in values if not 0 <= v <= 1):
+        warn([f"t = {outside[0]:g} lies outside [0, 1]: that extrapolates beyond the two models"])
+
+
+def print_stats(base: Checkpoint, cpt: Checkpoint) -> None:
+    """--stats-only: the distance of the two, per block and module."""
+    stats = all_stats(base, cpt)
+    table = report.rows(stats, dict.fromkeys(stats, 0.0), {name: t.shape for name, t in base.tensors.items()})
+    n_arc = sum(row["branch"] == "slerp" for row in table)
+    print("change: |CPT - BASE| / |BASE|\n" + report.block_table(table))
+    print(
+        f"all {report.total_change(table):.3%}; {n_arc} of {len(table)} tensors moved far enough for SLERP not to be LERP"
+    )
+
+
+# --- mergekit's configurations -------------------------------------------------------------------------------------
+
+
+def merge_yaml(path: Path, out: Path, check: bool) -> None:
+    """--mergekit-yaml: slerp and linear here, the rest by mergekit."""
+    recipe = mergekit_yaml.read_config(path)
+    if isinstance(recipe, str):
+        return run_mergekit(path, out, recipe, check)
+    models = [open_checkpoint(name, "model") for name in recipe.models]
+    base = models[0]
+    for other in models[1:]:
+        warn(checks.check_pair(base, other, "model"))
+    n_layers = base.config().get("num_hidden_layers")
+    if recipe.n_layers not in (None, n_layers):
+        return run_mergekit(path, out, f"a layer_range of {recipe.n_layers} of {n_layers} layers", check)
+    checks.check_base(base)
+    dtypes = {name: recipe.dtype or tensor.dtype for name, tensor in base.tensors.items()}
+    if recipe.method == "slerp":
+        evaluate(recipe.rules[0], base.tensors, str(path))
+        warn_outside({"": recipe.rules[0]})
+        return write_merges(base, models[1], out, {"": recipe.rules[0]}, dtypes, check)
+    write_linear(path, models, out, recipe, dtypes, check)
+
+
+def run_mergekit(path: Path, out: Path, why: str, check: bool) -> None:
+    """The whole merge by mergekit, its result renamed last as ours is."""
+    if check:
+        raise InputError(f"--verify: {path} has {why}, which mergekit itself runs; only slerp and linear are verified")
+    names = mergekit_yaml.models_of(path)
+    checks.check_out(out, 0)
+    if names and Path(names[0]).is_dir():  # mergekit would write a tokenizer of its own making
+        checks.check_base(open_checkpoint(names[0], "model"))
+    print(f"{why}: calling mergekit", file=sys.stderr)
+    with Staging(out) as tmp:
+        mergekit_yaml.call_mergekit(path, tmp)
+    print(f"merged: {out}")
+
+
+# --- command line --------------------------------------------------------------------------------------------------
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line of everything but tune."""
+    parser = argparse.ArgumentParser(
+        prog="merge.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("paths", nargs="+", metavar="BASE CPT OUT", help="with --mergekit-yaml only OUT, with --stats-only no OUT")
+    add("--t", type=float, help="share of CPT for every tensor (default 0.5)")
+    add("--preset", choices=PRESETS, help="uniform: 0.5; gradient: BioMistral-7B-SLERP's, mergekit's stock example")
+    add(
+        "--t-file",
+        type=Path,
+        metavar="T.YAML",
+        help="t by filter and gradient, spelled as mergekit does; tune writes one",
+    )
+    add("--sweep", metavar="T,T,...", help="several t at once, each in a folder OUT/t-T")
+    add("--dtype", choices=DTYPES, help="of the result (default: BASE's own, tensor by tensor)")
+    add("--verify", action="store_true", help="read the result back and check every tensor against the formula")
+    add("--stats-only", action="store_true", help="print how far CPT moved, per block and module; write nothing")
+    add(
+        "--emit-mergekit",
+        type=Path,
+        metavar="FILE",
+        help="write the equivalent mergekit configuration; OUT is optional then",
+    )
+    add(
+        "--mergekit-yaml",
+        type=Path,
+        metavar="FILE",
+        help="run a mergekit configuration: slerp and linear here, the rest by mergekit",
+    )
+    args = parser.parse_args(argv)
+    given = [f"--{f.replace('_', '-')}" for f in ("t", "preset", "t_file", "sweep") if getattr(args, f) is not None]
+    if len(given) > 1:
+        parser.error(f"{' and '.join(given)} exclude each other")
+    if args.mergekit_yaml:
+        if given or args.dtype or args.stats_only or args.emit_mergekit:
+            parser.error("--mergekit-yaml says all of the merge; only --verify goes with it")
+        if len(args.paths) != 1:
+            parser.error("--mergekit-yaml takes one path, OUT")
+        return args
+    n_paths = {2} if args.stats_only else {2, 3} if args.emit_mergekit else {3}
+    if len(args.paths) not in n_paths:
+        parser.error("expected BASE CPT and OUT" if 3 in n_paths else "expected BASE CPT")
+    if args.emit_mergekit and args.sweep:
+        parser.error("--emit-mergekit writes one configuration, --sweep makes several merges")
+    args.base, args.cpt, out = [*args.paths, None][:3]
+    args.out = Path(out) if out else None
+    return args
+
+
+def main() -> None:
+    """Run; an input that cannot be merged is one line and exit status 1."""
+    try:
+        if sys.argv[1:2] == ["tune"]:
+            from nanomed.merging import tune  # needs torch
+
+            return tune.main(sys.argv[2:])
+        args = parse(sys.argv[1:])
+        if args.mergekit_yaml:
+            merge_yaml(args.mergekit_yaml, Path(args.paths[0]), args.verify)
+        else:
+            merge_pair(args)
+    except (InputError, OSError) as error:  # an OSError names its file: a full disk, no permission, no such folder
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; nothing is left of it")
+
+
+if __name__ == "__main__":
+    main()

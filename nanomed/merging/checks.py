@@ -1,0 +1,107 @@
+"""May these checkpoints be merged, and is there room? Everything that can be wrong is found before a byte is written.
+
+A merge of two models that differ in a shape, a tied head or a tokenizer mostly runs through and gives a model that
+talks nonsense: so each of these is one line here.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from nanomed import InputError
+from nanomed.merging.source import Checkpoint, tokenizer_of
+
+# Fields of config.json that may differ: they name versions and habits, not maths. (vocab_size is compared by shape too.)
+FREE = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache", "max_position_embeddings",
+        "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "pretraining_tp", "attention_dropout",
+        "layer_types", "max_window_layers", "rope_theta", "rope_parameters", "rope_scaling"}  # fmt: skip
+
+
+def check_pair(base: Checkpoint, other: Checkpoint, role: str) -> list[str]:
+    """InputError where `other` (role: CPT, ...) is no sibling of BASE; else warnings, one line each."""
+    _check_architecture(base, other, role)
+    _check_tensors(base, other, role)
+    for file in ("tokenizer.json", "tokenizer.model"):
+        if file in base.tokenizer and file in other.tokenizer:
+            ours, theirs = base.tokenizer[file], other.tokenizer[file]
+            if ours != theirs:
+                raise InputError(
+                    f"{role} {other.name}: its {file} is another one than BASE's (sha256 {theirs[:12]}, BASE {ours[:12]}): "
+                    "token ids mean different words; merge models of one tokenizer"
+                )
+            return []
+    return [f"{role} {other.name} has no tokenizer to compare with BASE's; it is taken for the same"]
+
+
+def _check_architecture(base: Checkpoint, other: Checkpoint, role: str) -> None:
+    ours, theirs = base.config(), other.config()
+    if not theirs:
+        return  # a run that has not exported: its tensors tell
+    for config in (ours, theirs):  # what may be left out means the same as its default
+        config["tie_word_embeddings"] = bool(config.get("tie_word_embeddings"))
+        if not config.get("head_dim") and config.get("num_attention_heads"):
+            config["head_dim"] = config.get("hidden_size", 0) // config["num_attention_heads"]
+    for field in sorted(ours.keys() & theirs.keys() - FREE, key=lambda f: f != "model_type"):
+        _expect(role, other, field, theirs[field], ours[field])
+    ours, theirs = _rope(ours), _rope(theirs)
+    for field in sorted(ours.keys() | theirs.keys()):
+        _expect(role, other, field, theirs.get(field), ours.get(field))
+
+
+def _expect(role: str, other: Checkpoint, field: str, found, expected) -> None:
+    if found != expected:
+        raise InputError(
+            f"{role} {other.name}: config.json has {field} {found}, BASE {expected}; only models of one architecture merge"
+        )
+
+
+def _rope(config: dict) -> dict:
+    """rope_theta and scaling from transformers 4's spelling or 5's; what is left out has its default."""
+    found = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    found["rope_theta"] = config.get("rope_theta") or found.get("rope_theta")
+    kind = found.pop("rope_type", None) or found.pop("type", None) or "default"
+    return {key: value for key, value in found.items() if value is not None and key != "type"} | {"rope_type": kind}
+
+
+def _check_tensors(base: Checkpoint, other: Checkpoint, role: str) -> None:
+    ours, theirs = base.tensors, other.tensors
+    if ("lm_head.weight" in ours) != ("lm_head.weight" in theirs):
+        with_it, without = (base, other) if "lm_head.weight" in ours else (other, base)
+        raise InputError(
+            f"{role} {other.name}: {with_it.name} has a lm_head.weight, {without.name} ties it to the embedding; "
+            "merge two tied or two untied models"
+        )
+    if missing := sorted(ours.keys() - theirs.keys()):
+        raise InputError(f"{role} {other.name}: tensor {missing[0]} is missing, BASE has it ({len(missing)} in all)")
+    if extra := sorted(theirs.keys() - ours.keys()):
+        raise InputError(f"{role} {other.name}: tensor {extra[0]} is not in BASE ({len(extra)} in all)")
+    for name, tensor in ours.items():
+        if tensor.shape != theirs[name].shape:
+            raise InputError(
+                f"{role} {other.name}: tensor {name} has shape {list(theirs[name].shape)}, BASE {list(tensor.shape)}"
+            )
+
+
+def check_base(base: Checkpoint) -> None:
+    """The result takes BASE's config and tokenizer: InputError where it has none."""
+    if base.folder is None:
+        raise InputError(
+            f"BASE {base.name}: is a run that has not exported, so there is no config.json; give the model it began with"
+        )
+    if not tokenizer_of(base.folder):
+        raise InputError(
+            f"BASE {base.name}: has no tokenizer.json and no tokenizer.model; the merged model would have no tokenizer: "
+            "copy BASE's own files there"
+        )
+
+
+def check_out(out: Path, n_bytes: int) -> None:
+    """InputError if OUT is taken, or the disk has no room for this many bytes of weights."""
+    if out.exists():
+        raise InputError(f"OUT {out}: exists already; choose another or remove it")
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"OUT {out}: {parent} is not writable")
+    free, needed = shutil.disk_usage(parent).free, n_bytes + 32 * 10**6  # tokenizer, report
+    if free < needed:
+        raise InputError(f"OUT {out}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")

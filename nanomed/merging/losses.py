@@ -1,0 +1,182 @@
+"""What a merge costs and gains, measured on the model in memory: the three losses that `merge.py tune` weighs.
+
+All three are in bits per byte of text, so that they may be added:
+    domain, general    -log2 p of held-out text of the field, and of other text
+    chat               KL(BASE ‖ merged) on BASE's own greedy answers to chat prompts: how far the merged model has moved
+                       from what instruction tuning taught, where it was taught
+
+Every other window and every other prompt is kept from the search: `check` measures there what `search` has chosen.
+Chat needs BASE's log-probabilities at every answered token: 4 bytes x vocabulary x answered tokens of memory.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+from torch import Tensor
+from tqdm import tqdm
+
+from nanomed import InputError
+from nanomed.batches import Batch, Shape, max_pieces, pack
+from nanomed.hf import read_json
+from nanomed.kernels.linear_cross_entropy import IGNORED
+from nanomed.model import Decoder
+from nanomed.stream import Stream, open_sources
+
+ANSWER_TOKENS = 32  # of BASE's answer to a prompt
+HALVES = ("search", "check")
+
+
+class Text:
+    """Held-out bins, cut into windows; the even ones to search with, the odd ones to check with."""
+
+    def __init__(self, folder: str, vocab_size: int, tokenizer_sha256: str, seq_len: int, n_tokens: int, flag: str):
+        bins = open_sources([folder])[0][0]
+        if bins.tokenizer_sha256 != tokenizer_sha256:
+            raise InputError(
+                f"{flag} {folder}: was made with another tokenizer than BASE's; prepare it with --tokenizer BASE"
+            )
+        self.stream = Stream([(bins, 1.0)], None, vocab_size)
+        total = self.stream.start_of(1)
+        self.stop = min(total, n_tokens)
+        self.n_windows = -(-self.stop // seq_len)
+        if self.n_windows < 2:
+            raise InputError(
+                f"{flag} {folder}: {total:,} tokens are fewer than two windows of {seq_len}; give more text"
+            )
+        self.shape = Shape(seq_len, 1, max_pieces(self.stream, seq_len, 1, self.n_windows) + 1)
+        self.bytes_per_label = bins.n_bytes / (total - bins.n_docs)
+
+    def bits_per_byte(self, model: Decoder, half: str, device: torch.device) -> float:
+        """Σ -log2 p over one half of the windows / the bytes of their text."""
+        nll, n_labels, one = torch.zeros((), dtype=torch.float64, device=device), 0, torch.ones((), device=device)
+        for window in range(HALVES.index(half), self.n_windows, 2):
+            batch = pack(self.stream, window, self.shape, self.stop)
+            n_labels += int((batch.labels != IGNORED).sum())
+            nll += model(batch.to(device), one)
+        return nll.item() / math.log(2) / (n_labels * self.bytes_per_label)
+
+
+class Chat:
+    """Chat prompts with BASE's answers to them and BASE's log-probabilities there."""
+
+    def __init__(self, path: Path, folder: Path, model: Decoder, device: torch.device):
+        """model: holds BASE's weights. path: JSONL of {"prompt": ...} or {"messages": [...]}."""
+        self.tokenizer, self.device = Tokenizer.from_file(str(folder / "tokenizer.json")), device
+        texts = [render(folder, messages) for messages in read_prompts(path)]
+        prompts = [self.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+        answers = greedy_answers(model, prompts, end_tokens(folder), device)
+        self.halves = {}
+        for i, half in enumerate(HALVES):
+            mine = slice(i, None, 2)
+            batch, rows = self._rows(prompts[mine], answers[mine])
+            n_bytes = sum(len(self.tokenizer.decode(a, skip_special_tokens=False).encode()) for a in answers[mine])
+            self.halves[half] = batch, rows, log_probs(model, batch, rows), n_bytes
+
+    def _rows(self, prompts: list[list[int]], answers: list[list[int]]) -> tuple[Batch, Tensor]:
+        """All conversations in one batch, and the positions that predict an answer's token."""
+        batch = pack_documents([p + a for p, a in zip(prompts, answers, strict=True)]).to(self.device)
+        starts = batch.cu_seqlens[:-1].tolist()
+        rows = [torch.arange(start + len(p) - 1, start + len(p) + len(a) - 1)
+                for start, p, a in zip(starts, prompts, answers, strict=True)]  # fmt: skip
+        return batch, torch.cat(rows).to(self.device)
+
+    def kl(self, model: Decoder, half: str) -> float:
+        """Σ KL(BASE ‖ model) in bits over the answered tokens / bytes of the answers."""
+        batch, rows, base, n_bytes = self.halves[half]
+        total = sum(F.kl_div(log_probs(model, batch, r), b, reduction="sum", log_target=True).double()
+                    for r, b in zip(rows.split(64), base.split(64), strict=True))  # fmt: skip
+        return max(0.0, total.item()) / math.log(2) / max(1, n_bytes)
+
+
+def log_probs(model: Decoder, batch: Batch, rows: Tensor) -> Tensor:  # (R,) -> (R, V) float32
+    """Of the next token at the chosen positions."""
+    return model.logits(model.hidden(batch), rows).float().log_softmax(-1)
+
+
+def pack_documents(documents: list[list[int]]) -> Batch:
+    """Token lists → one batch without labels."""
+    lengths = np.array([len(d) for d in documents])
+    borders = np.concatenate(([0], np.cumsum(lengths)))
+    tokens = torch.from_numpy(np.concatenate(documents).astype(np.int64))
+    positions = torch.from_numpy(np.arange(borders[-1]) - np.repeat(borders[:-1], lengths))
+    cu_seqlens = torch.from_numpy(borders.astype(np.int32))
+    return Batch(
+        tokens, torch.full_like(tokens, IGNORED), positions, cu_seqlens, int(lengths.max()), int((lengths**2).sum())
+    )
+
+
+def greedy_answers(model: Decoder, prompts: list[list[int]], ends: set[int], device: torch.device) -> list[list[int]]:
+    """The likeliest next token, ANSWER_TOKENS times, up to and with an end token. All prompts at once, without a cache."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    for _ in tqdm(range(ANSWER_TOKENS), "BASE answers", leave=False, delay=2):
+        open_ = [i for i, a in enumerate(answers) if not (a and a[-1] in ends)]
+        if not open_:
+            break
+        batch = pack_documents([prompts[i] + answers[i] for i in open_]).to(device)
+        last = batch.cu_seqlens[1:].long() - 1
+        for i, token in zip(open_, model.logits(model.hidden(batch), last).argmax(-1).tolist(), strict=True):
+            answers[i].append(token)
+    return answers
+
+
+def end_tokens(folder: Path) -> set[int]:
+    """Ids that end an answer: eos_token_id of generation_config.json, else of config.json."""
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        found = read_json(path).get("eos_token_id") if path.exists() else None
+        if found is not None:
+            return set(found) if isinstance(found, list) else {found}
+    return set()
+
+
+def read_prompts(path: Path) -> list[list[dict]]:
+    """Messages of every line. InputError naming the line that is none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"--chat {path}: cannot be read ({error.strerror})") from None
+    conversations = []
+    for i, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
+            if not all(isinstance(m["content"], str) and isinstance(m["role"], str) for m in messages):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(
+                f'--chat {path}: line {i} is neither {{"prompt": text}} nor {{"messages": [...]}}'
+            ) from None
+        conversations.append(messages)
+    if len(conversations) < 2:
+        raise InputError(f"--chat {path}: needs two prompts at least, one to search with and one to check")
+    return conversations
+
+
+def render(folder: Path, messages: list[dict]) -> str:
+    """The conversation through BASE's chat template, up to where the assistant begins."""
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.exists() else {}
+    file = folder / "chat_template.jinja"
+    template = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
+    if not isinstance(template, str):
+        raise InputError(f"{folder}: has no chat template, which --chat needs; is BASE an instruct model?")
+
+    def refuse(message: str):
+        raise TemplateError(message)
+
+    content = lambda token: token.get("content") if isinstance(token, dict) else token  # noqa: E731
+    names = {key: content(config.get(key)) or "" for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    try:
+        compiled = environment.from_string(template)
+        return compiled.render(messages=messages, add_generation_prompt=True, raise_exception=refuse, **names)
+    except TemplateError as error:
+        raise InputError(f"{folder}: its chat template refuses a prompt ({error})") from None

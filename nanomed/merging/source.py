@@ -1,0 +1,209 @@
+"""Where a checkpoint's tensors lie on disk: a Hugging Face folder, or a run folder of train.py.
+
+Either way a tensor becomes a list of parts, each a path, a byte and a number of elements, and what reads it never
+holds it whole. Of a run folder the newest whole checkpoint is read, with its float32 weights: merging from the bf16
+export would lose a share of a small change. torch's distributed checkpoint keeps every rank's rows as a torch.save of
+its own inside one file; that is an uncompressed zip, so the rows' bytes stand there as they are. Its index is a pickle
+of torch's own classes: a run folder needs torch (0.2 GB), safetensors do not.
+"""
+
+import hashlib
+import io
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanomed import InputError
+from nanomed.bins import tokenizer_sha256
+from nanomed.hf import fetch, find_weights, read_json
+from nanomed.shards import ITEM_BYTES, has_entries, n_elements, read_header
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive elements of a flattened tensor."""
+
+    path: Path
+    offset: int  # bytes
+    n: int  # elements
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor on disk."""
+
+    dtype: str  # as safetensors spells it: F32, BF16, F16
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]  # in order; together all elements
+
+    @property
+    def n(self) -> int:
+        """Number of elements."""
+        return n_elements(self.shape)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes on disk."""
+        return self.n * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: nothing of its weights is in memory."""
+
+    name: str  # as the user gave it
+    folder: Path | None  # with config.json and tokenizer; None: a run that has not exported yet
+    tensors: dict[str, Tensor]
+    tokenizer: dict[str, str]  # file name → sha256 of what in it turns text into ids; empty where there is none
+    kind: str  # for the report
+
+    def config(self) -> dict:
+        """Contents of config.json; empty where there is none."""
+        config = read_json(self.folder / "config.json") if self.folder else {}
+        if not isinstance(config, dict):
+            raise InputError(f"{self.folder / 'config.json'}: holds no JSON object; fetch the checkpoint again")
+        return config
+
+    def identity(self) -> list:
+        """Paths, sizes and times of the files that hold the weights: equal means that nobody has touched them."""
+        paths = sorted({part.path.resolve() for tensor in self.tensors.values() for part in tensor.parts})
+        return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
+
+
+def open_checkpoint(name: str, role: str) -> Checkpoint:
+    """A folder, a hub id or train.py's run folder. role: BASE or CPT, for the errors. InputError where it cannot be."""
+    if (Path(name) / "run.json").is_file():
+        return _open_run(Path(name), name, role)
+    folder = fetch(name, role)
+    return Checkpoint(name, folder, safetensors_in(folder, role), tokenizer_of(folder), "safetensors")
+
+
+def tokenizer_of(folder: Path) -> dict[str, str]:
+    """Identities of the tokenizer files that are there."""
+    found = {}
+    if (path := folder / "tokenizer.json").is_file():
+        found[path.name] = tokenizer_sha256(path)
+    if (path := folder / "tokenizer.model").is_file():
+        found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def safetensors_in(folder: Path, role: str) -> dict[str, Tensor]:
+    """All tensors that the folder's index, or its one file, names, in the order of the bytes. role: for the errors."""
+    where = find_weights(folder)
+    if not where:
+        raise InputError(f"{role} {folder}: has no model.safetensors and no index of shards; only safetensors are read")
+    tensors = {}
+    for path in sorted(set(where.values())):
+        entries, start = read_header(path)
+        names = [name for name, file in where.items() if file == path]
+        has_entries(path, entries, names)
+        for name in names:
+            dtype, shape = entries[name]["dtype"], tuple(entries[name]["shape"])
+            if dtype not in ITEM_BYTES:
+                raise InputError(f"{path}: tensor {name} has dtype {dtype}; {', '.join(ITEM_BYTES)} are merged")
+            part = Part(path, start + entries[name]["data_offsets"][0], n_elements(shape))
+            tensors[name] = Tensor(dtype, shape, (part,))
+    return dict(sorted(tensors.items(), key=lambda item: (item[1].parts[0].path, item[1].parts[0].offset)))
+
+
+# --- a run folder of train.py --------------------------------------------------------------------------------------
+
+
+def _open_run(run: Path, name: str, role: str) -> Checkpoint:
+    """The newest whole checkpoint of a run; its export where there is none left."""
+    from nanomed.checkpoint import whole  # needs torch
+
+    steps = whole(run / "checkpoints")
+    exported = run / "hf" if (run / "hf" / "config.json").is_file() else None
+    if not steps and not exported:
+        raise InputError(f"{role} {name}: the run has no whole checkpoint and no hf/ yet; let train.py reach one")
+    if not steps:
+        return Checkpoint(name, exported, safetensors_in(exported, role), tokenizer_of(exported), "safetensors of hf/")
+    step, path = steps[-1]
+    init = Path(read_json(run / "config.json").get("init", ""))
+    folder = exported or (init if (init / "config.json").is_file() else None)
+    identity = read_json(run / "run.json").get("identity", {})
+    tokenizer = {"tokenizer.json": identity["tokenizer_sha256"]} if "tokenizer_sha256" in identity else {}
+    return Checkpoint(name, folder, _distributed(path), tokenizer, f"float32 weights of step {step}")
+
+
+def _distributed(path: Path) -> dict[str, Tensor]:
+    """The model's tensors in a checkpoint that nanomed.checkpoint wrote, whatever the number of ranks."""
+    import torch
+    from torch.distributed.checkpoint import FileSystemReader
+
+    try:
+        metadata = FileSystemReader(path).read_metadata()
+    except Exception as error:  # a pickle cut short raises anything
+        raise InputError(
+            f"{path}: its .metadata cannot be read ({error}); remove the folder to use the one before"
+        ) from None
+    files = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
+    dtypes, tensors = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}, {}
+    for key, entry in metadata.state_dict_metadata.items():
+        if not key.startswith("model."):
+            continue  # the optimiser's means
+        dtype, parts = dtypes[entry.properties.dtype], []
+        for chunk in sorted(entry.chunks, key=lambda c: tuple(c.offsets)):
+            if any(chunk.offsets[1:]) or chunk.sizes[1:] != entry.size[1:]:
+                raise InputError(
+                    f"{path}: {key} is cut along another dimension than rows; expected train.py's checkpoint"
+                )
+            n = n_elements(chunk.sizes)
+            if n:
+                info = files[key, tuple(chunk.offsets)]
+                parts.append(
+                    Part(
+                        path / info.relative_path,
+                        _raw_offset(path / info.relative_path, info, n * ITEM_BYTES[dtype]),
+                        n,
+                    )
+                )
+        tensors[key.removeprefix("model.")] = Tensor(dtype, tuple(entry.size), tuple(parts))
+    return tensors
+
+
+class _Window(io.RawIOBase):
+    """A range of a file as a file of its own, for zipfile."""
+
+    def __init__(self, file, offset: int, length: int):
+        super().__init__()
+        self.file, self.offset, self.length, self.at = file, offset, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, to: int, whence: int = io.SEEK_SET) -> int:
+        self.at = to + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.length}[whence]
+        return self.at
+
+    def readinto(self, buffer) -> int:
+        n = max(0, min(len(buffer), self.length - self.at))
+        self.file.seek(self.offset + self.at)
+        n = self.file.readinto(memoryview(buffer)[:n])
+        self.at += n
+        return n
+
+
+def _raw_offset(path: Path, info, n_bytes: int) -> int:
+    """The byte of the file where the plain bytes of a torch.save begin. info: torch's record of offset and length."""
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(_Window(file, info.offset, info.length)) as archive:
+            entry = next(e for e in archive.infolist() if e.filename.endswith("/data/0"))
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != n_bytes:
+                raise InputError(f"{path}: holds a tensor of {entry.file_size} bytes, expected {n_bytes} uncompressed")
+            file.seek(info.offset + entry.header_offset + 26)  # the local header's own lengths of name and extra field
+            lengths = file.read(4)
+    except (OSError, zipfile.BadZipFile, StopIteration) as error:
+        raise InputError(
+            f"{path}: missing or cut short ({error}); remove the checkpoint to use the one before"
+        ) from None
+    n_name, n_extra = int.from_bytes(lengths[:2], "little"), int.from_bytes(lengths[2:], "little")
+    return info.offset + entry.header_offset + 30 + n_name + n_extra

@@ -1,0 +1,125 @@
+"""Writing a merge: OUT whole or not at all, with BASE's config, tokenizer and chat template beside the weights.
+
+Everything is written in OUT.tmp and renamed last, so OUT appears in one instant, after a kill too. Nothing is synced: that
+would take longer than the merge itself, and a power cut in the half minute after costs a merge that can be made again.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from nanomed import InputError, shards
+from nanomed.hf import CARRIED
+from nanomed.merging import checks, report
+from nanomed.merging.mergekit_yaml import Recipe
+from nanomed.merging.schedule import Rule, evaluate
+from nanomed.merging.slerp import Stats, factors
+from nanomed.merging.source import Checkpoint
+from nanomed.merging.stream import Streamer, groups
+from nanomed.merging.verify import slerp_factors, verify
+
+N_THREADS = min(8, os.cpu_count() or 1)
+
+
+def write_merges(
+    base: Checkpoint, cpt: Checkpoint, out: Path, wanted: dict[str, list[Rule]], dtypes: dict, check: bool
+) -> None:
+    """OUT, or its subfolders, whole or not at all: everything is written in OUT.tmp and renamed last."""
+    plan = shards.plan({name: (dtypes[name], t.shape) for name, t in base.tensors.items()}, shards.SHARD_BYTES)
+    checks.check_out(out, len(wanted) * sum(map(shards.total_bytes, plan.values())))
+    known, inputs = report.known_stats(out, base, cpt), [base, cpt]
+    ts = [evaluate(rules, base.tensors, "--t") for rules in wanted.values()]
+    with Staging(out) as tmp:
+        folders = [tmp / name for name in wanted]
+        for folder in folders:
+            create(folder, base, plan, dtypes)
+        if known:
+            print(f"sums of every tensor taken from {known[1]}", file=sys.stderr)
+        with (
+            progress(inputs, 1 if known else 2) as bar,
+            Streamer(inputs, plan, folders, N_THREADS, bar.update) as streamer,
+        ):
+            stats = streamer.merge(lambda name, s: [list(factors(s, t[name])) for t in ts], known and known[0])
+        stats = {name: stats.get(name, Stats(0, 0, 0)) for name in base.tensors}  # empty tensors have none
+        shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+        for folder, rules, t in zip(folders, wanted.values(), ts, strict=True):
+            report.write_report(folder, base, cpt, rules, report.rows(stats, t, shapes))
+            if check:
+                verified(inputs, folder, lambda name, cos, t=t: slerp_factors(t[name], cos), needs_cos=True)
+    print(report.change_table(report.rows(stats, ts[0], shapes)))
+    print(f"merged: {', '.join(str(out / name) for name in wanted)}")
+
+
+class Staging:
+    """OUT.tmp: becomes OUT if the block ends well, and is removed if it does not."""
+
+    def __init__(self, out: Path):
+        self.out, self.tmp = out, out.with_name(out.name + ".tmp")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.tmp, ignore_errors=True)  # of a merge that was killed
+        self.tmp.mkdir(parents=True)
+        return self.tmp
+
+    def __exit__(self, kind, *_rest) -> None:
+        if kind is None:
+            os.replace(self.tmp, self.out)
+        else:
+            shutil.rmtree(self.tmp, ignore_errors=True)
+
+
+def create(folder: Path, base: Checkpoint, plan: dict, dtypes: dict[str, str]) -> None:
+    """A checkpoint's folder with everything but the tensors: BASE's config, tokenizer, chat template; headers, index."""
+    folder.mkdir(exist_ok=True)
+    for name in CARRIED:
+        if (base.folder / name).exists():
+            shutil.copyfile(base.folder / name, folder / name)
+    for file, tensors in plan.items():
+        shards.write_header(folder / file, tensors)
+    shards.write_index(folder, plan)
+
+
+def progress(inputs: list[Checkpoint], passes: int, what: str = "merge") -> tqdm:
+    """A bar in GB of the inputs."""
+    n_bytes = sum(t.n_bytes for c in inputs for t in c.tensors.values())
+    return tqdm(desc=what, total=passes * n_bytes, unit="B", unit_scale=True, delay=1)
+
+
+def verified(inputs: list[Checkpoint], folder: Path, weights, needs_cos: bool) -> None:
+    """--verify's line."""
+    with progress(inputs, 1, "verify") as bar:
+        ulp, norm = verify(inputs, folder, weights, needs_cos, N_THREADS, bar.update)
+    print(f"verified: {len(inputs[0].tensors)} tensors; largest error {ulp:.3f} units in the last place (16 bits), "
+          f"{norm:.1e} of the norm (float32)")  # fmt: skip
+
+
+def write_linear(path: Path, models: list[Checkpoint], out: Path, recipe: Recipe, dtypes: dict, check: bool) -> None:
+    """Σ wᵢ xᵢ, by default divided by Σ wᵢ, of any number of models."""
+    base = models[0]
+    columns = [evaluate(rules, base.tensors, str(path), "weight") for rules in recipe.rules]
+    weights = {name: [column[name] for column in columns] for name in base.tensors}
+    if recipe.normalize:
+        if zero := [name for name, row in weights.items() if sum(row) == 0]:
+            raise InputError(f"{path}: the weights of {zero[0]} sum to 0; set normalize: false, or other weights")
+        weights = {name: [w / sum(row) for w in row] for name, row in weights.items()}
+    plan = shards.plan({name: (dtypes[name], t.shape) for name, t in base.tensors.items()}, shards.SHARD_BYTES)
+    checks.check_out(out, sum(map(shards.total_bytes, plan.values())))
+    with Staging(out) as tmp:
+        create(tmp, base, plan, dtypes)
+        with progress(models, 1) as bar, Streamer(models, plan, [tmp], N_THREADS, bar.update) as streamer:
+            streamer.merge(lambda name, _: [weights[name]], {})
+        shutil.copyfile(path, tmp / "mergekit_config.yml")
+        (tmp / "README.md").write_text(report.linear_card(models, path.read_text(encoding="utf-8")), encoding="utf-8")
+        if check:
+            verified(models, tmp, lambda name, _: [weights[name]], needs_cos=False)
+    print(f"merged: {out}")
+
+
+def all_stats(base: Checkpoint, cpt: Checkpoint) -> dict[str, Stats]:
+    """The sums of every tensor, nothing written."""
+    inputs = [base, cpt]
+    with progress(inputs, 1, "read") as bar, Streamer(inputs, {}, [], N_THREADS, bar.update) as streamer:
+        return {name: s for names in groups(inputs, base.tensors) for name, s in streamer.stats(names).items()}
