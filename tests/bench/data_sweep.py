@@ -125,7 +125,7 @@ def bench_million(args: argparse.Namespace, work: Path) -> None:
     (work / "eval.jsonl").write_text("".join(json.dumps({"q": text[:200]}) + "\n" for text in sources[:1000]))
     script = lambda name: [sys.executable, ROOT / f"data/{name}.py"]  # noqa: E731
     stages = {
-        "sample": [*script("sample"), *files, "--n", 26_000, "--out", work / "sample.parquet"],
+        "sample": [*script("sample"), *files, "--n", args.documents * 26 // 1000, "--out", work / "sample.parquet"],
         "clean": [*script("clean"), *files, "--scores", work / "sweep", "--classifier", clf, "--threshold", 0.98,
                   "--eval", work / "eval.jsonl", "--out", work / "corpus", "--workers", 2],
         "prepare the kept fiftieth": [*script("prepare"), *(work / "corpus/corpus" / path.name for path in files),
