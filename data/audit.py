@@ -112,8 +112,11 @@ def figures(sizes: dict, hits: dict, seen: dict, n_draws: int = 100_000) -> dict
     rng = np.random.default_rng(0)
     share = {s: hits[s] / seen[s] for s in STRATA}
     draws = {s: rng.beta(hits[s] + 0.5, seen[s] - hits[s] + 0.5, n_draws) for s in STRATA}
-    values, spread = _rates(share, sizes), _rates(draws, sizes)
-    return {name: (float(values[name]), *np.quantile(spread[name], (0.025, 0.975)).tolist()) for name in values}
+    values, spread, result = _rates(share, sizes), _rates(draws, sizes), {}
+    for name, value in values.items():
+        low, high = np.quantile(spread[name], (0.025, 0.975)).tolist()
+        result[name] = (float(value), min(low, float(value)), max(high, float(value)))  # 0 and 1 belong to theirs
+    return result
 
 
 def _rates(share: dict, sizes: dict) -> dict:
