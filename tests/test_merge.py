@@ -139,10 +139,13 @@ def test_the_factors_are_those_of_float64(seed, n, change, t, scale):
         x, y = (math.sin((1 - t) * math.pi / 2) * a.double(), math.sin(t * math.pi / 2) * b.double())
     if abs(abs(cos) - DOT_THRESHOLD) < 1e-5 or (abs(cos) > 1 - 1e-9 and change == -2):
         return
-    assert stats.cos == pytest.approx(cos, abs=1e-6)
+    longer = max(stats.cpt / stats.base, stats.base / stats.cpt) ** 0.5 if stats.base and stats.cpt else 1
+    assert stats.cos == pytest.approx(
+        cos, abs=2e-7 * (4 + longer)
+    )  # Σ(b-a)² is rounded to float32 before |b|-|a| leaves it
     of_base, of_cpt = factors(stats, t)
     difference = of_base * a.double() + of_cpt * b.double() - (x + y)
-    assert difference.norm() <= 1e-6 * max(x.norm(), y.norm())
+    assert difference.norm() <= 1e-6 * max(1, longer / 4) * max(x.norm(), y.norm())
     if scale != 1e-30:
         expected = (b.double() - a.double()).norm() / a.double().norm()
         assert stats.relative_change == pytest.approx(float(expected), rel=1e-4)
