@@ -139,10 +139,13 @@ def test_the_factors_are_those_of_float64(seed, n, change, t, scale):
         x, y = (math.sin((1 - t) * math.pi / 2) * a.double(), math.sin(t * math.pi / 2) * b.double())
     if abs(abs(cos) - DOT_THRESHOLD) < 1e-5 or (abs(cos) > 1 - 1e-9 and change == -2):
         return
-    assert stats.cos == pytest.approx(cos, abs=1e-6)
+    longer = max(stats.cpt / stats.base, stats.base / stats.cpt) ** 0.5 if stats.base and stats.cpt else 1
+    assert stats.cos == pytest.approx(
+        cos, abs=2e-7 * (4 + longer)
+    )  # Σ(b-a)² is rounded to float32 before |b|-|a| leaves it
     of_base, of_cpt = factors(stats, t)
     difference = of_base * a.double() + of_cpt * b.double() - (x + y)
-    assert difference.norm() <= 1e-6 * max(x.norm(), y.norm())
+    assert difference.norm() <= 1e-6 * max(1, longer / 4) * max(x.norm(), y.norm())
     if scale != 1e-30:
         expected = (b.double() - a.double()).norm() / a.double().norm()
         assert stats.relative_change == pytest.approx(float(expected), rel=1e-4)
@@ -416,6 +419,18 @@ def test_verify_finds_damage(damage, pair, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
+# Linux counts the parent's size at the start into ru_maxrss; VmHWM is the process's own.
+PEAK = """
+import pathlib, resource
+assert "torch" not in sys.modules
+status = pathlib.Path("/proc/self/status")
+if status.exists():
+    print(int(status.read_text().split("VmHWM:")[1].split()[0]) / 1e3)
+else:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+"""
+
+
 def test_memory_does_not_grow_with_a_tensor_and_torch_stays_out(tmp_path, tiny):
     """Peak of the process for a pair with tensors of 4 MB and for one with a tensor of 200 MB."""
     peaks = []
@@ -430,11 +445,8 @@ def test_memory_does_not_grow_with_a_tensor_and_torch_stays_out(tmp_path, tiny):
             (folder / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1}')
             shutil.copyfile(tiny.model / "tokenizer.json", folder / "tokenizer.json")
         flags = [str(tmp_path / str(rows) / name) for name in ("base", "cpt", "out")]
-        script = (
-            f"import resource, sys; sys.path.insert(0, {str(ROOT)!r}); import merge; sys.argv[1:] = {flags!r}; merge.main(); "
-            "assert 'torch' not in sys.modules; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-        )
+        script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import merge; sys.argv[1:] = {flags!r}; merge.main()\n{PEAK}"
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        peaks.append(int(done.stdout.split()[-1]) / (1e6 if sys.platform == "darwin" else 1e3))
-    assert peaks[1] - peaks[0] < 40, peaks  # MB; a lane's buffers fill up with the larger one
+        peaks.append(float(done.stdout.split()[-1]))
+    assert peaks[1] - peaks[0] < 20, peaks  # MB

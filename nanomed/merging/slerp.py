@@ -64,7 +64,7 @@ class Stats:
 
 def factors(stats: Stats, t: float) -> tuple[float, float]:
     """What BASE's and CPT's tensor are multiplied by; exactly (1, 0) at t = 0 and (0, 1) at t = 1."""
-    if stats.branch != "slerp" or t in (0, 1):
+    if stats.branch == "lerp" or t in (0, 1):
         return 1 - t, t
     theta = math.radians(stats.degrees)
     return math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)

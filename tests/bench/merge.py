@@ -106,6 +106,7 @@ def write_tokenizer(folder: Path) -> None:
 
 def measure(command: list[str]) -> dict:
     """Wall seconds and peak resident bytes of a process (and of its children, which mergekit has none of)."""
+    os.sync()  # else one side's pages, still on their way to the disk, slow the other's writing
     start = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     errors: list[str] = []
