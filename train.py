@@ -53,8 +53,7 @@ def train(config: Config, world: World) -> None:
 
     # --- the model: described on no device, cut over the ranks, then filled
     with torch.device("meta"):
-        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        model = Decoder(model_config, dtype, kernels(config.kernels))
+        model = Decoder(model_config, config.dtype, kernels(config.kernels))
     has_weights = weights.check_weights(model, source)
     claim_folder(out, config, identity, world)
     mesh = parallel.parallelize(model, config, world)

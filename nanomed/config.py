@@ -107,6 +107,11 @@ class Config:
     wandb: str = ""
     """Also log to this Weights & Biases project."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states and matrix products."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
 
 # These may change when a run goes on: they move its losses by rounding at most.
 FREE_FIELDS = frozenset(

@@ -32,7 +32,7 @@ def build(config: Config, world: World = ALONE, tied: bool = False) -> Decoder:
     """A small decoder as train.py makes one: described, cut, filled."""
     model_config = ModelConfig(V, D, F, LAYERS, 4, 2, 8, 1e-6, 1e4, tie_word_embeddings=tied, qkv_bias=True)
     with torch.device("meta"):
-        model = Decoder(model_config, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+        model = Decoder(model_config, config.dtype)
     parallel.parallelize(model, config, world)
     model.to_empty(device="cpu")
     weights.random_weights(model, 0.3, config.seed)
