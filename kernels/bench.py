@@ -13,10 +13,13 @@ Without a GPU: the predicted floors, and what the compiler makes of the kernels.
 
 import argparse
 import datetime
+import gc
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -53,9 +56,9 @@ def main() -> None:
     jobs = [(op, MODELS[m], n) for op in args.op for m in models for n in tokens]
     for job in tqdm(jobs, "benchmark"):
         result["rows"] += rows_of(*job, result["machine"])
-        partial = args.out / "bench.json.tmp"
-        partial.write_text(json.dumps(result, indent=1))
-        os.replace(partial, args.out / "bench.json")
+        written = args.out / "bench.json.tmp"
+        written.write_text(json.dumps(result, indent=1))
+        os.replace(written, args.out / "bench.json")
     text = as_text(result)
     (args.out / "bench.md").write_text(text)
     draw(result, args.out / "bench.svg")
@@ -92,6 +95,7 @@ def _said(*command: str) -> str | None:
 def rows_of(op: str, m: Model, n: int, of_machine: dict) -> list[dict]:
     """One row for every provider of the operation: milliseconds, per cent of the floor, bytes, error; or why not."""
     rows = []
+    torch._dynamo.reset()  # else the ninth shape of an operation is run without torch.compile, under its name
     device = Device(of_machine["gpu"], of_machine["copy_bytes_s"], of_machine["gemm_flop_s"])
     everybody = peers.everybody(op)
     eager_error = error_of(peers.formula(op), op, m)
@@ -110,7 +114,8 @@ def rows_of(op: str, m: Model, n: int, of_machine: dict) -> list[dict]:
         except Exception as error:  # a peer's failure, out of memory too, is a result; our own is none
             if provider.startswith("ours"):
                 raise
-            row["absent"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            row["absent"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+        gc.collect()
         torch.cuda.empty_cache()
     return rows
 
@@ -118,31 +123,31 @@ def rows_of(op: str, m: Model, n: int, of_machine: dict) -> list[dict]:
 def measured(function, op: str, m: Model, n: int, device: Device) -> dict:
     """Milliseconds and share of the floor of each part, and the most bytes beyond the inputs. Frees all it made."""
     costs, row = traffic(op, m, n), {}
-    for part, work in parts(function, op, m, n).items():
-        p20, p50, p80 = timing.quantiles_ms(work, graph="cross_entropy" not in op)
+    for part in costs:
+        with timing.own_stream():  # autograd runs on the stream of the forward pass, and only another can be captured
+            work = work_of(part, function, op, m, n)
+            p20, p50, p80 = timing.quantiles_ms(work, graph="cross_entropy" not in op)
         row[part] = {"ms": [p20, p50, p80], "of_floor": floor_s(costs[part], device) * 1e3 / p50}
-    row["extra_bytes"] = timing.peak_bytes(work)  # of the last part, which is `both`
+        if part == "both":
+            row["extra_bytes"] = timing.peak_bytes(work)
     return row
 
 
-def parts(function, op: str, m: Model, n: int) -> dict:
-    """The work to time: `forward`, `backward` (of a graph made once) and `both`; the losses have `both` only."""
+def work_of(part: str, function, op: str, m: Model, n: int) -> Callable:
+    """The work to time: `forward`, `backward` (of a graph made once) or `both`, on fresh tensors.
+
+    Who works in place (the losses; Liger's SwiGLU and RoPE) finds its own results there from the second run on.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     leaves = peers.inputs(op, m, n, torch.bfloat16, device)
     rest = peers.extras(op, m, n, torch.bfloat16, device)
+    if part == "forward":
+        return lambda: function(*leaves, *rest)
     outputs = as_tuple(function(*leaves, *rest))
     above = [torch.ones_like(y) if y.ndim == 0 else torch.randn_like(y) for y in outputs]
-
-    def both():
-        return torch.autograd.grad(as_tuple(function(*leaves, *rest)), leaves, above)
-
-    if "cross_entropy" in op:
-        return {"both": both}
-    return {
-        "forward": lambda: function(*leaves, *rest),
-        "backward": lambda: torch.autograd.grad(outputs, leaves, above, retain_graph=True),
-        "both": both,
-    }
+    if part == "backward":
+        return partial(torch.autograd.grad, outputs, leaves, above, retain_graph=True)
+    return lambda: torch.autograd.grad(as_tuple(function(*leaves, *rest)), leaves, above)
 
 
 def as_tuple(outputs) -> tuple:

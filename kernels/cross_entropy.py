@@ -26,6 +26,7 @@ from .common import accumulator, check, jit, next_power_of_2, on_device_of, tl, 
 
 IGNORED = -100  # the target of a token without a label, as in F.cross_entropy
 MAX_BLOCK = 8192  # 16 warps, 57 registers: two programs fit a multiprocessor, so one computes while the other waits
+SCALE_BLOCK = 4096  # columns
 
 
 @jit
@@ -73,13 +74,14 @@ def _rows(
 
 
 @jit
-def _times(x_ptr, n, factor_ptr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+def _scale(x_ptr, x_stride, D, factor_ptr, BLOCK: tl.constexpr, ACC: tl.constexpr):
     factor = tl.load(factor_ptr).to(ACC)
     if factor == 1:  # nearly always: then this launch touches no other memory, and the host need not know
         return
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + at, mask=at < n, other=0.0).to(ACC)
-    tl.store(x_ptr + at, (x * factor).to(x_ptr.dtype.element_ty), mask=at < n)
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * x_stride + cols, mask=cols < D, other=0.0).to(ACC)
+    tl.store(x_ptr + row * x_stride + cols, (x * factor).to(x_ptr.dtype.element_ty), mask=cols < D)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, scale: Tensor, z_loss: float = 0.0) -> Tensor:  # () float32
@@ -118,12 +120,13 @@ def _(logits, targets, scale, z_loss, with_grad):
 
 @torch.library.custom_op("nanomed::scale_", mutates_args={"x"})
 def _scale_(x: Tensor, factor: Tensor) -> None:
-    """x *= factor, () on its device, without a single access where factor is 1. x is contiguous."""
+    """x (N, D) *= factor, () on its device, without a single access where factor is 1. Rows may lie apart."""
     if x.numel():
         with on_device_of(x):
-            _times[(triton.cdiv(x.numel(), 4096),)](
-                x, x.numel(), factor, BLOCK=4096, ACC=accumulator(x.dtype), num_warps=8
-            )
+            _scale[(len(x), triton.cdiv(x.shape[1], SCALE_BLOCK))](
+                x, x.stride(0), x.shape[1], factor,
+                BLOCK=SCALE_BLOCK, ACC=accumulator(x.dtype), num_warps=warps_for(SCALE_BLOCK),
+            )  # fmt: skip
 
 
 @_scale_.register_fake

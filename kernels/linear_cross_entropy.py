@@ -11,15 +11,18 @@ dW is accumulated in float32 across chunks: a bf16 accumulator loses 1 % after 6
 all of it, 8·V·D bytes, so chunks must be large: with fewer than about 1,100 tokens (the FLOP an H100 does in the time of
 a byte, times four) that traffic costs more time than the product, and 256 would double the whole.
 
-Cost: 6·N·D·V FLOP, as without chunks, and 6·N·V bytes of cross-entropy. At 8,192 tokens of Qwen2.5-7B (3,584, 152,064)
-on an H100 with 800 TFLOP/s and 3.0 TB/s: 33.5 + 2.5 ms. Memory beside the inputs: 2·chunk·V + 4·V·D + 2·N·D bytes,
-2.9 GB with chunks of 2,048, where whole logits take 17 GB and more.
+Cost: 6·N·D·V FLOP, as without chunks, 6·N·V bytes of cross-entropy, and dW's traffic as far as it is not hidden under
+its product; rounding dW to bf16, where the weight is, moves 10·V·D bytes more. Floor, without dW's: at 8,192 tokens of
+Qwen2.5-7B (3,584, 152,064) on an H100 with 800 TFLOP/s and 3.0 TB/s 33.5 + 2.5 ms. Memory beside the inputs:
+2·chunk·V + 4·V·D + 2·N·D bytes, 2.9 GB with chunks of 2,048, where whole logits take 17 GB and more; 2·V·D more where
+the weight is float32 and the products are bf16.
 """
 
 import torch
 from torch import Tensor
 
-from .cross_entropy import IGNORED, TORCH, TRITON, Way, check, use_once
+from .common import check
+from .cross_entropy import IGNORED, TORCH, TRITON, Way, use_once
 
 __all__ = ["IGNORED", "linear_cross_entropy", "linear_cross_entropy_torch"]
 
@@ -37,14 +40,19 @@ def linear_cross_entropy(
     check("linear_cross_entropy: weight", weight, (weight.shape[0], hidden.shape[1]))
     check("linear_cross_entropy: targets", targets, (hidden.shape[0],), torch.int64)
     check("linear_cross_entropy: scale", scale, ())
-    return _LinearCrossEntropy.apply(hidden, weight, targets, scale, z_loss, chunk, torch.is_grad_enabled(), TRITON)
+    return _apply(hidden, weight, targets, scale, z_loss, chunk, TRITON)
 
 
 def linear_cross_entropy_torch(
     hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, z_loss: float = 0.0, chunk: int = 2048
 ) -> Tensor:
     """As linear_cross_entropy, on any device."""
-    return _LinearCrossEntropy.apply(hidden, weight, targets, scale, z_loss, chunk, torch.is_grad_enabled(), TORCH)
+    return _apply(hidden, weight, targets, scale, z_loss, chunk, TORCH)
+
+
+def _apply(hidden, weight, targets, scale, z_loss: float, chunk: int, way: Way) -> Tensor:
+    with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, scale, z_loss, chunk, with_grad, way)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -54,14 +62,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         loss = hidden.new_zeros((), dtype=wide)
         dx = torch.empty_like(hidden) if with_grad else hidden
-        dw = hidden.new_zeros(weight.shape, dtype=wide) if with_grad else None
-        for h, y, d in zip(hidden.split(chunk), targets.split(chunk), dx.split(chunk), strict=True):
+        dw = hidden.new_empty(weight.shape, dtype=wide) if with_grad else None
+        chunks = zip(hidden.split(chunk), targets.split(chunk), dx.split(chunk), strict=True)
+        for i, (h, y, d) in enumerate(chunks):
             chunk_loss, g = way.loss_and_grad(h @ w.T, y, scale, z_loss, with_grad)
             loss += chunk_loss
             if with_grad:
                 torch.mm(g, w, out=d)
-                _add_matmul(dw, g.T, h)
+                _add_matmul(dw, g.T, h, first=i == 0)
             del g  # before the next chunk's logits are made, or there are two of them
+        if dw is not None and not len(hidden):
+            dw.zero_()
         if with_grad:
             ctx.save_for_backward(dx, _rounded(dw, weight.dtype))
             ctx.way, ctx.used = way, False
@@ -76,10 +87,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dx, dw, *(None,) * 6
 
 
-def _add_matmul(acc: Tensor, a: Tensor, b: Tensor) -> None:
-    """acc += a @ b with acc in float32, whatever a's dtype; in one call where the device can (CUDA)."""
+def _add_matmul(acc: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """acc += a @ b with acc in float32, whatever a's dtype; first: acc = a @ b, which saves zeroing and reading it.
+
+    In one call where the device can: on CUDA, from torch 2.11 on.
+    """
     if acc.is_cuda and a.dtype != acc.dtype:
-        torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)
+        if first:
+            torch.mm(a, b, out_dtype=acc.dtype, out=acc)
+        else:
+            torch.addmm(acc, a, b, out_dtype=acc.dtype, out=acc)
+    elif first:
+        acc.copy_(a @ b)
     else:
         acc += a @ b
 
@@ -88,6 +107,7 @@ def _rounded(dw: Tensor, dtype: torch.dtype) -> Tensor:
     """dw (V, D) float32 in a narrower dtype, inside its own memory: a copy would stand beside it at the very peak.
 
     Slab by slab from the front, so that what is overwritten has been read: row i moves from byte 4·D·i to 2·D·i.
+    The price: until the gradient is freed it holds the memory of the float32 one.
     """
     if dw.element_size() <= dtype.itemsize:
         return dw.to(dtype)

@@ -1,4 +1,4 @@
-"""Who else can do it: every provider of every operation that bench.py puts side by side, each at its best setting.
+"""Who else can do it: every provider of every operation that bench.py puts side by side.
 
 An operation is a function of the tensors that want a gradient: `inputs` makes them. `formula` is the plain definition,
 which is also the eager peer, what torch.compile is given, and, in float64, what everybody's errors are measured against.
@@ -124,8 +124,7 @@ def everybody(op: str) -> dict[str, Callable | str]:
             peers |= {"liger default": as_it_comes, "liger chunk 4096": partial(liger.linear_cross_entropy, chunk=4096)}
         peers |= {f"ours chunk {c}": partial(providers.TRITON.linear_cross_entropy, chunk=c) for c in (1024, 4096)}
         peers["cut-cross-entropy"] = _cut_cross_entropy()
-    if op in ("rms_norm", "add_rms_norm", "cross_entropy"):
-        peers["quack"] = _quack(op)
+    peers["quack"] = _quack(op)
     return peers
 
 
@@ -150,7 +149,8 @@ def _torchs_own(op: str) -> Callable | str:
     if op == "linear_cross_entropy":
         if not hasattr(F, "linear_cross_entropy"):
             return f"torch {torch.__version__} has no F.linear_cross_entropy"
-        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=2048, acc_dtype=torch.float32)
+        # "balanced": dW accumulated in float32 as ours; its own choice on a GPU adds up in bf16
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=2048, acc_policy="balanced")
         settings = dict(reduction="sum", ignore_index=IGNORED, options=options)
         return lambda h, w, y, s: s * F.linear_cross_entropy(h, w, y, **settings)
     return "torch.nn.functional has none of its own"
@@ -159,6 +159,7 @@ def _torchs_own(op: str) -> Callable | str:
 def _quack(op: str) -> Callable | str:
     try:
         from quack.cross_entropy import cross_entropy as quack_cross_entropy
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
         from quack.rmsnorm import rmsnorm
     except ImportError as error:
         return f"not installed ({error}); pip install quack-kernels"
@@ -166,7 +167,8 @@ def _quack(op: str) -> Callable | str:
         "rms_norm": lambda x, w: rmsnorm(x, w, eps=EPS),
         "add_rms_norm": lambda x, r, w: rmsnorm(x, w, residual=r, eps=EPS, prenorm=True),
         "cross_entropy": lambda x, y, s: s * quack_cross_entropy(x, y, reduction="sum", inplace_backward=True),
-    }[op]
+        "linear_cross_entropy": lambda h, w, y, s: s * chunked_linear_cross_entropy(h, w, y, reduction="sum"),
+    }.get(op, "has none of this signature")
 
 
 def _cut_cross_entropy() -> Callable | str:

@@ -51,7 +51,8 @@ def launches(m: Model) -> Iterator[tuple]:
         const = dict(GRAD=grad, IGNORED=cross_entropy.IGNORED, BLOCK=vocab_block, ACC=tl.float32)
         args = (BF16, v, INT64, FP32, FP32, v, 0.0)
         yield name, cross_entropy._rows, args, const, warps_for(vocab_block)
-    yield "scale", cross_entropy._times, (BF16, v * d, FP32), dict(BLOCK=4096, ACC=tl.float32), 8
+    block = cross_entropy.SCALE_BLOCK
+    yield "scale", cross_entropy._scale, (BF16, d, d, FP32), dict(BLOCK=block, ACC=tl.float32), warps_for(block)
 
 
 def compile_for(kernel, args: tuple, constexprs: dict, warps: int, generation: int):

@@ -6,7 +6,7 @@
 
 All in float32 whatever the dtype of x, rounded once at the end, as F.rms_norm does (transformers rounds ŝ first, which
 is less exact: 2.3e-3 against 1.7e-3 relative in bf16). s is rounded before it is used, so that fused and unfused agree.
-Autograd over the formula would keep three float32 copies of x for backward; this keeps s and r, one number a row.
+Autograd over the formula would keep two float32 copies of x for backward; this keeps s and r, one number a row.
 
 Forward: a row is a program, held in registers between the sum and the product, so x is read once. Backward: a few
 programs a multiprocessor walk over many rows each and keep their part of dw in registers; the parts, float32 [P, D],

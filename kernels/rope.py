@@ -23,7 +23,7 @@ WARPS = 4
 @jit
 def _turn(x_ptr, head_stride, y_ptr, cos, sin, n_heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):
     """All heads of one token: x_ptr and y_ptr are its own; y is contiguous."""
-    heads = tl.arange(0, HEADS)[:, None]
+    heads = tl.arange(0, HEADS)[:, None].to(tl.int64)  # heads may lie further apart than tokens
     cols = tl.arange(0, HALF)[None, :]
     mask = (heads < n_heads) & (cols < half)
     x = x_ptr + heads * head_stride + cols

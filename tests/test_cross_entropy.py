@@ -40,8 +40,10 @@ def test_the_gradient_takes_the_place_of_the_logits():
     loss = cross_entropy(logits, targets, ONE)
     assert torch.equal(wide[:, :7].detach(), right)
     assert (wide[:, 7:] == 5).all()  # between the rows nothing is touched
-    (grad,) = torch.autograd.grad(loss, logits)
+    (grad,) = torch.autograd.grad(loss, logits, torch.tensor(-0.7, device=DEVICE))
     assert grad.data_ptr() == wide.data_ptr()
+    torch.testing.assert_close(grad, right * -0.7)
+    assert (wide[:, 7:] == 5).all()
 
 
 def test_without_a_gradient_the_logits_stay():

@@ -199,7 +199,7 @@ def registered_ops() -> dict:
         _swiglu_backward: [(x, y, apart)],
         _rope: [(*wants(q, k), *angles(4, 4, q.dtype), False), (q, k, *angles(4, 4, q.dtype), True)],
         _cross_entropy_: [(x, targets_for(4, 6), one, 0.0, True), (apart, targets_for(4, 6), one, 0.1, False)],
-        _scale_: [(x, one)],
+        _scale_: [(x, one), (apart, one)],
     }
 
 
