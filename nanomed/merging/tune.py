@@ -166,7 +166,7 @@ def tune(args: argparse.Namespace) -> None:
         return Trial(point, *found, chat.kl(resident.model, half))
 
     with tqdm(total=args.budget, desc="search", unit="trial") as bar:
-        trials = search(lambda p: (bar.update(), measure(p))[1], args.knots, args.budget, args.weights)
+        trials = search(lambda p: (measure(p), bar.update())[0], args.knots, args.budget, args.weights)
     best = min(trials, key=lambda trial: trial.score(args.weights))
     uniform = min((trial for trial in trials if trial.is_uniform()), key=lambda trial: trial.score(args.weights))
     n = len(best.point)
