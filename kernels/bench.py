@@ -203,6 +203,7 @@ PARTS = ("forward", "backward", "both")
 
 def draw(result: dict, path: Path) -> None:
     """Bars of forward and backward together in per cent of the floor, a panel an operation; the roofline is at 100 %."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     keys = list(dict.fromkeys((r["op"], r["model"], r["tokens"]) for r in result["rows"]))
@@ -221,7 +222,8 @@ def draw(result: dict, path: Path) -> None:
         axes.set_title(f"{key[0]}, {key[1]}, {key[2]:,} tokens", fontsize=9)
         axes.tick_params(labelsize=8)
     figure.suptitle(f"{result['machine']['gpu']}: % of the floor, forward and backward together", fontsize=11)
-    figure.savefig(path)
+    with rc_context({"svg.fonttype": "none"}):  # text stays text
+        figure.savefig(path)
 
 
 def predicted(ops, models: list[Model], tokens: list[int]) -> str:
