@@ -17,7 +17,6 @@ document; texts are read twice instead of kept.
 import argparse
 import hashlib
 import re
-import sys
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from pathlib import Path
 
 from audit import audit
 from documents import read_about, read_documents, write_parquet
-from nanomed import InputError
+from nanomed import InputError, run_script
 from nanomed.chat import Answer, ask
 
 PROMPT = Path(__file__).resolve().parent / "prompts" / "medical-de-v1.toml"
@@ -187,11 +186,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+    run_script(main)

@@ -20,7 +20,6 @@ import argparse
 import hashlib
 import json
 import shutil
-import sys
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -30,7 +29,7 @@ import numpy as np
 
 from documents import read_documents, write_parquet
 from encoder import LABELS, Settings, encode, learn, load_base, score
-from nanomed import InputError
+from nanomed import InputError, run_script
 from threshold import set_threshold, summary
 
 PARTS = {"train": 0.8, "choose": 0.9, "report": 1.0}  # upper ends of the hash's ranges
@@ -164,11 +163,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on after the last whole epoch", file=sys.stderr)
-        sys.exit(130)
+    run_script(main, "run the same command again to go on after the last whole epoch")

@@ -20,7 +20,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -32,7 +31,7 @@ from tqdm import tqdm
 from card import write_card, write_report
 from documents import find_files, read_documents, write_parquet
 from keeping import CORPUS, EXTRA, Job, keep_file, load_questions, part_of
-from nanomed import InputError
+from nanomed import InputError, run_script
 from nanomed.bins import read_json
 from personal import PATTERNS, count_personal
 from scoring import classifier_identity
@@ -205,11 +204,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+    run_script(main)

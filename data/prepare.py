@@ -35,7 +35,7 @@ from tqdm import tqdm
 from conversations import chat_template
 from encoding import Encoded, Job, encode_file, find_tokenizer, worker_pool
 from engines import Unproven, engine_version, load_tokenizer
-from nanomed import InputError, bins
+from nanomed import InputError, bins, run_script
 from reading import SUFFIXES
 from resuming import committed_part, lock, remove_leftovers
 
@@ -286,11 +286,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+    run_script(main)

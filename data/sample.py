@@ -19,7 +19,6 @@ import argparse
 import hashlib
 import json
 import sqlite3
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -29,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from documents import find_files, read_about, read_documents, read_numbered, write_parquet
-from nanomed import InputError
+from nanomed import InputError, run_script
 
 EXTRA = ("url", "dump", "date")  # kept where the input has them, so that a document can be traced and taken down
 NO_LIMIT = np.iinfo(np.int64).max
@@ -251,11 +250,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+    run_script(main)

@@ -26,7 +26,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from documents import find_files
-from nanomed import InputError
+from nanomed import InputError, run_script
 from nanomed.bins import read_json
 from scoring import Scoring, classifier_identity, is_committed, score_path
 
@@ -222,11 +222,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+    run_script(main)

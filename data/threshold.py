@@ -15,13 +15,12 @@ import argparse
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from documents import read_documents
-from nanomed import InputError
+from nanomed import InputError, run_script
 
 
 def wilson(hits: int, n: int, z: float = 1.959964) -> list[float]:
@@ -182,8 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_script(main)

@@ -14,7 +14,6 @@ what encoding costs, 2 to 3 MB/s a core.
 
 import argparse
 import hashlib
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 from encoding import Job, describe_row, find_tokenizer, load_engine, parse_rows, strip_separator
 from engines import load_tokenizer
-from nanomed import InputError
+from nanomed import InputError, run_script
 from nanomed.bins import Bins, tokenizer_sha256, verify
 from reading import read_batches
 
@@ -159,8 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_script(main)
