@@ -84,9 +84,9 @@ def _check_same(out: Path, found: dict, wanted: dict) -> None:
         old, new = found.get(part, {}), wanted[part]
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
+                was, now = (json.dumps(side.get(key), ensure_ascii=False) for side in (old, new))
                 raise InputError(
-                    f"--out {out}: belongs to a run with {what}{key} = {json.dumps(old.get(key), ensure_ascii=False)}, this one has "
-                    f"{json.dumps(new.get(key), ensure_ascii=False)}; choose another --out, or delete it"
+                    f"--out {out}: belongs to a run with {what}{key} = {was}, this one {now}; choose another --out or delete it"
                 )
 
 
