@@ -67,7 +67,7 @@ class DecoderLM(LM):
         self.max_length = model.config.max_position_embeddings or 2048
         self.ends = end_tokens(folder)
         self.prefix_token = self._prefix_token()
-        self.n_cut = 0  # questions that lost shots because they did not fit the context
+        self.cut: set[str] = set()  # prompts that lost shots because they did not fit the context
         self.chat = False  # set by apply_chat_template
 
     def _prefix_token(self) -> int:
@@ -128,7 +128,7 @@ class DecoderLM(LM):
                     f"a prompt of {len(first)} tokens does not fit the model's {self.max_length}, and with --chat none is cut; "
                     "use fewer --shots"
                 )
-            self.n_cut += at == 0
+            self.cut.add(whole)
             at = whole.find(SHOT_BORDER, at) + len(SHOT_BORDER)
             if at < len(SHOT_BORDER):  # no border left: the question alone is too long
                 return first[-keep:], rest
