@@ -140,11 +140,11 @@ def extend(model: Decoder, prefix: KV, n_prefix: int, tokens: list[int]) -> tupl
 def scores(model: Decoder, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:  # (M, D), (M,) -> (M,) twice
     """Log-probability, float32, of every target after its state, and whether it is the likeliest token.
 
-    lm_head runs on some rows at a time: at most 64 MB of logits exist.
+    lm_head runs on some rows at a time, so that at most 64 MB of logits exist, and casts some of its own rows at a time.
     """
-    found = []
+    found, head = [], model.lm_head.weight.split(8192)
     for x, y in zip(*(t.split(max(1, 2**24 // model.config.vocab_size)) for t in (states, targets)), strict=True):
-        logits = model.logits(x).float()
+        logits = torch.cat([F.linear(x, w.to(x.dtype)) for w in head], 1).float()
         picked = logits.gather(1, y[:, None])[:, 0]
         found.append((picked - logits.logsumexp(1), logits.argmax(1) == y))
     return tuple(map(torch.cat, zip(*found, strict=True)))
