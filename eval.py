@@ -1,6 +1,6 @@
 """Evaluate a medical language model: what it knows, whether its answers win, and how it fails.
 
-    python eval.py convert SOURCE SRC OUT.jsonl             a published question set as JSONL
+    python eval.py convert SOURCE SRC                       a published question set as JSONL
     python eval.py knowledge MODEL ... --tasks medizin_de   accuracy on multiple-choice questions, with intervals
     python eval.py generate MODEL --prompts P.jsonl --out A.jsonl      answers to instructions
     python eval.py judge A.jsonl B.jsonl --url URL --judge NAME        whose answers are better, by a model as judge

@@ -12,7 +12,8 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qw
 
 from conftest import SENTENCES, save_reference
 from nanomed import InputError
-from nanomed.evaluation.scorer import DecoderLM, Question, common, groups, load_decoder, shared
+from nanomed.evaluation.scorer import DecoderLM, load_decoder
+from nanomed.evaluation.sharing import Question, common, groups, shared
 
 CPU = torch.device("cpu")
 TINY = dict(vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

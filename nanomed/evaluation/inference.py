@@ -142,7 +142,7 @@ def scores(model: Decoder, states: Tensor, targets: Tensor) -> tuple[Tensor, Ten
 
     lm_head runs on some rows at a time, so that at most 64 MB of logits exist, and casts some of its own rows at a time.
     """
-    found, head = [], model.lm_head.weight.split(8192)
+    found, head = [], model.lm_head.weight.split(2048)
     for x, y in zip(*(t.split(max(1, 2**24 // model.config.vocab_size)) for t in (states, targets)), strict=True):
         logits = torch.cat([F.linear(x, w.to(x.dtype)) for w in head], 1).float()
         picked = logits.gather(1, y[:, None])[:, 0]

@@ -9,8 +9,6 @@ Text becomes tokens as in lm-eval: BOS where the tokenizer's own post-processor 
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -19,13 +17,12 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from nanomed import InputError
-from nanomed.evaluation.inference import KV, PREFIX_CHUNK, Row, extend, hidden, pack, scores
-from nanomed.hf import model_config, open_safetensors, read_json
+from nanomed.evaluation.inference import KV, PREFIX_CHUNK, extend, hidden, pack, scores
+from nanomed.evaluation.sharing import Question, groups, shared
+from nanomed.hf import check_weights, model_config, open_safetensors, read_json
 from nanomed.merging.losses import end_tokens, render
 from nanomed.model import Decoder
-from nanomed.weights import check_weights
 
-SHARED = 32  # tokens that questions must share at least for a pass of its own to pay
 SHOT_BORDER = "\n\n"  # lm-eval's default between shots
 
 
@@ -46,19 +43,6 @@ def load_decoder(folder: Path, dtype: torch.dtype, device: torch.device) -> Deco
     return model.eval().requires_grad_(False)
 
 
-@dataclass
-class Question:
-    """A context and what is scored after it."""
-
-    context: list[int]
-    continuations: list[list[int]]
-    wanted: list[list[int]]  # per continuation, the numbers of the requests that ask for it
-
-    def row(self, n_prefix: int) -> Row:
-        """Without the first n_prefix tokens, which are computed already; a continuation's last token is never fed."""
-        return Row(self.context[n_prefix:], [c[:-1] for c in self.continuations])
-
-
 class DecoderLM(LM):
     """A decoder behind lm-eval's interface; greedy where it generates."""
 
@@ -77,6 +61,7 @@ class DecoderLM(LM):
         self.prefix_token = self._prefix_token()
         self.cut: set[str] = set()  # prompts that lost shots because they did not fit the context
         self.chat = False  # set by apply_chat_template
+        self.begun = False  # the first pass is one question: what is wrong with a model shows at once
 
     def _prefix_token(self) -> int:
         """What stands before a text without context: BOS, or the end token where the tokenizer has none."""
@@ -171,7 +156,12 @@ class DecoderLM(LM):
         while group:
             longest = group[0].row(n_prefix).n_tokens
             # The prefix stands before every row of the padded keys, so rows are few where it is long.
-            n = max(1, min(self.batch_tokens // longest, 16 * self.batch_tokens // (n_prefix + longest)))
+            n = (
+                max(1, min(self.batch_tokens // longest, 16 * self.batch_tokens // (n_prefix + longest)))
+                if self.begun
+                else 1
+            )
+            self.begun = True
             batch, group = group[:n], group[n:]
             yield from zip(batch, self._score_batch(batch, n_prefix, prefix), strict=True)
 
@@ -260,46 +250,3 @@ class DecoderLM(LM):
     def tokenizer_name(self) -> str:
         """For lm-eval's cache of requests."""
         return str(self.folder)
-
-
-# --- which questions begin alike? ----------------------------------------------------------------------------------
-
-
-def groups(questions: list[Question]) -> Iterator[list[Question]]:
-    """The questions, those with a long common beginning together.
-
-    In the order of their tokens, neighbours share most; a border is where two neighbours share less than half of what one
-    of them shares with its other neighbour. So the shots of one task are found among several tasks, and nothing is lost
-    where there are none.
-    """
-    rest = sorted(questions, key=lambda q: q.context)
-    alike = [n if (n := common(a.context, b.context)) >= SHARED else 0 for a, b in pairwise(rest)]
-    group: list[Question] = []
-    for i, question in enumerate(rest):
-        group.append(question)
-        here = alike[i] if i < len(alike) else 0
-        around = max([*alike[max(0, i - 1) : i], *alike[i + 1 : i + 2]], default=0)
-        if i == len(rest) - 1 or here < around / 2:
-            yield from _without_long(group)
-            group = []
-
-
-def _without_long(group: list[Question]) -> Iterator[list[Question]]:
-    """The group without questions too long for one pass, and each of those alone."""
-    n = shared(group)
-    short = [q for q in group if len(q.context) - n <= PREFIX_CHUNK]
-    yield from ([q] for q in group if len(q.context) - n > PREFIX_CHUNK)
-    if short:
-        yield short
-
-
-def shared(group: list[Question]) -> int:
-    """Tokens that all contexts of a sorted group begin with; one token is left to each. 0 where it does not pay."""
-    n = common(group[0].context, group[-1].context)
-    n = min(n, min(len(q.context) for q in group) - 1)
-    return n if n >= SHARED else 0
-
-
-def common(a: list[int], b: list[int]) -> int:
-    """Length of the common beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -6,7 +6,6 @@ run's own: absolute paths, the shots written out, the cue as asked. It lies in t
 `lm-eval run --include_path` on it repeats the very same prompts with any other model class.
 """
 
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,11 @@ import yaml
 from lm_eval.tasks import TaskManager
 
 from nanomed import InputError
+from nanomed.evaluation.questions import read_questions
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "data" / "tasks"
 CUES = ("Antwort:", "Answer:")
-FIELDS = {"id": str, "question": str, "options": list, "answer": int}
 
 
 @dataclass(frozen=True)
@@ -105,54 +104,6 @@ def _locate(name: str) -> Path:
     )
     hint = f"; make it with: python eval.py convert {source.replace('_', '-')} SRC" if source else ""
     raise InputError(f"{name}: no such file{hint}")
-
-
-# --- questions -----------------------------------------------------------------------------------------------------
-
-
-def read_questions(path: Path) -> list[dict]:
-    """Every question of a JSONL file. InputError naming the first line that is none, and what is wrong with it."""
-    questions, ids = [], set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            question = json.loads(line)
-            if wrong := fault(question):
-                raise ValueError(wrong)
-            if question["id"] in ids:
-                raise ValueError(f"id {question['id']!r} stands there twice")
-        except ValueError as error:
-            raise InputError(f"{path}: line {number}: {error}") from None
-        ids.add(question["id"])
-        questions.append(question)
-    if not questions:
-        raise InputError(f"{path}: holds no questions")
-    return questions
-
-
-def fault(question: object) -> str | None:
-    """What keeps this from being a question with options, or None."""
-    if not isinstance(question, dict):
-        return "is no JSON object"
-    for field, kind in FIELDS.items():
-        if field not in question:
-            return f"{field} is missing; expected {', '.join(FIELDS)}"
-        if not isinstance(question[field], kind) or isinstance(question[field], bool):
-            return f"{field} is {question[field]!r}, expected {kind.__name__}"
-    options = question["options"]
-    if not question["question"].strip():
-        return "question is empty"
-    if len(options) < 2:
-        return f"has {len(options)} options, expected at least 2"
-    for i, option in enumerate(options):
-        if not isinstance(option, str) or not option.strip():
-            return f"option {i} is empty"
-    if len(set(options)) < len(options):
-        return "two options are the same"
-    if not 0 <= question["answer"] < len(options):
-        return f"answer {question['answer']} is none of its options, which count from 0 to {len(options) - 1}"
-    return None
 
 
 # --- the run's own YAML --------------------------------------------------------------------------------------------
