@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-tokens",
         type=int,
         metavar="N",
-        help="tokens of the largest pass (default: 1,024 on a CPU, 16,384 on a GPU)",
+        help="tokens of the largest pass (default: 512 on a CPU, 16,384 on a GPU)",
     )
     add("--out", type=Path, metavar="DIR", help="folder of the run (default runs/eval/knowledge-MODEL)")
 
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
     for task in group.tasks():
         for seed in seeds if task.test else ():
             tasks.write_task(task, out / "tasks" / f"seed-{seed}", args.shots, seed, args.cue)
-    batch_tokens = args.batch_tokens or (16_384 if device.type == "cuda" else 1_024)
+    batch_tokens = args.batch_tokens or (16_384 if device.type == "cuda" else 512)
     for name, path in models.items():
         missing = [task for task in group.tasks() if not samples_path(out, name, task).exists()]
         if missing:

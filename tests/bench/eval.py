@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="counted runs of each side (default 3)")
     parser.add_argument("--task", default="medizin_de")
     parser.add_argument("--shots", type=int, default=3)
-    parser.add_argument("--batch-tokens", type=int, default=1024, help="of our side (default: what eval.py uses)")
+    parser.add_argument("--batch-tokens", type=int, default=512, help="of our side (default: what eval.py uses)")
     parser.add_argument("--peer-batch", type=int, help="of the hf side, instead of trying three")
     parser.add_argument("--side", choices=("ours", "hf"), help=argparse.SUPPRESS)
     parser.add_argument("--batch-size", type=int, help=argparse.SUPPRESS)
