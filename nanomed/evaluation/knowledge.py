@@ -26,6 +26,7 @@ from nanomed.evaluation import accuracy, record, tasks
 from nanomed.evaluation.scorer import DecoderLM, load_decoder
 from nanomed.evaluation.tasks import Task
 from nanomed.hf import fetch, find_weights
+from nanomed.merging.losses import render
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -98,12 +99,14 @@ def run(args: argparse.Namespace) -> None:
         "tasks": {task.name: {k: v for k, v in task.config.items() if k != "dataset_kwargs"} for task in group.tasks()},
         "shots": args.shots, "seeds": seeds, "cue": args.cue, "chat": args.chat, "limit": args.limit, "dtype": dtype,
     }  # fmt: skip
+    own = [(seed, tasks.prepared(t, args.shots, seed, args.cue)) for t in group.tasks() if t.test for seed in seeds]
+    for path in models.values() if args.chat else ():
+        render(path, [{"role": "user", "content": "Frage"}])  # a model without a template is refused before all else
     if record.open_run(out, "knowledge", config, [path for task in group.tasks() for path in task.files]):
         print(f"{out}: finished already; {out / 'results.json'} holds the numbers")
         return
-    for task in group.tasks():
-        for seed in seeds if task.test else ():
-            tasks.write_task(task, out / "tasks" / f"seed-{seed}", args.shots, seed, args.cue)
+    for seed, yaml in own:
+        tasks.write_task(yaml, out / "tasks" / f"seed-{seed}")
     batch_tokens = args.batch_tokens or (16_384 if device.type == "cuda" else 512)
     for name, path in models.items():
         missing = [task for task in group.tasks() if not samples_path(out, name, task).exists()]

@@ -123,8 +123,8 @@ def shots_of(task: Task, n_shots: int, seed: int) -> list[dict]:
     return pool[:n_shots]
 
 
-def write_task(task: Task, folder: Path, n_shots: int, seed: int, cue: str) -> None:
-    """FOLDER/NAME.yaml: the task of one seed, complete in itself. Its questions are checked."""
+def prepared(task: Task, n_shots: int, seed: int, cue: str) -> dict:
+    """The configuration of one seed, complete in itself. InputError where a question or the task does not allow it."""
     letters = task.config.get("doc_to_choice")
     for question in read_questions(task.test):
         if isinstance(letters, list) and len(letters) != len(question["options"]):
@@ -140,6 +140,11 @@ def write_task(task: Task, folder: Path, n_shots: int, seed: int, cue: str) -> N
         if not config["doc_to_text"].endswith(CUES[0]):
             raise InputError(f"{task.name}: its prompt does not end in {CUES[0]!r}, so --cue cannot change it")
         config["doc_to_text"] = config["doc_to_text"].removesuffix(CUES[0]) + cue
+    return config
+
+
+def write_task(config: dict, folder: Path) -> None:
+    """FOLDER/NAME.yaml."""
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(config, allow_unicode=True, sort_keys=False)
-    (folder / f"{task.name}.yaml").write_text(text, encoding="utf-8")
+    (folder / f"{config['task']}.yaml").write_text(text, encoding="utf-8")
