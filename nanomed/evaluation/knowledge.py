@@ -176,17 +176,28 @@ def fingerprint(folder: Path) -> str:
 
 def score(lm: DecoderLM, task: Task, out: Path, seeds: list[int], args: argparse.Namespace) -> list[dict]:
     """One line a question and seed. lm-eval builds the prompts and judges the answers."""
-    from lm_eval import simple_evaluate
+    from lm_eval.evaluator import evaluate  # simple_evaluate also lists every installed package, 1.3 s a call
     from lm_eval.tasks import TaskManager
 
     lines = []
     for seed in seeds:
         print(f"{lm.folder}: {task.name}, shots {args.shots}, seed {seed}", file=sys.stderr)
         manager = TaskManager(include_path=out / "tasks" / f"seed-{seed}", include_defaults=task.test is None)
-        found = simple_evaluate(
-            lm, tasks=[task.name], num_fewshot=None if task.test else args.shots, task_manager=manager, limit=args.limit,
-            bootstrap_iters=0, apply_chat_template=args.chat, fewshot_as_multiturn=args.chat, fewshot_random_seed=seed,
-        )  # fmt: skip
+        loaded = manager.load([task.name])
+        (leaf,) = loaded["tasks"].values()
+        if (
+            task.test is None and leaf.get_config("num_fewshot") != 0
+        ):  # ours say it themselves; 0 there is a rule of the task
+            leaf.set_config("num_fewshot", args.shots)
+        leaf.set_fewshot_seed(seed)
+        found = evaluate(
+            lm,
+            loaded,
+            limit=args.limit,
+            bootstrap_iters=0,
+            apply_chat_template=args.chat,
+            fewshot_as_multiturn=args.chat,
+        )
         lines += [sample_line(lm, task.name, sample, seed) for sample in found["samples"][task.name]]
     if lm.cut:
         print(
