@@ -29,7 +29,10 @@ def main() -> None:
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
     name = parser.parse_args(sys.argv[1:2]).command
-    module = importlib.import_module(COMMANDS[name])  # only this one: torch alone takes seconds to import
+    try:
+        module = importlib.import_module(COMMANDS[name])  # only this one: torch alone takes seconds to import
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {name} needs the package {error.name}; pip install -e '.[eval]'")
     command = argparse.ArgumentParser(
         prog=f"eval.py {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

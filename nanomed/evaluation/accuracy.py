@@ -32,12 +32,12 @@ def results(
             values[task.name] = per_question(mine)
             reference = (first, samples(first, task)) if first else None
             entries.append(task_entry(task, mine, seeds, args, reference))
-        difference = None
+        average = None
+        if group.name:  # tasks named one by one have no average that means anything
+            difference = {"to": first} | group_difference(group, values, first_values) if first else None
+            average = group_entry(group, values) | {"difference": difference}
         if first is None:
             first, first_values = name, values
-        else:
-            difference = {"to": first} | group_difference(group, values, first_values)
-        average = group_entry(group, values) | {"difference": difference} if len(entries) > 1 else None
         found.append({"name": name, "path": str(path), "tasks": entries, "group": average})
     return {"models": found, "samples": "samples/<name>/<task>.jsonl"}
 

@@ -46,24 +46,27 @@ def _bars(axes, models: list[dict]) -> None:
         title="Accuracy, 95 % interval", xlabel="% right", xlim=(0, 100), yticks=range(len(rows)), yticklabels=rows
     )
     axes.invert_yaxis()
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
 
 
 def _letters(axes, models: list[dict]) -> None:
-    """Share of each place among the choices of all tasks, beside its share among the right answers."""
-    counted = [e["letters"] for e in models[0]["tasks"] if e["letters"]]
-    if not counted:
+    """How often each letter is chosen, beside how often it is right; where whole answers are scored, places mean nothing."""
+    counts = {
+        model["name"]: [e["letters"] for e in model["tasks"] if e["letters"] and e["metric"] == "acc"]
+        for model in models
+    }
+    first = counts[models[0]["name"]]
+    if not first:
         return axes.set_axis_off()
-    n = max(len(c["gold"]) for c in counted)
-    shown = [("right", [e["letters"]["gold"] for e in models[0]["tasks"] if e["letters"]], "0.8")]
-    for m, model in enumerate(models):
-        shown.append((model["name"], [e["letters"]["chosen"] for e in model["tasks"] if e["letters"]], f"C{m}"))
+    n = max(len(c["gold"]) for c in first)
+    shown = [("right", [c["gold"] for c in first], "0.8")]
+    shown += [(name, [c["chosen"] for c in found], f"C{m}") for m, (name, found) in enumerate(counts.items())]
     width = 0.8 / len(shown)
-    for i, (label, counts, colour) in enumerate(shown):
-        total = np.sum([np.pad(c, (0, n - len(c))) for c in counts], 0)
+    for i, (label, rows, colour) in enumerate(shown):
+        total = np.sum([np.pad(row, (0, n - len(row))) for row in rows], 0)
         x = np.arange(n) + (i - (len(shown) - 1) / 2) * width
         axes.bar(x, 100 * total / total.sum(), 0.92 * width, color=colour, label=label)
-    axes.set(title="Place of the choice", ylabel="% of questions", xticks=range(n), xticklabels="ABCDEFGHIJ"[:n])
+    axes.set(title="Letter chosen", ylabel="% of questions", xticks=range(n), xticklabels="ABCDEFGHIJ"[:n])
     axes.legend(frameon=False, fontsize=8)
 
 

@@ -19,6 +19,7 @@ import os
 import sys
 from pathlib import Path
 
+import datasets
 import torch
 
 from nanomed import InputError
@@ -129,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
 
 def quieten() -> None:
     """lm-eval and datasets announce every step; here a progress bar tells what takes long."""
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    datasets.disable_progress_bars()
     for name in ("lm_eval", "lm-eval", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

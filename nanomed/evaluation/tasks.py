@@ -55,7 +55,7 @@ class Group:
 
 
 def find_tasks(names: list[str], folders: list[Path], defaults: bool) -> Group:
-    """The wanted tasks and groups as one group: the one that was asked for, or "all" of several.
+    """The wanted tasks and groups as one group: the one that was asked for, or one without a name.
 
     defaults: also lm-eval's own 14,000 (9 seconds). InputError for an unknown name.
     """
@@ -64,7 +64,7 @@ def find_tasks(names: list[str], folders: list[Path], defaults: bool) -> Group:
             raise InputError(f"--task-path {folder}: no such folder")
     index = TaskManager(include_path=folders, include_defaults=defaults).task_index
     found = [_find(name, index) for name in names]
-    group = found[0] if len(found) == 1 and isinstance(found[0], Group) else Group("all", tuple(found), False)
+    group = found[0] if len(found) == 1 and isinstance(found[0], Group) else Group("", tuple(found), False)
     leaves = [task.name for task in group.tasks()]
     if twice := [name for name in leaves if leaves.count(name) > 1]:
         raise InputError(f"--tasks: {twice[0]} is named twice")
