@@ -140,11 +140,14 @@ def extend(model: Decoder, prefix: KV, n_prefix: int, tokens: list[int]) -> tupl
 def scores(model: Decoder, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:  # (M, D), (M,) -> (M,) twice
     """Log-probability, float32, of every target after its state, and whether it is the likeliest token.
 
-    lm_head runs on some rows at a time, so that at most 64 MB of logits exist, and casts some of its own rows at a time.
+    At most 64 MB of logits exist, and where lm_head is kept in another dtype, one cast of 2,048 of its rows.
     """
-    found, head = [], model.lm_head.weight.split(2048)
-    for x, y in zip(*(t.split(max(1, 2**24 // model.config.vocab_size)) for t in (states, targets)), strict=True):
-        logits = torch.cat([F.linear(x, w.to(x.dtype)) for w in head], 1).float()
-        picked = logits.gather(1, y[:, None])[:, 0]
-        found.append((picked - logits.logsumexp(1), logits.argmax(1) == y))
+    found, head = [], model.lm_head.weight
+    cast = states.new_empty(2048, head.shape[1])
+    for x, y in zip(*(t.split(max(1, 2**24 // len(head))) for t in (states, targets)), strict=True):
+        logits = x.new_empty(len(head), len(x))  # vocabulary first: a part of it is one piece of memory
+        for rows, out in zip(head.split(2048), logits.split(2048), strict=True):
+            torch.mm(rows if rows.dtype == x.dtype else cast[: len(rows)].copy_(rows), x.T, out=out)
+        logits = logits.float()
+        found.append((logits.gather(0, y[None])[0] - logits.logsumexp(0), logits.argmax(0) == y))
     return tuple(map(torch.cat, zip(*found, strict=True)))

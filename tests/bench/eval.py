@@ -6,7 +6,7 @@ Both sides run the same task file through lm-eval's harness in float32, each in 
 from the start of the process: the first score, the end; and the peak of its memory. The hf side leaves lm-eval's own 14,000
 tasks out, and runs at the best of three batch sizes, found first. Its command line, which reads the names of all those
 tasks, is timed to its first score besides.
-The log-probabilities of both are compared. Results go to tests/bench/results/eval.json.
+The log-probabilities of both are compared. Results go to tests/bench/results/.
 """
 
 import argparse
@@ -155,7 +155,7 @@ def main() -> None:
         "model": args.model.name, "task": args.task, "shots": args.shots, "rounds": args.rounds,
         "hf_batch_size": peer_batch, "hf_batch_sizes_s_of_16_questions": tried, "our_batch_tokens": args.batch_tokens,
     }  # fmt: skip
-    path = Path(__file__).parent / "results" / "eval.json"
+    path = Path(__file__).parent / "results" / f"eval-{args.task}.json"
     path.write_text(json.dumps(record | result | weights, indent=1) + "\n")
     print(json.dumps(result | weights, indent=1), path, sep="\n")
 
