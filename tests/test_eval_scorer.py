@@ -78,6 +78,7 @@ CASES = {
     "3 shots, letters": prompts(3, LETTERS),
     "3 shots, whole answers": prompts(3, TEXTS),
     "two tasks and texts without context": prompts(2, LETTERS) + prompts(3, TEXTS, 2) + [("", t) for t in TEXTS],
+    "text that begins with BOS": [("<s>" + c, o) for c, o in prompts(0, LETTERS, 2)],
     "space before the answer": [(c + " ", o[1:]) for c, o in prompts(1, LETTERS, 3)],
 }
 

@@ -85,9 +85,8 @@ class DecoderLM(LM):
 
     def _questions(self, pairs: list[tuple[str, str]]) -> list[Question]:
         """(context, continuation) of every request → questions, the requests of one context together."""
-        pairs = [
-            (c.rstrip(), c[len(c.rstrip()) :] + then) for c, then in pairs
-        ]  # " A" is one token, ": " and "A" are not
+        # Blanks move to the continuation: " A" is a token that models know, a blank before "A" is not.
+        pairs = [(c.rstrip(), c[len(c.rstrip()) :] + then) for c, then in pairs]
         by_context: dict[str, dict[str, list[int]]] = {}
         for number, (context, then) in enumerate(pairs):
             by_context.setdefault(context, {}).setdefault(then, []).append(number)
@@ -118,8 +117,8 @@ class DecoderLM(LM):
                 return first, rest
             if self.chat or keep < 1:
                 raise InputError(
-                    f"a prompt of {len(first)} tokens does not fit the model's {self.max_length}, and with --chat none is cut; "
-                    "use fewer --shots"
+                    f"a prompt of {len(first)} tokens does not fit the model's {self.max_length} and cannot be cut"
+                    f"{' inside its chat template' if self.chat else ''}; use fewer --shots"
                 )
             self.cut.add(whole)
             at = whole.find(SHOT_BORDER, at) + len(SHOT_BORDER)
