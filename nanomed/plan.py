@@ -31,10 +31,18 @@ from nanomed.model import GPU_CHUNK, Decoder
 from nanomed.stream import open_sources
 
 MODELS = {  # what the models' own config.json say; the hub need not be asked
-    "Qwen/Qwen2.5-7B-Instruct": ModelConfig(152064, 3584, 18944, 28, 28, 4, 128, 1e-6, 1e6, False, qkv_bias=True),
-    "mistralai/Mistral-7B-Instruct-v0.3": ModelConfig(32768, 4096, 14336, 32, 32, 8, 128, 1e-5, 1e6, False),
-    "mistralai/Mistral-Small-24B-Instruct-2501": ModelConfig(131072, 5120, 32768, 40, 32, 8, 128, 1e-5, 1e8, False),
-    "HuggingFaceTB/SmolLM2-135M-Instruct": ModelConfig(49152, 576, 1536, 30, 9, 3, 64, 1e-5, 1e5, True),
+    "Qwen/Qwen2.5-7B-Instruct": ModelConfig(
+        152064, 3584, 18944, 28, 28, 4, 128, 1e-6, 1e6, False, qkv_bias=True, max_position_embeddings=32768
+    ),
+    "mistralai/Mistral-7B-Instruct-v0.3": ModelConfig(
+        32768, 4096, 14336, 32, 32, 8, 128, 1e-5, 1e6, False, max_position_embeddings=32768
+    ),
+    "mistralai/Mistral-Small-24B-Instruct-2501": ModelConfig(
+        131072, 5120, 32768, 40, 32, 8, 128, 1e-5, 1e8, False, max_position_embeddings=32768
+    ),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": ModelConfig(
+        49152, 576, 1536, 30, 9, 3, 64, 1e-5, 1e5, True, max_position_embeddings=8192
+    ),
 }
 CORPUS_TOKENS = 5.1e9  # the paper's, one epoch
 SPARE_BYTES = 5e9  # that should stay free
@@ -57,7 +65,9 @@ REGIMES = (  # from the most exact to the leanest
     Regime("fp32", "--optimizer-states fp32", 4, 4, 8),
     Regime("bf16 states", "--optimizer-states bf16", 4, 4, 4),
     Regime("bf16", "--precision pure-bf16 --optimizer-states bf16", 2, 2, 4),
-    Regime("bf16 + int8", "--precision pure-bf16 --optimizer-states int8", 2, 2, 2 + 8 / 256),  # a scale for 256 numbers
+    Regime(
+        "bf16 + int8", "--precision pure-bf16 --optimizer-states int8", 2, 2, 2 + 8 / 256
+    ),  # a scale for 256 numbers
 )
 
 
@@ -288,7 +298,9 @@ def parse(argv: list[str]) -> Job:
     args, rest = parser.parse_known_args(argv)
     config = parse_without_data(rest)
     name, gpu = devices.find(args.gpu)
-    if args.gpus < 1 or args.gpus % config.replicas:
+    if args.gpus < 1:
+        raise InputError(f"--gpus {args.gpus}: must be at least 1")
+    if args.gpus % config.replicas:
         raise InputError(f"--replicas {config.replicas}: does not divide --gpus {args.gpus}")
     for flag in ("mfu", "price", "tokens"):
         if (value := getattr(args, flag)) is not None and not value > 0:
@@ -297,7 +309,10 @@ def parse(argv: list[str]) -> Job:
         raise InputError(f"--mfu {args.mfu:g}: is a share of the peak, 0.45 for 45 %")
     tokens = args.tokens or sum(b.n_tokens * share for b, share in open_sources(config.data)) or CORPUS_TOKENS
     tokens = config.steps * config.batch_tokens if config.steps else tokens * config.epochs
-    return Job(config, model_of(config.init), name, gpu, args.gpus, args.mfu, args.price, tokens)
+    model = model_of(config.init)
+    if config.seq_len > (model.max_position_embeddings or config.seq_len):
+        raise InputError(f"--seq-len {config.seq_len}: the model was made for {model.max_position_embeddings}")
+    return Job(config, model, name, gpu, args.gpus, args.mfu, args.price, tokens)
 
 
 def model_of(init: str) -> ModelConfig:
@@ -305,7 +320,9 @@ def model_of(init: str) -> ModelConfig:
     if init in MODELS:
         return MODELS[init]
     if not Path(init).is_dir():
-        raise InputError(f"--init {init}: no such folder, and not one of {', '.join(MODELS)}; give one with a config.json")
+        raise InputError(
+            f"--init {init}: no such folder, and not one of {', '.join(MODELS)}; give one with a config.json"
+        )
     return hf.model_config(Path(init))
 
 
