@@ -137,7 +137,7 @@ def moments(c: ModelConfig, n: int, regime: Regime, shards: int, recompute: str)
                         in bf16 (2 H) unless it is there in bf16 already
         head's sum      FSDP only: dW, and the float32 buffer in which the GPUs sum it (8 H); a block gathered ahead (2 B)
         block backward  what is recomputed, and 2 n F more (SwiGLU's three gradients less the product no longer needed);
-                        FSDP: two blocks gathered, gradients (6 B), the head's buffer still there (4 H); one GPU: casts (2 B)
+                        FSDP: two blocks gathered, gradients (5 B), the head's buffer still there (4 H); one GPU: casts (2 B)
     """
     d, v, block = c.hidden_size, c.vocab_size, parameters(c)[1]
     one = replace(c, num_hidden_layers=1)
@@ -149,7 +149,7 @@ def moments(c: ModelConfig, n: int, regime: Regime, shards: int, recompute: str)
         "head's sum": 0 if alone else 8 * v * d + 2 * block,
         "block backward": again
         + 4 * n * c.intermediate_size
-        + (0 if in_bf16 else 2 * block if alone else 4 * v * d + 6 * block),
+        + (0 if in_bf16 else 2 * block if alone else 4 * v * d + 5 * block),
     }
 
 
