@@ -177,6 +177,14 @@ RECIPES = {
 
 def parse(argv: list[str]) -> Config:
     """Command line → Config: the recipe first, then every flag over it. Exits with usage on an unknown flag."""
+    config = parse_without_data(argv)
+    if not config.data:
+        raise InputError("--data: no training bins given; make some with data/prepare.py")
+    return config
+
+
+def parse_without_data(argv: list[str]) -> Config:
+    """As parse; --data may be missing (the planner needs none)."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="miniature")
     name = first.parse_known_args(argv)[0].recipe
@@ -223,8 +231,6 @@ def validated(c: Config) -> Config:
         providers.kernels(c.kernels)
     except ValueError as error:
         raise InputError(f"--kernels {c.kernels}: {error}") from None
-    if not c.data:
-        raise InputError("--data: no training bins given; make some with data/prepare.py")
     if c.batch_tokens % (c.seq_len * c.micro_batch):
         raise InputError(
             f"--batch-tokens {c.batch_tokens}: not a multiple of --seq-len {c.seq_len} x --micro-batch {c.micro_batch}"

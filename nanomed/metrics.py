@@ -12,7 +12,6 @@ peak.
 
 import json
 import os
-import re
 import resource
 import sys
 import time
@@ -25,35 +24,16 @@ from tqdm import tqdm
 
 from nanomed.checkpoint import write_durably
 from nanomed.config import Config
+from nanomed.devices import bf16_peak
 from nanomed.model import Decoder
 from nanomed.parallel import World
-
-# Dense bf16 tensor-core peaks in FLOP/s, from the vendors' datasheets, by the name the driver gives the device.
-BF16_PEAKS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "A10G": 70e12,
-    "RTX 4090": 165e12,
-    "MI300X": 1307e12,
-}
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """Datasheet peak of the device in FLOP/s, None where unknown: no number is better than a wrong one."""
     if device.type != "cuda" or precision != "bf16":
         return None
-    name = torch.cuda.get_device_name(device)
-    if "Laptop" in name or "MIG" in name:
-        return None
-    return next((peak for key, peak in BF16_PEAKS.items() if re.search(rf"\b{key}\b", name)), None)
+    return bf16_peak(torch.cuda.get_device_name(device))
 
 
 def flops_per_token(model: Decoder) -> int:

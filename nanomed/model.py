@@ -22,6 +22,8 @@ from nanomed.batches import Batch
 from nanomed.hf import ModelConfig
 from nanomed.kernels.providers import TORCH, Kernels
 
+GPU_CHUNK, CPU_CHUNK = 2048, 512  # tokens of the loss at a time: a CPU's cache is small, its allocator slow above 32 MB
+
 
 class Linear(nn.Linear):
     """x Wᵀ + b in x's dtype: the cast is a no-op where FSDP has already gathered W in bf16."""
@@ -113,7 +115,7 @@ class Head(Linear):
         self.kernels = kernels
 
     def forward(self, x: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-        chunk = 2048 if x.is_cuda else 512  # a CPU's cache is small, and its allocator slow above 32 MB
+        chunk = GPU_CHUNK if x.is_cuda else CPU_CHUNK
         return self.kernels.linear_cross_entropy(x, self.weight, targets, scale, chunk=chunk)
 
 

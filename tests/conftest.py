@@ -33,6 +33,8 @@ if importlib.util.find_spec("triton") is None:
     collect_ignore += [f"test_{x}.py" for x in ("kernels", "rms_norm", "swiglu", "rope", "cross_entropy", "registers")]
 elif not torch.cuda.is_available():
     import interpreter  # noqa: F401
+if not torch.cuda.is_available():
+    collect_ignore += ["test_gpu.py"]  # tests/bench/gpu.sh runs it
 
 torch.set_num_threads(1)  # tiny products: a second thread only waits; and the bits are those of run_train's processes
 

@@ -1,0 +1,338 @@
+"""Before a GPU is booked: what a run needs of its memory, how long it will take, what that costs, and which flags to take.
+
+    python -m nanomed.plan --recipe qwen2.5-7b --gpus 1 --gpu h100
+    python -m nanomed.plan --recipe mistral-small-24b --gpus 8 --gpu h200 --price 3.5 --micro-batch 2
+    python -m nanomed.plan --init runs/x/hf --data bins/finemed-de --gpus 4 --gpu a100     another model, your own bins
+
+No GPU and no network: the model's shape comes from the table below or a folder's config.json, the rest is arithmetic, its
+formulas in the docstrings. It takes train.py's flags and shows every regime of precision side by side.
+
+What is checked, and what is assumed. Everything but the last row of the memory table is held, within 10 %, to bytes counted
+while the real training step runs on tensors that have a shape and no memory (tests/test_plan.py): one process and
+FSDP, each recompute mode. Assumptions: the context, the allocator's slack, and the share of the peak (--mfu) that speed is
+computed from. Peaks and speed on a GPU: not yet measured.
+"""
+
+import argparse
+import functools
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from nanomed import InputError, devices, hf
+from nanomed.config import Config, parse_without_data
+from nanomed.devices import Gpu
+from nanomed.hf import ModelConfig
+from nanomed.metrics import attention_flops, flops_per_token
+from nanomed.model import GPU_CHUNK, Decoder
+from nanomed.stream import open_sources
+
+MODELS = {  # what the models' own config.json say; the hub need not be asked
+    "Qwen/Qwen2.5-7B-Instruct": ModelConfig(
+        152064, 3584, 18944, 28, 28, 4, 128, 1e-6, 1e6, False, qkv_bias=True, max_position_embeddings=32768
+    ),
+    "mistralai/Mistral-7B-Instruct-v0.3": ModelConfig(
+        32768, 4096, 14336, 32, 32, 8, 128, 1e-5, 1e6, False, max_position_embeddings=32768
+    ),
+    "mistralai/Mistral-Small-24B-Instruct-2501": ModelConfig(
+        131072, 5120, 32768, 40, 32, 8, 128, 1e-5, 1e8, False, max_position_embeddings=32768
+    ),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": ModelConfig(
+        49152, 576, 1536, 30, 9, 3, 64, 1e-5, 1e5, True, max_position_embeddings=8192
+    ),
+}
+CORPUS_TOKENS = 5.1e9  # the paper's, one epoch
+SPARE_BYTES = 5e9  # that should stay free
+CONTEXT_BYTES, SLACK = 1.0e9, 0.05  # assumed: CUDA and its libraries; the allocator's gaps, of what comes and goes
+RECOMPUTE = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Regime:
+    """A choice of precisions: bytes a parameter on the GPU."""
+
+    name: str
+    flags: str  # of train.py
+    weights: int
+    gradients: int
+    states: float
+
+
+REGIMES = (  # from the most exact to the leanest
+    Regime("fp32", "--optimizer-states fp32", 4, 4, 8),
+    Regime("bf16 states", "--optimizer-states bf16", 4, 4, 4),
+    Regime("bf16", "--precision pure-bf16 --optimizer-states bf16", 2, 2, 4),
+    Regime(
+        "bf16 + int8", "--precision pure-bf16 --optimizer-states int8", 2, 2, 2 + 8 / 256
+    ),  # a scale for 256 numbers
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be planned: a model, its run, and the GPUs for it."""
+
+    config: Config
+    model: ModelConfig
+    gpu_name: str
+    gpu: Gpu
+    n_gpus: int
+    mfu: float  # assumed, where nothing is computed twice
+    price: float  # dollars for an hour of one GPU
+    n_tokens: float  # of the whole run
+
+    @property
+    def n(self) -> int:
+        """Tokens of a forward pass."""
+        return self.config.seq_len * self.config.micro_batch
+
+    @property
+    def rounds(self) -> int:
+        """Forward passes of a GPU in an optimiser step."""
+        return -(-self.config.batch_tokens // (self.n * self.n_gpus))
+
+    @property
+    def shards(self) -> int:
+        """GPUs that share one copy of weights, gradients and states."""
+        return self.n_gpus // self.config.replicas
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+def activation_bytes(c: ModelConfig, n: int, recompute: str, element: int = 2) -> int:
+    """What the forward pass keeps for the backward, in bytes, without the loss; n tokens of `element` bytes a number.
+
+    A block keeps (D hidden, Q and K all query and key heads, F intermediate; numbers a token):
+        none        4 D (input, sum, two norms) + 2 Q + 2 K (attention's inputs and result) + 3 F (gate, up, product)
+                    and three rows of float32: two norms' 1 / rms, attention's log-sum-exp (that on GPUs only)
+        selective   D (input) + results of the products: 2 D + Q + 2 K + 2 F, and of attention: Q
+        full        D (input)
+    Beside the blocks: the last norm's input, RoPE's angles (4 head_dim bytes), tokens, labels and positions (24).
+    """
+    q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    block = {
+        "none": element * (4 * c.hidden_size + 2 * q + 2 * k + 3 * c.intermediate_size) + 8,
+        "selective": element * (3 * c.hidden_size + 2 * q + 2 * k + 2 * c.intermediate_size),
+        "full": element * c.hidden_size,
+    }[recompute]
+    return n * (c.num_hidden_layers * block + element * c.hidden_size + 4 * c.head_dim + 28)
+
+
+def kept_cast_bytes(c: ModelConfig, regime: Regime, shards: int, recompute: str) -> int:
+    """One GPU, float32 weights, nothing recomputed: autograd keeps the bf16 casts of the blocks' matrices as well."""
+    if shards > 1 or regime.weights == 2 or recompute != "none":
+        return 0
+    return 2 * c.num_hidden_layers * parameters(c)[1]
+
+
+def moments(c: ModelConfig, n: int, regime: Regime, shards: int, recompute: str) -> dict[str, int]:
+    """Bytes needed for a moment beyond weights, gradients, states and activations; the peak is in the largest.
+
+    With H = V D parameters in lm_head, B in a block, and n tokens in bf16:
+        loss            a chunk's logits, dW in float32 (4 H), hidden states and their gradient (2 · 2 n D), and lm_head
+                        in bf16 (2 H) unless it is there in bf16 already
+        head's sum      FSDP only: dW, and the float32 buffer in which the GPUs sum it (8 H); a block gathered ahead (2 B)
+        block backward  what is recomputed, and 2 n F more (SwiGLU's three gradients less the product no longer needed);
+                        FSDP: two blocks gathered, gradients (5 B), the head's buffer still there (4 H); one GPU: casts (2 B)
+    """
+    d, v, block = c.hidden_size, c.vocab_size, parameters(c)[1]
+    one = replace(c, num_hidden_layers=1)
+    again = activation_bytes(one, n, "none") - activation_bytes(one, n, recompute)
+    alone = shards == 1
+    in_bf16 = alone and regime.weights == 2
+    return {
+        "loss": 2 * min(n, GPU_CHUNK) * v + 4 * v * d + 4 * n * d + (0 if in_bf16 else 2 * v * d),
+        "head's sum": 0 if alone else 8 * v * d + 2 * block,
+        "block backward": again
+        + 4 * n * c.intermediate_size
+        + (0 if in_bf16 else 2 * block if alone else 4 * v * d + 5 * block),
+    }
+
+
+def memory(job: Job, regime: Regime, recompute: str) -> dict[str, float]:
+    """Bytes on each GPU by part; their sum is the peak.
+
+    It stands in the second forward and backward pass of a step or a later one, when the gradients of the first are there;
+    where a step has one pass only the sum is an upper bound.
+    """
+    c = job.model
+    n_params = parameters(c)[0]
+    held = {
+        "weights": regime.weights * n_params / job.shards,
+        "gradients": regime.gradients * n_params / job.shards,
+        "optimiser states": regime.states * n_params / job.shards,
+    }
+    passing = {
+        "activations": activation_bytes(c, job.n, recompute) + kept_cast_bytes(c, regime, job.shards, recompute),
+        "moment": max(moments(c, job.n, regime, job.shards, recompute).values()),
+    }
+    return held | passing | {"context and slack": CONTEXT_BYTES + SLACK * sum(passing.values())}
+
+
+def peak(job: Job, regime: Regime, recompute: str) -> float:
+    """Bytes on each GPU at the worst moment."""
+    return sum(memory(job, regime, recompute).values())
+
+
+@functools.cache
+def parameters(c: ModelConfig) -> tuple[int, int]:
+    """(all, of one block)."""
+    with torch.device("meta"):
+        model = Decoder(c)
+    return tuple(sum(p.numel() for p in m.parameters()) for m in (model, model.model.layers[0]))
+
+
+# --- time and money ------------------------------------------------------------------------------------------------
+
+
+def tokens_per_second(job: Job, recompute: str) -> float:
+    """Of all GPUs together: mfu · peak / FLOP a token, the formula of nanomed.metrics with documents as long as windows.
+
+    Shorter documents cost less attention (a window of 4,096 is 6 % of a 7B's FLOP). `full` computes every block twice
+    forward, so a third more: the MFU is 3/4. GPUs that find no window left in a step's last round wait.
+    """
+    with torch.device("meta"):
+        model = Decoder(job.model)
+    flop = flops_per_token(model) + attention_flops(model) * job.config.seq_len
+    mfu = job.mfu * (0.75 if recompute == "full" else 1)
+    busy = job.config.batch_tokens / (job.rounds * job.n * job.n_gpus)
+    return mfu * job.gpu.bf16_flops * job.n_gpus * busy / flop
+
+
+def advice(job: Job) -> str:
+    """The most exact regime that leaves 5 GB free, with the least recomputation it allows; or how many GPUs it takes."""
+    limit = job.gpu.memory_bytes - SPARE_BYTES
+    for regime in REGIMES:
+        for recompute in RECOMPUTE:
+            if (needed := peak(job, regime, recompute)) <= limit:
+                return (
+                    f"{regime.flags} --recompute {recompute}: {needed / 1e9:.1f} of {job.gpu.memory_bytes / 1e9:.1f} GB, "
+                    f"the most exact that leaves {SPARE_BYTES / 1e9:.0f} GB free"
+                )
+    for n_gpus in (2, 4, 8, 16, 32, 64, 128):
+        more = replace(job, n_gpus=n_gpus, config=replace(job.config, replicas=1))
+        if n_gpus > job.n_gpus and peak(more, REGIMES[-1], "full") <= limit:
+            return f"does not fit {job.n_gpus}; the leanest regime with --recompute full fits {n_gpus} {job.gpu_name}"
+    return f"fits no number of {job.gpu_name}: a forward pass of {job.n:,} tokens is too large; lower --micro-batch"
+
+
+# --- what people see -----------------------------------------------------------------------------------------------
+
+
+def report(job: Job) -> str:
+    """The whole answer as text: memory, time and money, advice."""
+    config, gpu_gb = job.config, job.gpu.memory_bytes / 1e9
+    rounds = "one pass" if job.rounds == 1 else f"{job.rounds} passes"
+    lines = [
+        f"{config.init}: {parameters(job.model)[0] / 1e9:.2f} B parameters on {job.n_gpus} x {job.gpu_name} of {gpu_gb:.1f} GB",
+        f"a step: {config.batch_tokens:,} tokens, {rounds} of {job.n:,} on each GPU; {job.shards} GPUs share a copy",
+        "",
+        *memory_table(job),
+        "",
+        f"{'assumed: ' + format(job.mfu, '.0%') + ' of the peak':34}{'tok/s':>14}{'hours':>14}{'dollars':>14}",
+    ]
+    for recompute in RECOMPUTE:
+        tok_s = tokens_per_second(job, recompute)
+        hours = job.n_tokens / tok_s / 3600
+        lines.append(
+            f"{'--recompute ' + recompute:34}{tok_s:14,.0f}{hours:14,.1f}{hours * job.n_gpus * job.price:14,.0f}"
+        )
+    lines += [
+        f"for {job.n_tokens / 1e9:.2f} B tokens at {job.price:g} dollars for a GPU hour; on a GPU: not yet measured",
+        "",
+        f"advice: {advice(job)}",
+    ]
+    return "\n".join(lines)
+
+
+def memory_table(job: Job) -> list[str]:
+    """A column a regime; rows that depend on recomputation once for each mode."""
+
+    def row(label: str, of) -> str:
+        return f"{label:34}" + "".join(f"{of(regime) / 1e9:14.1f}" for regime in REGIMES)
+
+    def modes(label: str, of) -> list[str]:
+        return [row(f"{label}, {mode}", partial(of, mode)) for mode in RECOMPUTE]
+
+    def moment(name: str, mode: str, regime: Regime) -> int:
+        return moments(job.model, job.n, regime, job.shards, mode)[name]
+
+    lines = [f"{'GB on each GPU':34}" + "".join(f"{regime.name:>14}" for regime in REGIMES)]
+    for part in ("weights", "gradients", "optimiser states"):
+        lines.append(row(part, lambda regime, part=part: memory(job, regime, "none")[part]))
+    lines += modes("activations", lambda mode, regime: memory(job, regime, mode)["activations"])
+    lines.append("of these the largest:")
+    lines.append(row("  loss, logits in chunks", partial(moment, "loss", "none")))
+    if job.shards > 1:
+        lines.append(row("  head's gradient summed", partial(moment, "head's sum", "none")))
+    lines += modes("  a block's backward", partial(moment, "block backward"))
+    lines += modes("context and slack (assumed)", lambda mode, regime: memory(job, regime, mode)["context and slack"])
+    for mode in RECOMPUTE:
+        totals = [peak(job, regime, mode) for regime in REGIMES]
+        marks = ["" if t <= job.gpu.memory_bytes - SPARE_BYTES else "!" for t in totals]
+        cells = [f"{t / 1e9:.1f}{mark}" for t, mark in zip(totals, marks, strict=True)]
+        lines.append(f"{'peak, --recompute ' + mode:34}" + "".join(f"{c:>14}" for c in cells))
+    return lines + [f"(!: leaves less than {SPARE_BYTES / 1e9:.0f} of {job.gpu.memory_bytes / 1e9:.1f} GB free)"]
+
+
+# --- the command line ----------------------------------------------------------------------------------------------
+
+
+def parse(argv: list[str]) -> Job:
+    """The planner's own flags, then train.py's. InputError naming the first that cannot be."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nanomed.plan",
+        description=__doc__.splitlines()[0],
+        epilog="Every flag of train.py is taken too: --recipe, --init, --seq-len, --micro-batch, --replicas, ...",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(devices.GPUS)} (default: h100)")
+    parser.add_argument("--gpus", type=int, default=1, help="how many, over all machines (default: 1)")
+    parser.add_argument("--mfu", type=float, default=0.45, help="share of the GPU's peak, assumed (default: 0.45)")
+    parser.add_argument("--price", type=float, default=3.0, help="dollars for a GPU hour, assumed (default: 3)")
+    parser.add_argument("--tokens", type=float, help="of one epoch (default: those of --data, else the paper's 5.1e9)")
+    args, rest = parser.parse_known_args(argv)
+    config = parse_without_data(rest)
+    name, gpu = devices.find(args.gpu)
+    if args.gpus < 1:
+        raise InputError(f"--gpus {args.gpus}: must be at least 1")
+    if args.gpus % config.replicas:
+        raise InputError(f"--replicas {config.replicas}: does not divide --gpus {args.gpus}")
+    for flag in ("mfu", "price", "tokens"):
+        if (value := getattr(args, flag)) is not None and not value > 0:
+            raise InputError(f"--{flag} {value:g}: must be more than 0")
+    if args.mfu > 1:
+        raise InputError(f"--mfu {args.mfu:g}: is a share of the peak, 0.45 for 45 %")
+    tokens = args.tokens or sum(b.n_tokens * share for b, share in open_sources(config.data)) or CORPUS_TOKENS
+    tokens = config.steps * config.batch_tokens if config.steps else tokens * config.epochs
+    model = model_of(config.init)
+    if config.seq_len > (model.max_position_embeddings or config.seq_len):
+        raise InputError(f"--seq-len {config.seq_len}: the model was made for {model.max_position_embeddings}")
+    return Job(config, model, name, gpu, args.gpus, args.mfu, args.price, tokens)
+
+
+def model_of(init: str) -> ModelConfig:
+    """The shape of a known model or of a local folder's; the hub is not asked."""
+    if init in MODELS:
+        return MODELS[init]
+    if not Path(init).is_dir():
+        raise InputError(
+            f"--init {init}: no such folder, and not one of {', '.join(MODELS)}; give one with a config.json"
+        )
+    return hf.model_config(Path(init))
+
+
+def main() -> None:
+    """Print the plan; an input that cannot be is one line and exit status 1."""
+    try:
+        print(report(parse(sys.argv[1:])))
+    except InputError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

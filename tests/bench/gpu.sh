@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# What only a GPU can say, in three parts of under 8 minutes each on one H100 or H200. Needs torch 2.11 or newer; no network.
+#
+#     tests/bench/gpu.sh tests      the tests whose GPU path differs from the CPU's
+#     tests/bench/gpu.sh kernels    the kernels beside eager, torch.compile, Liger, quack and Cut Cross-Entropy
+#     tests/bench/gpu.sh train      Qwen2.5-7B and Mistral-7B, full parameters, beside transformers + Liger
+#
+# A part writes its JSON under OUT (default runs/gpu) after every step, so that a run that is cut off still counts; peers that are
+# not installed are named in it.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+out=${OUT:-runs/gpu}
+mkdir -p "$out"
+python=${PYTHON:-python3}
+limit=(timeout --signal=INT --kill-after=20 470)
+
+# tests.json: what every finished file's report says.
+summary() {
+    "$python" - "$out" <<'PY'
+import glob, json, os, sys
+import xml.etree.ElementTree as xml
+
+import torch
+
+suites = [next(xml.parse(path).iter("testsuite")) for path in sorted(glob.glob(f"{sys.argv[1]}/tests-*.xml"))]
+results = [
+    {"file": case.get("classname"), "test": case.get("name"), "seconds": float(case.get("time")),
+     "result": next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")}
+    for suite in suites for case in suite.iter("testcase")
+]
+gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+with open(f"{sys.argv[1]}/tests.json.tmp", "w") as file:
+    json.dump({"gpu": gpu, "torch": torch.__version__, "tests": results}, file, indent=1)
+os.replace(f"{sys.argv[1]}/tests.json.tmp", f"{sys.argv[1]}/tests.json")
+PY
+}
+
+case ${1:-} in
+    tests)
+        # A file at a time: each file's results are there as soon as it is through.
+        status=0
+        start=$SECONDS
+        for file in attention rms_norm swiglu rope cross_entropy linear_cross_entropy providers gpu; do
+            left=$((470 - SECONDS + start))
+            ((left > 5)) || { echo "out of time before test_$file.py"; status=1; break; }
+            rm -f "$out/tests-$file.xml"
+            timeout --signal=INT --kill-after=20 "$left" "$python" -m pytest "tests/test_$file.py" -q --no-header \
+                --junit-xml "$out/tests-$file.xml" || status=1
+            summary
+        done
+        exit "$status"
+        ;;
+    kernels) "${limit[@]}" "$python" -m nanomed.kernels.bench --quick --out "$out/kernels" ;;
+    train) "${limit[@]}" "$python" tests/bench/train_gpu.py --out "$out/train.json" "${@:2}" ;;
+    *)
+        echo "usage: tests/bench/gpu.sh tests|kernels|train" >&2
+        exit 2
+        ;;
+esac

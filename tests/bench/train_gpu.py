@@ -1,0 +1,275 @@
+"""Full-parameter training of 7B models on one GPU, beside transformers + Liger on the same weights: tokens/s, MFU, memory.
+
+    python tests/bench/train_gpu.py                            Qwen2.5-7B and Mistral-7B, 20 steps a side
+    python tests/bench/train_gpu.py --device cpu --models tiny --steps 4 --states fp32       a dry run, anywhere
+
+Random weights, drawn alike for both sides; bf16 weights and 8-bit AdamW states (ours: nanomed.lowbit's; the peer's: torchao's
+AdamW8bit, stochastic rounding on both sides); windows of 4,096 tokens packed from documents of 700 on average (a mean of
+5.1 B tokens over 7.3 M documents). The peer is `AutoModelForCausalLM` with Liger's kernels, given position_ids that begin anew at every
+document, with flash-attention where that is installed, else SDPA.
+
+Each side of each model runs in a process of its own and reports after every step; OUT is rewritten each time, so that a run which
+is cut off still counts. A side that cannot run (not installed, out of memory) is named with the reason.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import multiprocessing as mp
+import os
+import statistics
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+MODELS = {"qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct", "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.3", "tiny": None}
+LR, CLIP, DECAY, BETAS, MEAN_DOCUMENT = 1e-5, 1.0, 0.1, (0.9, 0.95), 700
+WARM_UP = 3  # steps that are not counted: compilation, the allocator's first blocks
+
+
+def shape_of(name: str):
+    """The ModelConfig of a model of MODELS."""
+    from nanomed.hf import ModelConfig
+    from nanomed.plan import MODELS as SHAPES
+
+    if name == "tiny":
+        return ModelConfig(512, 64, 128, 2, 4, 2, 16, 1e-6, 1e4, False, qkv_bias=True)
+    return SHAPES[MODELS[name]]
+
+
+@torch.no_grad()
+def fill(model: torch.nn.Module) -> None:
+    """Random weights, the same for every model with the same parameter names."""
+    for i, (_, param) in enumerate(sorted(model.named_parameters())):
+        generator = torch.Generator(param.device).manual_seed(i)
+        if param.ndim > 1:
+            param.normal_(0.0, 0.02, generator=generator)
+        else:
+            param.fill_(1.0) if "norm" in _ else param.zero_()
+
+
+def window(n: int, vocab_size: int, seed: int) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
+    """(document lengths, tokens (n,), labels (n,)) of a packed window: labels are -100 at the documents' ends."""
+    rng, lengths = np.random.default_rng(seed), []
+    while sum(lengths) < n:
+        lengths.append(min(max(8, int(rng.exponential(MEAN_DOCUMENT))), n - sum(lengths)))
+    tokens = torch.from_numpy(rng.integers(0, vocab_size, n))
+    labels = tokens.roll(-1)
+    labels[np.cumsum(lengths) - 1] = -100
+    return np.array(lengths), tokens, labels
+
+
+def our_side(c, args):
+    """Our model, its optimiser, and the function that makes the loss of a window."""
+    from nanomed import optim, parallel
+    from nanomed.batches import Batch
+    from nanomed.config import Config
+    from nanomed.kernels.providers import default, kernels
+    from nanomed.model import Decoder
+
+    config = Config(
+        precision="pure-bf16" if args.states != "fp32" else "bf16", optimizer_states=args.states, lr=LR,
+        weight_decay=DECAY, recompute=args.recompute, compile=args.device == "cuda",
+    )  # fmt: skip
+    world = parallel.start(config)
+    with torch.device("meta"):
+        model = Decoder(c, torch.bfloat16, kernels(default()))
+    if args.states != "fp32":
+        model.to(torch.bfloat16)
+    parallel.parallelize(model, config, world)
+    model.to_empty(device=world.device)
+    fill(model)
+    optimizer = optim.make_adamw(model, config)
+    if args.states == "int8" and type(optimizer) is torch.optim.AdamW:
+        raise RuntimeError("this version of nanomed has no 8-bit states")
+
+    def loss_of(lengths, tokens, labels, scale):
+        borders = np.concatenate(([0], np.cumsum(lengths)))
+        positions = torch.from_numpy(np.arange(len(tokens)) - np.repeat(borders[:-1], lengths))
+        padded = np.pad(borders, (0, max(0, 65 - len(borders))), mode="edge").astype(
+            np.int32
+        )  # one shape for all steps
+        batch = Batch(tokens, labels, positions, torch.from_numpy(padded), len(tokens), 0)
+        return model(batch.to(world.device), scale)
+
+    return model, optimizer, loss_of, lambda: optim.clip(model, CLIP)
+
+
+def peer_side(c, args):
+    """The same of transformers, with Liger's kernels on a GPU."""
+    import transformers
+
+    kind = "qwen2" if c.qkv_bias else "mistral"
+    if args.device == "cuda":
+        import liger_kernel.transformers as liger
+
+        getattr(liger, f"apply_liger_kernel_to_{kind}")()
+    fields = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+              "rms_norm_eps tie_word_embeddings").split()  # fmt: skip
+    options = {name: getattr(c, name) for name in fields} | {"max_position_embeddings": 32768, "sliding_window": None}
+    if kind == "qwen2":
+        del options["head_dim"]
+    config = getattr(transformers, f"{kind.capitalize()}Config")(
+        **options, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}
+    )
+    with contextlib.suppress(PackageNotFoundError):
+        args.attention = "flash_attention_2" if version("flash-attn") and args.device == "cuda" else args.attention
+    low = args.states != "fp32"
+    with torch.device(args.device):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16 if low else torch.float32, attn_implementation=args.attention
+        )
+    fill(model.train())
+    if args.recompute != "none":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    known = dict(lr=LR, betas=BETAS, weight_decay=DECAY)
+    if low:
+        from torchao import optim as low_bit
+
+        optimizer = low_bit.AdamW8bit(model.parameters(), **known, bf16_stochastic_round=True)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), **known, fused=True)
+
+    def loss_of(lengths, tokens, labels, scale):
+        positions = torch.cat([torch.arange(n) for n in lengths])
+        ids, labels, positions = (x[None].to(args.device) for x in (tokens, labels, positions))
+        with torch.autocast(args.device, torch.bfloat16, enabled=not low):
+            # num_items_in_batch 1: the loss is a sum, to be scaled as ours is
+            out = model(input_ids=ids, position_ids=positions, labels=labels, shift_labels=labels, use_cache=False,
+                        num_items_in_batch=1)  # fmt: skip
+        return out.loss * scale
+
+    return model, optimizer, loss_of, lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+
+
+def run_side(side: str, name: str, args, pipe) -> None:
+    """In a process of its own: after every step (seconds, loss, Σ len², peak bytes), or the reason why there is none."""
+    try:
+        c, cuda = shape_of(name), args.device == "cuda"
+        model, optimizer, loss_of, clip = {"ours": our_side, "transformers + liger": peer_side}[side](c, args)
+        for step in range(args.steps):
+            windows = [window(args.seq_len, c.vocab_size, step * 1000 + i) for i in range(args.windows)]
+            n_labels = sum(int((labels != -100).sum()) for *_, labels in windows)
+            scale = torch.full((), 1 / n_labels, device=args.device)
+            start, total = time.perf_counter(), torch.zeros((), device=args.device)
+            for one in windows:
+                loss = loss_of(*one, scale)
+                loss.backward()
+                total += loss.detach()
+            clip()
+            optimizer.step()
+            optimizer.zero_grad()
+            value = total.item()  # waits for the device
+            peak = torch.cuda.max_memory_allocated() if cuda else 0
+            len2 = int(sum((lengths.astype(np.int64) ** 2).sum() for lengths, *_ in windows))
+            pipe.send((time.perf_counter() - start, value, len2, peak, torch.cuda.max_memory_reserved() if cuda else 0))
+    except Exception as error:  # out of memory or a missing package is a result, too
+        pipe.send(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
+
+
+def summary(name: str, steps: list[tuple], args) -> dict:
+    """Of the steps so far: medians after the warm-up, MFU by nanomed.metrics' formula, the highest memory."""
+    from nanomed.devices import bf16_peak
+    from nanomed.metrics import attention_flops, flops_per_token
+    from nanomed.model import Decoder
+
+    with torch.device("meta"):
+        model = Decoder(shape_of(name))
+    n = args.seq_len * args.windows
+    peak = bf16_peak(torch.cuda.get_device_name()) if args.device == "cuda" else None
+    counted = steps[WARM_UP:] or steps[-1:]
+    flop_s = [(flops_per_token(model) * n + attention_flops(model) * len2) / s for s, _, len2, *_ in counted]
+    return {
+        "steps": len(steps),
+        "first_step_s": steps[0][0],
+        "step_s": statistics.median(s for s, *_ in counted),
+        "tok_s": n / statistics.median(s for s, *_ in counted),
+        "mfu": statistics.median(flop_s) / peak if peak else None,
+        "peak_allocated_gb": steps[-1][3] / 1e9,
+        "peak_reserved_gb": steps[-1][4] / 1e9,
+        "losses": [loss for _, loss, *_ in steps],
+    }
+
+
+def write(path: Path, result: dict) -> None:
+    """The file with this JSON, or the one that was there."""
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(tmp, path)
+
+
+def measure(side: str, name: str, args, result: dict) -> None:
+    """Run one side of one model and keep its row in result, and result on disk, up to date."""
+    row = {"model": name, "side": side}
+    result["rows"].append(row)
+    context = mp.get_context("spawn")
+    mine, theirs = context.Pipe()
+    process = context.Process(target=run_side, args=(side, name, args, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    steps = []
+    for _ in tqdm(range(args.steps), f"{name}, {side}"):
+        try:
+            answer = mine.recv()
+        except EOFError:
+            process.join()
+            answer = f"the process ended with status {process.exitcode}"
+        if isinstance(answer, str):
+            row["absent"] = answer
+            write(args.out, result)
+            break
+        steps.append(answer)
+        row |= summary(name, steps, args)
+        write(args.out, result)
+    process.join()
+
+
+def versions() -> dict:
+    """Of every package that matters; None where it is not installed."""
+    found = {"torch": torch.__version__}
+    for package in ("triton", "transformers", "liger-kernel", "torchao", "flash-attn"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def main() -> None:
+    """Both sides of every model, then the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["qwen2.5-7b", "mistral-7b"])
+    parser.add_argument("--sides", nargs="+", default=["ours", "transformers + liger"])
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seq-len", type=int, default=4096)
+    parser.add_argument("--windows", type=int, default=2, help="forward and backward passes of a step (default: 2)")
+    parser.add_argument("--states", choices=["int8", "fp32"], default="int8", help="fp32: float32 weights as well")
+    parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
+    parser.add_argument("--attention", default="sdpa", help="the peer's, where flash-attn is not installed")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu/train.json"))
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("error: no GPU here; --device cpu --models tiny --states fp32 is a dry run")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    settings = {k: v for k, v in vars(args).items() if k != "out"}
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu (a dry run: its figures mean nothing)"
+    result = {"device": device, "versions": versions(), "settings": settings, "finished": False, "rows": []}
+    for name in args.models:
+        for side in args.sides:
+            measure(side, name, args, result)
+    write(args.out, result | {"finished": True})
+    for row in result["rows"]:
+        said = row.get("absent") or "{tok_s:,.0f} tok/s, peak {peak_allocated_gb:.1f} GB".format(**row)
+        mfu = f", MFU {row['mfu']:.1%}" if row.get("mfu") else ""
+        print(f"{row['model']:12} {row['side']:22} {said}{mfu}")
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()

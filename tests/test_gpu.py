@@ -1,0 +1,85 @@
+"""What only a GPU can show; conftest.py leaves this file out where there is none, tests/bench/gpu.sh runs it."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from conftest import batch_of, read_losses, run_train
+from nanomed import optim, parallel, weights
+from nanomed.config import Config
+from nanomed.hf import ModelConfig
+from nanomed.kernels import timing
+from nanomed.kernels.providers import TRITON, kernels
+from nanomed.model import Decoder
+from nanomed.parallel import World
+
+SHAPE = ModelConfig(512, 256, 512, 2, 4, 2, 64, 1e-6, 1e4, False, qkv_bias=True)
+GPU = World(0, 0, 1, torch.device("cuda", 0), None)
+CPU = World(0, 0, 1, torch.device("cpu"), None)
+
+
+def three_steps(world: World, config: Config) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of three steps from the same weights on the same documents."""
+    with torch.device("meta"):
+        model = Decoder(SHAPE, config.dtype, kernels(config.kernels))
+    parallel.parallelize(model, config, world)
+    model.to_empty(device=world.device)
+    weights.random_weights(model, 0.1, 0)
+    optimizer, results = optim.make_adamw(model, config), []
+    torch.manual_seed(0)
+    batch = batch_of([torch.randint(0, SHAPE.vocab_size, (n,)) for n in (5, 200, 51)]).to(world.device)
+    for _ in range(3):
+        loss = model(batch, torch.full((), 1 / 253, device=world.device))
+        loss.backward()
+        norm = optim.clip(model, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        results.append((loss.item(), norm.item()))
+    return results
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gpu_trains_as_the_cpu_does(compiled, recompute):
+    base = Config(precision="fp32", kernels="torch", compile=False, lr=1e-3)
+    expected = three_steps(CPU, base)
+    low = dataclasses.replace(base, precision="bf16", kernels="triton", compile=compiled, recompute=recompute)
+    for (loss, norm), (true_loss, true_norm) in zip(three_steps(GPU, low), expected, strict=True):
+        assert loss == pytest.approx(true_loss, rel=0.01)
+        assert norm == pytest.approx(true_norm, rel=0.05)
+
+
+def test_resume_is_bit_identical_with_deterministic(tiny, tmp_path):
+    flags = dict(precision="bf16", compile="False", checkpoint_every=5, val=None)
+    deterministic = ["--deterministic"]
+    whole = run_train(tiny.flags(tmp_path / "whole", steps=10, **flags) + deterministic)
+    assert whole.returncode == 0, whole.stderr
+    again = run_train(tiny.flags(tmp_path / "again", steps=10, **flags) + deterministic)
+    assert again.returncode == 0, again.stderr
+    assert read_losses(tmp_path / "again") == read_losses(tmp_path / "whole")
+
+
+def test_a_forward_and_backward_can_be_captured_in_a_cuda_graph():
+    """Nothing in the model waits for the device or looks at a value: capture raises where something does."""
+    with torch.device("cuda"):
+        model = Decoder(SHAPE, torch.bfloat16, TRITON)
+    weights.random_weights(model, 0.1, 0)
+    batch = batch_of([torch.randint(0, SHAPE.vocab_size, (n,)) for n in (5, 200, 51)]).to(GPU.device)
+    scale = torch.full((), 1 / 253, device=GPU.device)
+
+    def work() -> torch.Tensor:
+        loss = model(batch, scale)
+        loss.backward()
+        return loss
+
+    with timing.own_stream():
+        for _ in range(3):
+            expected = work().item()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            loss = work()
+        graph.replay()
+        torch.cuda.synchronize()
+    assert loss.item() == pytest.approx(expected, rel=1e-3)
