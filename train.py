@@ -4,15 +4,16 @@
     torchrun --nproc-per-node 8 train.py --recipe qwen2.5-7b --data bins/finemed-de --val med=bins/val-med
 
 Stopped by anything at all, the same command goes on from its newest whole checkpoint, on as many ranks as there are.
+On SIGTERM, Ctrl-C or SIGUSR1 it saves one first.
 """
 
 import errno
-import itertools
+import gc
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,13 +21,15 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from nanomed import InputError, batches, hf, optim, parallel, runs, weights
+from nanomed import InputError, batches, guard, hf, optim, parallel, runs, weights
 from nanomed.batches import Batch, Shape
 from nanomed.bins import tokenizer_sha256
 from nanomed.checkpoint import Checkpointer
 from nanomed.config import MINIATURE, Config, parse
+from nanomed.guard import Guard, Stopped, StopSignal
+from nanomed.hf import ModelConfig
 from nanomed.kernels.providers import kernels
-from nanomed.metrics import Metrics, attention_flops, flops_per_token, peak_flops
+from nanomed.metrics import Metrics, print_start
 from nanomed.model import Decoder
 from nanomed.parallel import World, print0
 from nanomed.plot import plot_curves
@@ -35,17 +38,8 @@ from nanomed.stream import Stream, open_sources
 
 def train(config: Config, world: World) -> None:
     """One run, from the command line's config to RUN/hf. InputError where it cannot be; then nothing was trained."""
-    out = Path(config.out)
-
-    # --- what goes in: model files, training and validation bins
-    source = get_source(config, world)
-    model_config = hf.model_config(source)
-    if config.seq_len > (model_config.max_position_embeddings or config.seq_len):
-        raise InputError(f"--seq-len {config.seq_len}: the model was made for {model_config.max_position_embeddings}")
-    stream, vals = open_data(config, source, model_config.vocab_size)
-    windows = config.batch_tokens // config.seq_len  # of one step
-    n_steps = count_steps(config, stream)
-    shape = batch_shape(config, stream, vals, n_steps * windows)
+    out, windows = Path(config.out), config.batch_tokens // config.seq_len  # of one step
+    source, model_config, stream, vals, shape, n_steps = open_inputs(config, world)
     identity = runs.data_identity(stream, vals)
     runs.check_run(out, config, identity)
     if runs.is_finished(out):
@@ -58,8 +52,8 @@ def train(config: Config, world: World) -> None:
     claim_folder(out, config, identity, world)
     mesh = parallel.parallelize(model, config, world)
     model.to_empty(device=world.device)
-    optimizer = optim.make_adamw(model, config)
-    checkpoints = Checkpointer(out / "checkpoints", config.keep, model, optimizer, world)
+    optimizer, watch = optim.make_adamw(model, config), Guard(world.device)
+    checkpoints = Checkpointer(out / "checkpoints", config.keep, model, optimizer, watch, world)
     step = first_step = checkpoints.resume()
     if step == 0 and has_weights:
         weights.load_weights(model, source)
@@ -70,43 +64,51 @@ def train(config: Config, world: World) -> None:
 
     # --- the loop
     print_start(config, world, model, stream, vals, n_steps)
-    metrics = Metrics(out, config, world, model, step, n_steps)
-    loader = batches.Prefetch(
-        batch.pinned() if world.device.type == "cuda" else batch
-        for s in range(step, n_steps)
-        for batch in batches.train_batches(stream, shape, s, windows, world.rank, world.size)
-    )
+    metrics = Metrics(out, config, world, model, stream, step, n_steps)
+    loader = batches.prefetch(stream, shape, range(step, n_steps), windows, world.rank, world.size)
     n_micro = -(-windows // (config.micro_batch * world.size))
-    if step == 0:  # also the smoke test: what is wrong with data or weights shows before a step is spent
-        metrics.validation(0, validate(model, vals, shape, world))
-    metrics.restart_clock()
-    while step < n_steps:
-        torch.manual_seed(config.seed + step * world.size + world.rank)  # so no random state needs saving
-        n_labels = batches.n_labels(stream, config.seq_len, step, windows)
-        loss, len2 = add_gradients(model, itertools.islice(loader, n_micro), n_labels, world)
-        grad_norm = optim.clip(model, config.clip_norm)
-        lr = optim.lr_at(step, n_steps, config)
-        optim.set_lr(optimizer, lr)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        metrics.add(step, lr, loss, grad_norm, len2)
-        checkpoints.poll()
-        evaluate, save, log = (
-            step == n_steps or step % every == 0
-            for every in (config.eval_every, config.checkpoint_every, config.log_every)
-        )
-        if evaluate or save or log:
-            metrics.flush(loader.wait_s)
-            if evaluate:
-                metrics.validation(step, validate(model, vals, shape, world))
-            if save:
-                checkpoints.save(step)
-            metrics.restart_clock()
-        if step == first_step + 1 and mesh is not None and world.device.type == "cuda":
-            parallel.shorten_timeouts(mesh)
-    loader.close()
-    metrics.close()
+    stop = StopSignal(world)
+    parallel.collect_by_hand(True)
+    try:
+        # Step 0 is also the smoke test: what is wrong with data or weights shows before a step is spent.
+        if not metrics.validated and any(due(step, n_steps, config.eval_every)):
+            metrics.validation(step, validate(model, vals, shape, world, stop))
+        metrics.restart_clock()
+        while step < n_steps:
+            torch.manual_seed(config.seed + step * world.size + world.rank)  # so no random state needs saving
+            n_labels = batches.n_labels(stream, config.seq_len, step, windows)
+            loss, len2 = add_gradients(model, loader, n_micro, n_labels, world, stop)
+            grad_norm = optim.clip(model, config.clip_norm)
+            lr = optim.lr_at(step, n_steps, config)
+            optim.set_lr(optimizer, lr)
+            verdict = watch.judge(loss, grad_norm)
+            guard.step(optimizer, verdict[0])
+            optimizer.zero_grad()
+            step += 1
+            metrics.add(step, lr, loss, grad_norm, verdict, len2)
+            checkpoints.poll()
+            evaluate, save, log = due(step, n_steps, config.eval_every, config.checkpoint_every, config.log_every)
+            if evaluate or save or log:
+                metrics.flush(loader.wait_s)
+                watch.check(step)
+                gc.collect()
+                if evaluate:
+                    metrics.validation(step, validate(model, vals, shape, world, stop))
+                if save:
+                    checkpoints.save(step)
+                metrics.restart_clock()
+            if step == first_step + 1 and mesh is not None and world.device.type == "cuda":
+                parallel.shorten_timeouts(mesh)
+    except Stopped as signal:  # between two micro-batches: the step they belong to will be made again
+        metrics.flush(loader.wait_s)
+        parallel.reshard(model)
+        checkpoints.ensure(step)
+        return print0(f"stopped by {signal} after step {step}; the same command goes on from there")
+    finally:
+        loader.close()
+        metrics.close()
+        stop.close()
+        parallel.collect_by_hand(False)
 
     # --- what comes out
     checkpoints.wait()
@@ -114,6 +116,23 @@ def train(config: Config, world: World) -> None:
         print0(f"curves: {plot_curves(out)}")
     weights.export(model, source, out / "hf", world)
     print0(f"model:  {out / 'hf'}")
+
+
+def open_inputs(config: Config, world: World) -> tuple[Path, ModelConfig, Stream, dict[str, Stream], Shape, int]:
+    """What goes in: folder and config of the model, training and validation sets, shape of the batches, number of steps."""
+    source = get_source(config, world)
+    model_config = hf.model_config(source)
+    if config.seq_len > (model_config.max_position_embeddings or config.seq_len):
+        raise InputError(f"--seq-len {config.seq_len}: the model was made for {model_config.max_position_embeddings}")
+    stream, vals = open_data(config, source, model_config.vocab_size)
+    n_steps = count_steps(config, stream)
+    shape = batch_shape(config, stream, vals, n_steps * config.batch_tokens // config.seq_len)
+    return source, model_config, stream, vals, shape, n_steps
+
+
+def due(step: int, n_steps: int, *everies: int) -> list[bool]:
+    """What happens every so many steps: does it after this one? After the last, everything does."""
+    return [step == n_steps or step % every == 0 for every in everies]
 
 
 def claim_folder(out: Path, config: Config, identity: dict, world: World) -> None:
@@ -126,19 +145,26 @@ def claim_folder(out: Path, config: Config, identity: dict, world: World) -> Non
         raise InputError(f"--out {out}: not the same folder on all machines; checkpoints need one that all of them see")
 
 
-def add_gradients(model: Decoder, micro_batches: Iterable[Batch], n_labels: int, world: World) -> tuple[Tensor, int]:
-    """Forward and backward of a step's micro-batches; this rank's part of the loss, () on its device, and of Σ len².
+def add_gradients(
+    model: Decoder, micro_batches: Iterator[Batch], n_micro: int, n_labels: int, world: World, stop: StopSignal
+) -> tuple[Tensor, int]:
+    """Forward and backward of a step's micro-batches; the step's loss, () on the device, and this rank's Σ len².
 
     The loss is the mean over the labelled tokens of all ranks and micro-batches together: a mean of means would weigh a
     token by the company it is in.
     """
     scale = torch.full((), 1 / max(1, n_labels), device=world.device)
     loss, len2 = torch.zeros((), device=world.device), 0
-    for batch in micro_batches:
+    for micro in range(n_micro):
+        stop.poll()
+        parallel.all_reduce_gradients(model, micro == n_micro - 1)
+        batch = next(micro_batches)
         micro_loss = model(batch.to(world.device), scale)
         micro_loss.backward()
         loss += micro_loss.detach()
         len2 += batch.sum_squared_lens
+    loss = loss.double()
+    dist.all_reduce(loss)
     return loss, len2
 
 
@@ -201,7 +227,7 @@ def batch_shape(config: Config, stream: Stream, vals: dict[str, Stream], n_windo
 
 
 @torch.no_grad()
-def validate(model: Decoder, vals: dict[str, Stream], shape: Shape, world: World) -> dict[str, float]:
+def validate(model: Decoder, vals: dict[str, Stream], shape: Shape, world: World, stop: StopSignal) -> dict[str, float]:
     """Mean loss in nats a token and bits per byte of every validation set, read whole.
 
     Bits per byte = Σ NLL over every token but each document's first / (ln 2 · bytes of the texts): unlike the loss it
@@ -214,36 +240,13 @@ def validate(model: Decoder, vals: dict[str, Stream], shape: Shape, world: World
         rounds = batches.val_batches(stream, shape, world.rank, world.size)
         total = batches.val_rounds(stream, shape, world.size)
         for batch in tqdm(rounds, f"val {name}", total, leave=False, delay=3, disable=not world.first()):
+            stop.poll()
             nll += model(batch.to(world.device), one)
         dist.all_reduce(nll)
         results[f"val_{name}_loss"] = nll.item() / max(1, stream.start_of(1) - len(stream.lengths))
         results[f"val_{name}_bpb"] = nll.item() / (math.log(2) * stream.bins[0].n_bytes)
     parallel.reshard(model)
     return results
-
-
-def print_start(config: Config, world: World, model: Decoder, stream: Stream, vals: dict, n_steps: int) -> None:
-    """What is about to happen, and the formula behind the figures of the progress bar."""
-    n_params = sum(p.numel() for p in model.parameters())
-    epoch, total = stream.start_of(1), n_steps * config.batch_tokens
-    peak = peak_flops(world.device, config.precision)
-    print0(f"model   {config.init}: {n_params / 1e6:,.1f} M parameters, {config.precision}")
-    print0(
-        f"data    {len(stream.lengths):,} documents, {epoch:,} tokens an epoch; validation: {', '.join(vals) or 'none'}"
-    )
-    print0(
-        f"run     {n_steps:,} steps x {config.batch_tokens:,} tokens = {total / epoch:.2f} epochs, "
-        f"windows of {config.seq_len}"
-    )
-    if config.steps is None:
-        print0(f"        the last {stream.start_of(config.epochs) - total:,} tokens fill no step and are dropped")
-    print0(
-        f"device  {world.size} x {world.device.type}, {config.micro_batch} windows in a forward pass, {config.kernels} kernels"
-    )
-    print0(
-        f"FLOPs   {flops_per_token(model):,} a token (6 x parameters in matrix products) + {attention_flops(model):,} x "
-        f"squared document lengths; MFU over {f'{peak / 1e12:.0f} TFLOP/s (dense bf16)' if peak else 'n/a: peak unknown here'}"
-    )
 
 
 def main() -> None:

@@ -124,6 +124,22 @@ def n_labels(stream: Stream, seq_len: int, step: int, windows: int) -> int:
     return stop - start - stream.ends(start, stop)
 
 
+def documents(stream: Stream, seq_len: int, step: int, windows: int) -> dict[str, list[int]]:
+    """Which documents have a part in a step: their numbers in the bins, by the bins' folder, in ascending order."""
+    found = {doc for doc, _, _ in stream.pieces(step * windows * seq_len, (step + 1) * windows * seq_len)}
+    numbers = {}
+    for doc in sorted(found):
+        folder, number = origin(stream, doc)
+        numbers.setdefault(folder, []).append(number)
+    return numbers
+
+
+def origin(stream: Stream, doc: int) -> tuple[str, int]:
+    """The folder of the bins that a document of the stream comes from, and its number in them."""
+    source = int(np.searchsorted(stream.first_doc, doc, "right")) - 1
+    return str(stream.bins[source].folder), int(doc - stream.first_doc[source])
+
+
 def val_rounds(stream: Stream, shape: Shape, world: int) -> int:
     """Batches of every rank in one pass over a validation set; the last round is padded."""
     return -(-stream.start_of(1) // (shape.seq_len * shape.micro_batch * world))
@@ -178,6 +194,15 @@ class Prefetch:
         self._thread.join()
 
 
+def prefetch(stream: Stream, shape: Shape, steps: range, windows: int, rank: int, world: int) -> Prefetch:
+    """One rank's batches of the steps, packed in a thread; in page-locked memory where there is a GPU to copy it."""
+    return Prefetch(
+        batch.pinned() if torch.cuda.is_available() else batch
+        for step in steps
+        for batch in train_batches(stream, shape, step, windows, rank, world)
+    )
+
+
 # --- which text made this step? ------------------------------------------------------------------------------------
 
 
@@ -190,9 +215,8 @@ def show(run: Path, step: int) -> None:
     for w in range((step - 1) * windows, step * windows):
         print(f"=== step {step}, window {w}: tokens [{w * length:,}, {(w + 1) * length:,}) of the stream")
         for doc, a, b in stream.pieces(w * length, (w + 1) * length):
-            source = int(np.searchsorted(stream.first_doc, doc, "right")) - 1
-            origin = f"{stream.bins[source].folder} document {doc - stream.first_doc[source]}"
-            print(f"--- {origin}, tokens [{a:,}, {b:,}) of {stream.lengths[doc]:,}")
+            folder, number = origin(stream, doc)
+            print(f"--- {folder} document {number}, tokens [{a:,}, {b:,}) of {stream.lengths[doc]:,}")
             print(tokenizer.decode(stream.read(doc, a, b).tolist(), skip_special_tokens=False))
 
 

@@ -5,23 +5,32 @@ checkpoint write every rank's own rows to disk. When all ranks have finished and
 folder with DONE counts; older ones are removed only after it. So a kill at any moment costs the steps since the newest
 DONE and nothing else. The rows are re-cut on loading: any number of ranks may go on.
 
+DONE lists the SHA-256 of every file, which each rank takes of its own ones, beside the training (a second for 1 to 2
+GB): torch would load a flipped bit without a word. A checkpoint that is damaged is passed over for the one before. A
+model with a NaN in it is not saved, and what is not saved rotates nothing out.
+
 A checkpoint holds no data position beyond the step (nanomed.batches: the data is a function of it), no schedule
-(nanomed.optim: so is the learning rate) and no random state: train.py seeds every step from (seed, step).
+(nanomed.optim: so is the learning rate) and no random state: train.py seeds every step from (seed, step). It does hold
+the guard's window: which steps are skipped depends on it.
 """
 
+import hashlib
 import json
+import math
 import os
 import shutil
 import threading
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from nanomed import InputError
+from nanomed.guard import Guard
 from nanomed.parallel import SLOW_TIMEOUT, World, print0
 
 
@@ -44,49 +53,115 @@ def whole(folder: Path) -> list[tuple[int, Path]]:
 class Checkpointer:
     """The checkpoints of one run and the state that goes into them."""
 
-    def __init__(self, folder: Path, keep: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, world: World):
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        guard: Guard,
+        world: World,
+    ):
         self.folder, self.keep, self.world = folder, keep, world
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizer, self.guard = model, optimizer, guard
+        self.step = 0  # of the newest that was loaded or begun
         # Its own group: the writing threads must not mix their messages with the training's.
         self._group = dist.new_group(backend="gloo", timeout=SLOW_TIMEOUT)
         self._pending: tuple[Path, Future] | None = None
+        self._sealer = ThreadPoolExecutor(1)
 
     def _state(self) -> dict:
         """Everything that is saved, by parameter name; tensors share the live memory."""
         params = dict(self.model.named_parameters())
-        state = {"model": {name: p.data for name, p in params.items()}}
+        state = {"model": {name: p.data for name, p in params.items()}, "guard": self.guard.state()}
         for key in ("step", "exp_avg", "exp_avg_sq"):
             state[key] = {name: self.optimizer.state[p][key] for name, p in params.items()}
         return state
 
     def resume(self) -> int:
-        """Load the newest whole checkpoint into model and optimiser. Its step, 0 where there is none."""
-        newest = [whole(self.folder)[-1:] if self.world.first() else None]
-        dist.broadcast_object_list(
-            newest, src=0, group=self._group
-        )  # one view of a folder that machines may see unequally
-        if not newest[0]:
-            return 0
-        step, path = newest[0][0]
-        try:
-            dcp.load(self._state(), checkpoint_id=path, process_group=self._group)
-        except (CheckpointException, OSError, ValueError, RuntimeError) as error:
+        """Load the newest checkpoint that is whole and sound into model, optimiser and guard. Its step, 0 if none exists.
+
+        InputError where there are some and none can be read: starting over would throw the run away.
+        """
+        found = [whole(self.folder) if self.world.first() else None]
+        # One view of a folder that machines may see unequally.
+        dist.broadcast_object_list(found, src=0, group=self._group)
+        damaged = []
+        for step, path in reversed(found[0]):
+            reason = self._agreed(self._verify, path) or self._agreed(self._load, path)
+            if reason is None:
+                if self.world.first():
+                    for bad in damaged:  # no longer counted among the newest K, nor ever tried again
+                        (bad / "DONE").unlink(missing_ok=True)
+                print0(f"resuming from {path}")
+                self.step = step
+                return step
+            print0(f"{path}: cannot be read ({reason}); trying the checkpoint before")
+            damaged.append(path)
+        if damaged:
             raise InputError(
-                f"{path}: cannot be read ({_reason(error)}); remove the folder to go on from the checkpoint before"
-            ) from error
-        print0(f"resuming from {path}")
-        return step
+                f"{self.folder}: none of its {len(damaged)} checkpoints can be read ({reason}); remove it to start over"
+            )
+        return 0
+
+    def _agreed(self, attempt, path: Path) -> str | None:
+        """attempt(path) on all ranks; the first rank's reason why it failed, the same everywhere, None if on none."""
+        reason = None
+        try:
+            attempt(path)
+        except (CheckpointException, OSError, ValueError, RuntimeError) as error:
+            reason = _reason(error)
+        reasons = [None] * self.world.size
+        dist.all_gather_object(reasons, reason, group=self._group)
+        return next(filter(None, reasons), None)
+
+    def _verify(self, path: Path) -> None:
+        """ValueError if a file is not the one that was written; each rank looks at its share of them."""
+        digests = json.loads((path / "DONE").read_text() or "{}")
+        for name in sorted(digests)[self.world.rank :: self.world.size]:
+            if _sha256(path / name) != digests[name]:
+                raise ValueError(f"{name} is not what was written")
+
+    def _load(self, path: Path) -> None:
+        dcp.load(self._state(), checkpoint_id=path, process_group=self._group)
 
     def save(self, step: int) -> None:
-        """Start writing step's checkpoint; training may go on at once. Waits first for one still being written."""
+        """Start writing step's checkpoint; training may go on at once. Waits first for one still being written.
+
+        InputError if the model holds a NaN or an infinity: nothing is written then, nothing removed.
+        """
         self.wait()
         path = self.folder / f"step-{step:08}"
+        if not self._is_finite():
+            newest = [p.name for _, p in whole(self.folder)[-1:]]
+            raise InputError(
+                f"step {step}: the model is not finite and was not saved; the newest sound checkpoint is "
+                f"{newest[0] if newest else 'none'}, the same command goes on from it"
+            )
         if self.world.first():
             shutil.rmtree(path, ignore_errors=True)  # a broken attempt of this step
             path.mkdir(parents=True)
             write_durably(path / "state.json", json.dumps({"step": step}))
         dist.barrier(group=self._group)
-        self._pending = path, dcp.async_save(self._state(), checkpoint_id=path, process_group=self._group)
+        written = dcp.async_save(self._state(), checkpoint_id=path, process_group=self._group)
+        self._pending = path, self._sealer.submit(self._digests, path, written)
+        self.step = step
+
+    def _is_finite(self) -> bool:
+        """Are all weights numbers, on every rank? A maximum norm is NaN if one of them is, and needs no memory."""
+        shards = [p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters()]
+        worst = torch.stack([torch.linalg.vector_norm(s.detach(), math.inf) for s in shards if s.numel()]).isfinite()
+        sound = worst.all().cpu().int()
+        dist.all_reduce(sound, dist.ReduceOp.MIN, group=self._group)
+        return bool(sound)
+
+    def _digests(self, path: Path, written: Future) -> dict[str, str]:
+        """In the sealing thread: when all has been written, every file's SHA-256, known to every rank."""
+        written.result()
+        mine = [*path.glob(f"__{self.world.rank}_*"), *([path / ".metadata"] if self.world.first() else [])]
+        everyone = [None] * self.world.size
+        dist.all_gather_object(everyone, {file.name: _sha256(file) for file in mine}, group=self._group)
+        return {name: digest for digests in everyone for name, digest in digests.items()}
 
     def poll(self) -> None:
         """Mark the checkpoint in flight DONE if it has become whole. InputError if it could not be written."""
@@ -99,9 +174,9 @@ class Checkpointer:
             return
         (path, future), self._pending = self._pending, None
         try:
-            future.result()
+            digests = future.result()
             if self.world.first():
-                write_durably(path / "DONE", "")
+                write_durably(path / "DONE", json.dumps(digests, indent=1))
         except (CheckpointException, OSError, RuntimeError) as error:
             free_gb = shutil.disk_usage(self.folder).free / 1e9  # on a full disk torch may only say "unexpected pos"
             if self.world.first():
@@ -113,6 +188,12 @@ class Checkpointer:
         if self.world.first():
             self._prune()
 
+    def ensure(self, step: int) -> None:
+        """Block until the checkpoint of step is on disk, which is saved now if it was not before."""
+        if step > self.step:
+            self.save(step)
+        self.wait()
+
     def _prune(self) -> None:
         keep = {path for _, path in whole(self.folder)[-self.keep :]}
         for path in self.folder.glob("step-*"):
@@ -122,6 +203,11 @@ class Checkpointer:
                 )  # first, so that a kill half-way leaves nothing that looks whole
                 # In a thread: removing 100 GB takes a while, and the other ranks already wait in the next step.
                 threading.Thread(target=shutil.rmtree, args=(path,), kwargs={"ignore_errors": True}).start()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _reason(error: Exception) -> str:

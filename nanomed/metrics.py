@@ -1,8 +1,9 @@
 """What a run says about itself: metrics.jsonl, the progress bar, and model FLOPs.
 
-metrics.jsonl is the source of truth, one JSON object a line: after every step its loss, gradient norm, learning rate
-and speed; at every evaluation `val_NAME_loss` and `val_NAME_bpb`. Values stay on the device until a log step fetches
-those of all steps since the last in one go: reading a number off a GPU makes the CPU wait for it.
+metrics.jsonl is the source of truth, one JSON object a line: after every step its loss, gradient norm, learning rate,
+speed and whether the guard skipped it (then a further line says why and names its documents); at every evaluation
+`val_NAME_loss` and `val_NAME_bpb`. What is not finite is null. Values stay on the device until a log step fetches those
+of all steps since the last in one go: reading a number off a GPU makes the CPU wait for it.
 
 FLOPs count what the model needs, not what the hardware did: 6 · parameters in matrix products · tokens (lm_head
 included, the embedding look-up not) + 6 · layers · heads · head_dim · Σ len² over the document pieces as they really
@@ -11,6 +12,7 @@ peak.
 """
 
 import json
+import math
 import os
 import resource
 import sys
@@ -22,11 +24,14 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from nanomed import batches
 from nanomed.checkpoint import write_durably
 from nanomed.config import Config
 from nanomed.devices import bf16_peak
+from nanomed.guard import reason
 from nanomed.model import Decoder
-from nanomed.parallel import World
+from nanomed.parallel import World, print0
+from nanomed.stream import Stream
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
@@ -52,45 +57,78 @@ def attention_flops(model: Decoder) -> int:
     return 6 * c.num_hidden_layers * c.num_attention_heads * c.head_dim
 
 
+def print_start(config: Config, world: World, model: Decoder, stream: Stream, vals: dict, n_steps: int) -> None:
+    """What is about to happen, and the formula behind the figures of the progress bar."""
+    n_params = sum(p.numel() for p in model.parameters())
+    epoch, total = stream.start_of(1), n_steps * config.batch_tokens
+    peak = peak_flops(world.device, config.precision)
+    print0(f"model   {config.init}: {n_params / 1e6:,.1f} M parameters, {config.precision}")
+    print0(
+        f"data    {len(stream.lengths):,} documents, {epoch:,} tokens an epoch; validation: {', '.join(vals) or 'none'}"
+    )
+    print0(
+        f"run     {n_steps:,} steps x {config.batch_tokens:,} tokens = {total / epoch:.2f} epochs, "
+        f"windows of {config.seq_len}"
+    )
+    if config.steps is None:
+        print0(f"        the last {stream.start_of(config.epochs) - total:,} tokens fill no step and are dropped")
+    print0(
+        f"device  {world.size} x {world.device.type}, {config.micro_batch} windows in a forward pass, {config.kernels} kernels"
+    )
+    print0(
+        f"FLOPs   {flops_per_token(model):,} a token (6 x parameters in matrix products) + {attention_flops(model):,} x "
+        f"squared document lengths; MFU over {f'{peak / 1e12:.0f} TFLOP/s (dense bf16)' if peak else 'n/a: peak unknown here'}"
+    )
+
+
 class Metrics:
     """Collects the steps of a run and writes them out; only rank 0 has a file and a bar."""
 
-    def __init__(self, out: Path, config: Config, world: World, model: Decoder, step: int, n_steps: int):
-        self.config, self.world, self.path = config, world, out / "metrics.jsonl"
+    def __init__(
+        self, out: Path, config: Config, world: World, model: Decoder, stream: Stream | None, step: int, n_steps: int
+    ):
+        self.config, self.world, self.path, self.run = config, world, out / "metrics.jsonl", out
+        self.stream = stream  # to name a skipped step's documents
         self.per_token, self.per_len2 = flops_per_token(model), attention_flops(model)
         self.peak = peak_flops(world.device, config.precision)
         self._rows, self._values, self._len2 = [], [], 0
         self._start, self._wait_s = time.perf_counter(), 0.0
         self.bar = tqdm(total=n_steps, initial=step, unit="step", disable=not world.first(), dynamic_ncols=True)
         self._sinks = _sinks(out, config) if world.first() else []
-        if world.first():
-            self._keep_until(step)
+        validated = [self._keep_until(step) if world.first() else None]
+        dist.broadcast_object_list(validated, src=0, group=world.slow)
+        self.validated: bool = validated[0]  # are the validation figures of this first step there already?
 
-    def _keep_until(self, step: int) -> None:
-        """Cut metrics.jsonl back to the step from which the run goes on (0: anew); a torn last line goes too."""
+    def _keep_until(self, step: int) -> bool:
+        """Cut metrics.jsonl back to the step from which the run goes on (0: anew); a torn last line goes too.
+
+        Has that step been validated? Not if the run was stopped in the middle of it.
+        """
         rows = []
         for line in self.path.read_text().splitlines() if self.path.exists() else ():
             try:
                 rows.append(json.loads(line))
             except ValueError:
                 break
-        write_durably(self.path, "".join(json.dumps(r) + "\n" for r in rows if step and r["step"] <= step))
+        rows = [r for r in rows if step and r["step"] <= step]
+        write_durably(self.path, "".join(json.dumps(r) + "\n" for r in rows))
+        return any(r["step"] == step and any(key.startswith("val_") for key in r) for r in rows)
 
-    def add(self, step: int, lr: float, loss: Tensor, grad_norm: Tensor, len2: int) -> None:
-        """Note a finished step. loss () is this rank's part of the sum and stays on its device; len2 its Σ len²."""
+    def add(self, step: int, lr: float, loss: Tensor, grad_norm: Tensor, verdict: tuple[Tensor, Tensor], len2: int):
+        """Note a finished step. loss, grad_norm () and the guard's verdict are those of all ranks and stay on the
+        device; len2 is this rank's Σ len²."""
+        skip, limits = verdict
         self._rows.append({"step": step, "tokens": step * self.config.batch_tokens, "lr": lr})
-        self._values += [loss, grad_norm / self.world.size]
+        self._values.append(torch.cat((torch.stack((loss.double(), grad_norm.double(), skip.double())), limits)))
         self._len2 += len2
 
     def flush(self, wait_s: float) -> None:
         """Write all steps noted since the last flush. wait_s: seconds in total that steps have waited for data."""
         if not self._rows:
             return
-        values = torch.stack(
-            [v.double() for v in self._values] + [torch.tensor(float(self._len2)).double().to(self.world.device)]
-        )
-        dist.all_reduce(values)
-        *values, len2 = values.tolist()
+        all_len2 = torch.tensor(float(self._len2), dtype=torch.float64, device=self.world.device)
+        dist.all_reduce(all_len2)
+        values, len2 = torch.stack(self._values).tolist(), all_len2.item()
         seconds = time.perf_counter() - self._start
         tokens = len(self._rows) * self.config.batch_tokens
         flop_s = (self.per_token * tokens + self.per_len2 * len2) / seconds / self.world.size
@@ -100,10 +138,15 @@ class Metrics:
             "data_wait": (wait_s - self._wait_s) / seconds,
             "memory_gb": _peak_memory_bytes(self.world.device) / 1e9,
         }
-        for row, loss, grad_norm in zip(self._rows, values[0::2], values[1::2], strict=True):
-            row |= {"loss": loss, "grad_norm": grad_norm, **speed}
+        skipped = []
+        for row, (loss, grad_norm, skip, *limits) in zip(self._rows, values, strict=True):
+            row |= {"loss": _or_none(loss), "grad_norm": _or_none(grad_norm), "skipped": bool(skip), **speed}
+            if skip:
+                skipped.append((row["step"], reason(row, limits)))
         self._write(self._rows)
         self._show(self._rows[-1], flop_s)
+        for step, why in skipped if self.world.first() else ():
+            self._explain(step, why)
         self._rows, self._values, self._len2, self._wait_s = [], [], 0, wait_s
 
     def restart_clock(self) -> None:
@@ -116,6 +159,21 @@ class Metrics:
             self._write([{"step": step, "tokens": step * self.config.batch_tokens, **results}])
             shown = "  ".join(f"{k.removeprefix('val_')} {v:.4f}" for k, v in results.items())
             self.bar.write(f"step {step:>6}  {shown}", file=sys.stderr)
+
+    def _explain(self, step: int, why: str) -> None:
+        """Say above the bar that the guard skipped a step, and why; its documents go to the file in full."""
+        seq_len, tokens = self.config.seq_len, self.config.batch_tokens
+        documents = batches.documents(self.stream, seq_len, step - 1, tokens // seq_len)
+        self._write([{"step": step, "tokens": step * self.config.batch_tokens, "why": why, "documents": documents}])
+        some = "; ".join(
+            f"{folder} {', '.join(map(str, numbers[:5]))}{f' and {len(numbers) - 5} more' if numbers[5:] else ''}"
+            for folder, numbers in documents.items()
+        )
+        self.bar.write(
+            f"step {step:>6}  skipped: {why}; its documents: {some}; their text: "
+            f"python -m nanomed.batches show --run {self.run} --step {step}",
+            file=sys.stderr,
+        )
 
     def _write(self, rows: list[dict]) -> None:
         if not self.world.first():
@@ -130,8 +188,9 @@ class Metrics:
 
     def _show(self, row: dict, flop_s: float) -> None:
         mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}"
+        loss, norm = (math.nan if row[key] is None else row[key] for key in ("loss", "grad_norm"))
         self.bar.set_postfix_str(
-            f"loss {row['loss']:.4f}, norm {row['grad_norm']:.2f}, lr {row['lr']:.1e}, {row['tok_s']:,.0f} tok/s, "
+            f"loss {loss:.4f}, norm {norm:.2f}, lr {row['lr']:.1e}, {row['tok_s']:,.0f} tok/s, "
             f"{flop_s / 1e12:.2f} TFLOP/s, mfu {mfu}, {row['memory_gb']:.1f} GB, data wait {row['data_wait']:.1%}",
             refresh=False,
         )
@@ -140,6 +199,11 @@ class Metrics:
     def close(self) -> None:
         """Finish the bar."""
         self.bar.close()
+
+
+def _or_none(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

@@ -6,10 +6,13 @@ Face's throughout.
 
 FSDP2 cuts every parameter by rows over all ranks. A block is gathered in bf16 just before it runs and freed after;
 its gradient is summed in float32 to the ranks that own the rows. Per rank: 16 bytes · parameters / ranks for weights,
-gradients and AdamW's means, and two gathered blocks. One process alone goes without FSDP: there is nothing to shard
-and its copies cost time.
+gradients and AdamW's means, and two gathered blocks. While one block computes, the next one is gathered: forward we
+name it, so that the request leaves before this block's kernels are queued; backward FSDP knows it, the order reversed.
+With replicas (HSDP) a step's micro-batches sum within their group only; the last one's sum crosses the groups. One
+process alone goes without FSDP: there is nothing to shard and its copies cost time.
 """
 
+import gc
 import os
 import shutil
 import sys
@@ -17,6 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -108,7 +112,16 @@ def parallelize(model: Decoder, config: Config, world: World) -> DeviceMesh | No
         ):  # the loss is already divided by the tokens of all ranks: sum, do not average
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    stack = [*([] if model.config.tie_word_embeddings else [model.model.embed_tokens]), *blocks]
+    for module, following in pairwise(stack):
+        module.set_modules_to_forward_prefetch([following])
     return mesh
+
+
+def all_reduce_gradients(model: Decoder, now: bool) -> None:
+    """HSDP: shall the next backward sum gradients across the replicas? Only a step's last one must."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(now)
 
 
 def _mesh(world: World, replicas: int) -> DeviceMesh:
@@ -126,6 +139,15 @@ def reshard(model: Decoder) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def collect_by_hand(yes: bool) -> None:
+    """No garbage collection but where gc.collect() is called: one at a moment of a rank's choice makes all others wait.
+
+    What has been made until now stays, and is not looked at again.
+    """
+    (gc.freeze if yes else gc.unfreeze)()
+    (gc.disable if yes else gc.enable)()
 
 
 def shorten_timeouts(mesh: DeviceMesh) -> None:

@@ -29,7 +29,8 @@ def read_metrics(path: Path) -> list[dict]:
 def plot_curves(run: Path) -> Path:
     """Write RUN/curves.svg from RUN/metrics.jsonl; its path."""
     rows = read_metrics(run / "metrics.jsonl")
-    train = [r for r in rows if "loss" in r]
+    train = [r for r in rows if "loss" in r and not r.get("skipped")]
+    skipped = [r["tokens"] / 1e6 for r in rows if r.get("skipped") is True]
     names = list(dict.fromkeys(k[4:-4] for r in rows for k in r if k.startswith("val_") and k.endswith("_bpb")))
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "nanomed"})  # text stays text, same input same bytes
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
@@ -38,6 +39,8 @@ def plot_curves(run: Path) -> Path:
         left.plot(tokens, loss, lw=0.6, color="0.85")
         n = max(1, len(loss) // 50)
         left.plot(tokens[n - 1 :], np.convolve(loss, np.ones(n) / n, "valid"), lw=1.2, color="0.5", label="training")
+    for i, tokens in enumerate(skipped):
+        left.axvline(tokens, color="tab:red", lw=0.6, alpha=0.5, label="" if i else f"skipped: {len(skipped)}")
     for name in names:
         points = [
             (r["tokens"] / 1e6, r[f"val_{name}_loss"], r[f"val_{name}_bpb"]) for r in rows if f"val_{name}_bpb" in r

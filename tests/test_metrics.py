@@ -80,13 +80,16 @@ def rows_of(out) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+VERDICT = torch.tensor(False), torch.full((2,), torch.inf, dtype=torch.float64)
+
+
 def metrics_of(out, world, step=0) -> Metrics:
-    return Metrics(out, Config(batch_tokens=100), world, model_of(False), step, n_steps=10)
+    return Metrics(out, Config(batch_tokens=100), world, model_of(False), None, step, n_steps=10)
 
 
 def add_steps(m: Metrics, steps, wait_s=0.0):
     for step in steps:
-        m.add(step, 0.5, torch.tensor(1 / step), torch.tensor(2.0), len2=7)
+        m.add(step, 0.5, torch.tensor(1 / step), torch.tensor(2.0), VERDICT, len2=7)
     m.flush(wait_s)
 
 
@@ -133,6 +136,16 @@ def test_resuming_cuts_metrics_back_to_the_checkpoint(torn, world, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == kept
     add_steps(resumed, [6, 7])
     assert [r["step"] for r in rows_of(tmp_path)] == [0, 1, 2, 3, 4, 5, 5, 6, 7]
+    assert resumed.validated
+
+
+def test_a_step_whose_evaluation_was_cut_short_is_known(world, tmp_path):
+    """Its row of the step is there, that of the evaluation is not."""
+    m = metrics_of(tmp_path, world)
+    m.validation(0, {"val_a_loss": 3.0})
+    add_steps(m, range(1, 6))
+    assert not metrics_of(tmp_path, world, step=5).validated
+    assert not metrics_of(tmp_path, world).validated  # from step 0 it begins anew
 
 
 def test_a_step_back_to_zero_empties_the_file(world, tmp_path):

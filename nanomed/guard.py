@@ -1,0 +1,172 @@
+"""What keeps a run of days alive: bad steps are skipped on the device, and signals end it with a checkpoint.
+
+**Guard.** A step whose loss or gradient norm is not finite, or lies 6 standard deviations above the last 128 accepted
+steps, changes nothing: fused AdamW gets the verdict as its `found_inf`, a number on the device, so the CPU never waits
+for it. Its step count stays too; the learning rate, a function of the step's number, goes on. Loss and norm are already
+sums over all ranks, so all decide alike. The window is part of every checkpoint: a resumed run decides as the
+undisturbed one. Judging takes some twenty kernels on 256 numbers. (The rule is OLMo's SkipStepOptimizer's, but what was
+skipped does not enter the window here: ten spikes in a row must not make the eleventh look normal.)
+
+**StopSignal.** SIGTERM, SIGINT or SIGUSR1 on any rank: all ranks leave the loop before the same micro-batch, the step
+in progress is dropped, the last whole one saved. They agree through the process group's key-value store, over the
+CPU's network, one or two small messages a micro-batch; no device is waited for.
+"""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from nanomed import InputError
+from nanomed.parallel import START_TIMEOUT, World
+
+WINDOW = 128  # accepted steps that a new one is compared with
+MIN_STEPS = WINDOW // 2  # before so many nothing is called a spike
+SIGMAS = 6.0
+MAX_SKIPS = 10  # in a row; from then on every step is skipped until the next log step ends the run
+
+
+class Guard:
+    """Which steps must not touch the model. Its state is two tensors on the device."""
+
+    def __init__(self, device: torch.device):
+        self.window = torch.zeros(WINDOW, 2, dtype=torch.float64, device=device)  # a ring of (loss, gradient norm)
+        self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # steps accepted, steps skipped in a row
+        self._slots = torch.arange(WINDOW, device=device)
+
+    def state(self) -> dict[str, Tensor]:
+        """What belongs into a checkpoint; shares the live memory."""
+        return {"window": self.window, "counts": self.counts}
+
+    def judge(self, loss: Tensor, grad_norm: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a step: () bool, must it be skipped? And (2,) float64, the limits of loss and norm, inf if none yet.
+
+        loss, grad_norm: () on the device, the same on every rank. To be called once a step.
+        """
+        new = torch.stack((loss.double(), grad_norm.double()))
+        accepted, in_a_row = self.counts
+        n = accepted.clamp(max=WINDOW)
+        filled = (self._slots < n)[:, None]
+        mean = (self.window * filled).sum(0) / n
+        deviation = (((self.window - mean) * filled).square().sum(0) / (n - 1)).sqrt()
+        limits = torch.where(n >= MIN_STEPS, mean + SIGMAS * deviation, torch.inf)
+        skip = ~(new.isfinite() & (new <= limits)).all() | (in_a_row >= MAX_SKIPS)
+        at = ((self._slots == accepted % WINDOW) & ~skip)[:, None]
+        self.window.copy_(torch.where(at, new, self.window))
+        self.counts.copy_(torch.stack((accepted + ~skip, (in_a_row + 1) * skip)))
+        return skip, limits
+
+    def check(self, step: int) -> None:
+        """InputError if MAX_SKIPS steps in a row have been skipped. Waits for the device: only at log steps."""
+        if self.counts[1].item() >= MAX_SKIPS:
+            raise InputError(
+                f"step {step}: {MAX_SKIPS} steps in a row were skipped, the run is stopped; metrics.jsonl says why, and "
+                "which documents they read. Leave these out or lower --lr, in a new --out"
+            )
+
+
+def step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """The optimiser's step, or nothing at all where skip, () bool on the device, says so.
+
+    Fused AdamW decides on the device. An optimiser without `found_inf` (torchao's) costs the one wait for skip.
+    """
+    if all(group.get("fused") for group in optimizer.param_groups):
+        optimizer.found_inf = skip.float()
+        optimizer.step()
+    elif not skip.item():
+        optimizer.step()
+
+
+def reason(row: dict, limits: tuple[float, float]) -> str:
+    """Why a step was skipped, from its row of metrics.jsonl and the limits of loss and gradient norm."""
+    found = []
+    for key, name, limit in (("loss", "loss", limits[0]), ("grad_norm", "gradient norm", limits[1])):
+        if row[key] is None:
+            found.append(f"{name} is not finite")
+        elif row[key] > limit:
+            found.append(f"{name} {row[key]:.4g} is above {limit:.4g}, {SIGMAS:g} sigma over the last {WINDOW} steps")
+    return " and ".join(found) or f"{MAX_SKIPS} steps in a row were skipped before it"
+
+
+class Stopped(Exception):
+    """Raised on all ranks at the same poll once one of them was told to stop; its text is the signal's name."""
+
+
+class StopSignal:
+    """SIGTERM, SIGINT and SIGUSR1 become one agreed end of all ranks. A second signal ends the process at once.
+
+    Python runs a signal's handler only between its own instructions, and a rank may be deep inside a collective that
+    will never return. So the bytes that signals leave in a socket are read by a thread, which can always end the
+    process.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self, world: World):
+        self.world, self._asked, self._tick, self._stop_at = world, "", 0, None
+        self._store = dist.PrefixStore("stop", dist.distributed_c10d._get_default_store())
+        self._ours, theirs = socket.socketpair()
+        self._theirs = theirs
+        theirs.setblocking(False)
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in self.SIGNALS}
+        self._wakeup_fd = signal.set_wakeup_fd(theirs.fileno())
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        """The first signal is noted; one more than a second later ends the process (torchrun may repeat Slurm's)."""
+        first = 0.0
+        while number := self._ours.recv(1):
+            if number[0] not in self.SIGNALS:
+                continue
+            if not self._asked:
+                first, self._asked = time.monotonic(), signal.Signals(number[0]).name
+                if self.world.first():
+                    tqdm.write(f"{self._asked}: saving, then stopping; once more stops at once", file=sys.stderr)
+            elif time.monotonic() - first > 1:
+                os._exit(128 + number[0])
+
+    def poll(self) -> None:
+        """Stopped if the ranks have agreed to stop here. To be called by all of them equally often.
+
+        Rank 0 decides, one poll ahead, and publishes how far it is; no other rank is more than one poll before it.
+        """
+        self._tick += 1
+        if self.world.size == 1:
+            self._stop_at = self._tick if self._asked else None
+        elif self.world.first():
+            if self._stop_at is None and (self._asked or self._store.check(["asked"])):
+                self._asked = self._asked or self._store.get("asked").decode()
+                self._stop_at = self._tick + 1
+            self._store.set("clock", f"{self._tick} {self._stop_at or 0} {self._asked}")
+        else:
+            if self._asked and self._stop_at is None:
+                self._store.set("asked", self._asked)
+            self._follow()
+        if self._stop_at == self._tick:
+            raise Stopped(self._asked)
+
+    def _follow(self) -> None:
+        """Wait until rank 0 has decided on this poll, usually long ago."""
+        deadline = time.monotonic() + START_TIMEOUT.total_seconds()  # the first polls may wait for a compilation
+        while self._tick > 1:
+            clock, stop_at, asked = self._store.get("clock").decode().split(" ")
+            if int(clock) >= self._tick - 1:
+                self._stop_at, self._asked = int(stop_at) or None, asked or self._asked
+                return
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"rank 0 has done nothing for {START_TIMEOUT.total_seconds():.0f} s")
+            time.sleep(0.001)
+
+    def close(self) -> None:
+        """Give the signals back to whoever had them before."""
+        signal.set_wakeup_fd(self._wakeup_fd)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._theirs.close()
