@@ -281,21 +281,6 @@ def test_a_file_in_place_of_the_folder(tiny, tmp_path, refused):
     assert (tmp_path / "thesis.tex").read_text() == "It was a dark and stormy night"
 
 
-def test_a_damaged_checkpoint(tiny, finished, tmp_path, monkeypatch, refused):
-    """It is named; and without it the run goes on from the one before, to the same end."""
-    out = shutil.copytree(finished, tmp_path / "run")
-    shutil.rmtree(out / "hf")
-    (newest,) = (p for step, p in whole(out / "checkpoints") if step == 20)
-    for file in newest.glob("*.distcp"):
-        cut(file, file.stat().st_size // 2)
-    refused(tiny.flags(out), newest, "cannot be read", keeps=())
-    assert not (out / "hf").exists()
-    shutil.rmtree(newest)
-    trained(monkeypatch, tiny.flags(out))
-    assert read_losses(out) == read_losses(finished)
-    assert contents(out / "hf") == contents(finished / "hf")
-
-
 # --- a full disk ---------------------------------------------------------------------------------------------------
 
 # A train.py whose disk is full at the checkpoint of step 10.

@@ -35,16 +35,16 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "data")]
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import torch
-import torch.distributed.checkpoint.filesystem as filesystem
+import torch  # noqa: E402
+import torch.distributed.checkpoint.filesystem as filesystem  # noqa: E402
 
-import train
-from conftest import make_tiny
-from nanomed import parallel
-from nanomed.checkpoint import Checkpointer, whole
-from nanomed.guard import Guard
-from nanomed.metrics import Metrics
-from nanomed.model import Decoder
+import train  # noqa: E402
+from conftest import make_tiny  # noqa: E402
+from nanomed import parallel  # noqa: E402
+from nanomed.checkpoint import Checkpointer, whole  # noqa: E402
+from nanomed.guard import Guard  # noqa: E402
+from nanomed.metrics import Metrics  # noqa: E402
+from nanomed.model import Decoder  # noqa: E402
 
 N_RANKS = 2
 PHASES = ("step", "evaluation", "checkpoint")
