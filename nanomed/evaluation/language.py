@@ -106,7 +106,7 @@ def examine(answer: str) -> Language:
     """One answer."""
     text = visible(answer)
     counts = [count(sentence) for sentence in sentences(text)]
-    lines = [line for line in text.splitlines() if len(line.split()) >= LINE_WORDS]
+    lines = [x for x in text.splitlines() if max(len(x.split()), len(FOREIGN.findall(x))) >= LINE_WORDS]
     kinds = [c.kind for c in counts if c.words]
     german = any(c.german for c in counts)
     return Language(
