@@ -48,7 +48,7 @@ BF16_PEAKS = {
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """Datasheet peak of the device in FLOP/s, None where unknown: no number is better than a wrong one."""
-    if device.type != "cuda" or precision != "bf16":
+    if device.type != "cuda" or precision == "fp32":
         return None
     name = torch.cuda.get_device_name(device)
     if "Laptop" in name or "MIG" in name:
