@@ -51,7 +51,7 @@ def train(config: Config, world: World) -> None:
     has_weights = weights.check_weights(model, source)
     claim_folder(out, config, identity, world)
     mesh = parallel.parallelize(model, config, world)
-    model.to_empty(device=world.device)
+    model.to_empty(device="cpu" if config.offload else world.device)
     optimizer, watch = optim.make_adamw(model, config), Guard(world.device)
     checkpoints = Checkpointer(out / "checkpoints", config.keep, model, optimizer, watch, world)
     step = first_step = checkpoints.resume()
@@ -75,7 +75,8 @@ def train(config: Config, world: World) -> None:
             metrics.validation(step, validate(model, vals, shape, world, stop))
         metrics.restart_clock()
         while step < n_steps:
-            torch.manual_seed(config.seed + step * world.size + world.rank)  # so no random state needs saving
+            # So no random state needs saving. HSDP's replicas of a shard must round it alike.
+            torch.manual_seed(config.seed + step * world.size + world.rank % (world.size // config.replicas))
             n_labels = batches.n_labels(stream, config.seq_len, step, windows)
             loss, len2 = add_gradients(model, loader, n_micro, n_labels, world, stop)
             grad_norm = optim.clip(model, config.clip_norm)

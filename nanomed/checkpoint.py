@@ -74,8 +74,9 @@ class Checkpointer:
         """Everything that is saved, by parameter name; tensors share the live memory."""
         params = dict(self.model.named_parameters())
         state = {"model": {name: p.data for name, p in params.items()}, "guard": self.guard.state()}
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            state[key] = {name: self.optimizer.state[p][key] for name, p in params.items()}
+        for name, p in params.items():
+            for key, value in self.optimizer.state[p].items():
+                state.setdefault(key, {})[name] = value
         return state
 
     def resume(self) -> int:

@@ -72,14 +72,19 @@ class Config:
     """AdamW: added to the denominator."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
-    optimizer_states: Literal["fp32", "bf16"] = "fp32"
-    """Precision of AdamW's two running means: bf16 saves 4 bytes a parameter."""
+    optimizer_states: Literal["fp32", "bf16", "int8"] = "fp32"
+    """Precision of AdamW's two running means: bf16 saves 4 bytes a parameter, int8 (in blocks; torchao) 6."""
     seed: int = 0
     """Order of the documents, and random weights where there are none to load."""
 
     # --- the machine
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Of hidden states and matrix products. Parameters, gradient sums and the loss are float32 either way."""
+    precision: Literal["fp32", "bf16", "pure-bf16"] = "bf16"
+    """Of hidden states and matrix products; parameters, gradient sums and the loss are float32.
+    `pure-bf16`: parameters and gradient sums are bf16 too, rounded stochastically, and save 4 bytes a parameter."""
+    float8: bool = False
+    """Matrix products of the blocks in float8, scaled by row (torchao; Hopper and newer)."""
+    offload: bool = False
+    """Parameters, gradients and optimiser in the CPU's memory, blocks on the GPU as they run: little GPU memory, slow."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation checkpointing: `selective` keeps only the outputs of matrix products and attention.
     `full` keeps only each block's input, for a third more arithmetic."""
@@ -110,7 +115,12 @@ class Config:
     @property
     def dtype(self) -> torch.dtype:
         """Of hidden states and matrix products."""
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return torch.float32 if self.precision == "fp32" else torch.bfloat16
+
+    @property
+    def param_dtype(self) -> torch.dtype:
+        """Of parameters and summed gradients."""
+        return torch.bfloat16 if self.precision == "pure-bf16" else torch.float32
 
 
 # These may change when a run goes on: they move its losses by rounding at most.
@@ -123,6 +133,7 @@ FREE_FIELDS = frozenset(
         "recompute",
         "kernels",
         "compile",
+        "offload",
         "replicas",
         "checkpoint_every",
         "keep",
@@ -227,6 +238,11 @@ def validated(c: Config) -> Config:
     for package, wanted in (("tensorboard", c.tensorboard), ("wandb", c.wandb)):
         if wanted and importlib.util.find_spec(package) is None:
             raise InputError(f"--{package}: not installed; pip install -e '.[log]'")
+    for flag, wanted in (("--optimizer-states int8", c.optimizer_states == "int8"), ("--float8", c.float8)):
+        if wanted and importlib.util.find_spec("torchao") is None:
+            raise InputError(f"{flag}: torchao is not installed; pip install -e '.[lowbit]'")
+    if c.float8:
+        _check_float8(c)
     try:
         providers.kernels(c.kernels)
     except ValueError as error:
@@ -238,6 +254,19 @@ def validated(c: Config) -> Config:
     if not c.lr > 0 or c.warmup_steps < 0:
         raise InputError(f"--lr {c.lr}, --warmup-steps {c.warmup_steps}: need lr > 0 and warm-up >= 0")
     return c
+
+
+def _check_float8(c: Config) -> None:
+    """InputError where float8 products cannot run."""
+    if not torch.cuda.is_available():
+        raise InputError("--float8: needs a GPU, Hopper or newer; there is none here")
+    if (found := torch.cuda.get_device_capability()) < (9, 0):
+        name = torch.cuda.get_device_name()
+        raise InputError(f"--float8: needs compute capability 9.0 (Hopper) or newer, {name} has {found[0]}.{found[1]}")
+    if c.precision == "fp32":
+        raise InputError("--float8: needs --precision bf16 or pure-bf16")
+    if c.seq_len * c.micro_batch % 16:
+        raise InputError(f"--float8: --seq-len {c.seq_len} x --micro-batch {c.micro_batch} must be a multiple of 16")
 
 
 if __name__ == "__main__":

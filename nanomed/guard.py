@@ -48,9 +48,11 @@ class Guard:
     def judge(self, loss: Tensor, grad_norm: Tensor) -> tuple[Tensor, Tensor]:
         """Of a step: () bool, must it be skipped? And (2,) float64, the limits of loss and norm, inf if none yet.
 
-        loss, grad_norm: () on the device, the same on every rank. To be called once a step.
+        loss, grad_norm: (), the same on every rank. To be called once a step.
         """
-        new = torch.stack((loss.double(), grad_norm.double()))
+        new = torch.stack(
+            [x.to(self.window.device, torch.float64) for x in (loss, grad_norm)]
+        )  # offloaded, the norm is elsewhere
         accepted, in_a_row = self.counts
         n = accepted.clamp(max=WINDOW)
         filled = (self._slots < n)[:, None]
@@ -78,7 +80,7 @@ def step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
     Fused AdamW decides on the device. An optimiser without `found_inf` (torchao's) costs the one wait for skip.
     """
     if all(group.get("fused") for group in optimizer.param_groups):
-        optimizer.found_inf = skip.float()
+        optimizer.found_inf = skip.float().to(optimizer.param_groups[0]["params"][0].device)
         optimizer.step()
     elif not skip.item():
         optimizer.step()

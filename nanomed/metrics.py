@@ -36,7 +36,7 @@ from nanomed.stream import Stream
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """Datasheet peak of the device in FLOP/s, None where unknown: no number is better than a wrong one."""
-    if device.type != "cuda" or precision != "bf16":
+    if device.type != "cuda" or precision == "fp32":
         return None
     return bf16_peak(torch.cuda.get_device_name(device))
 

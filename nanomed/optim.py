@@ -2,42 +2,42 @@
 
 The paper's recipe: AdamW, linear warm-up, linear decay to zero. The learning rate is computed from the step number,
 so a checkpoint needs no scheduler. AdamW's running means are made before the first step instead of in it: their
-memory shows at once, they can be bf16 (fused AdamW then runs its mixed-precision kernel), and a checkpoint has
-something to load into.
+memory shows at once, and a checkpoint has something to load into. All in float32 it is torch's own fused AdamW;
+anything less is nanomed.lowbit's.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
+from nanomed import parallel
 from nanomed.config import Config
+from nanomed.lowbit import LowbitAdamW, take_sums
 
 
-def make_adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
-    """Fused AdamW over all parameters, without decay on norms and biases (everything one-dimensional)."""
+def make_adamw(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """AdamW over all parameters, without decay on norms and biases (everything one-dimensional).
+
+    It skips a step on the device if a () float32 tensor `found_inf` of 1 is set on it.
+    """
     params = list(model.parameters())
     groups = [
         {"params": [p for p in params if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
-    dtype = torch.bfloat16 if config.optimizer_states == "bf16" else torch.float32
+    known = dict(lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+    if config.optimizer_states != "fp32" or params[0].dtype != torch.float32:
+        compiled = config.compile and parallel.can_compile(params[0].device)
+        return LowbitAdamW(groups, **known, means=config.optimizer_states, compiled=compiled)
+    optimizer = torch.optim.AdamW(groups, **known, fused=True)
     for p in params:
         optimizer.state[p] = {
-            "step": torch.zeros((), dtype=torch.float32, device=p.device),
-            "exp_avg": torch.zeros_like(p, dtype=dtype),
-            "exp_avg_sq": torch.zeros_like(p, dtype=dtype),
+            "step": torch.zeros((), device=p.device),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
         }
-    if dtype != torch.float32 and params[0].device.type == "cpu":  # whose fused kernel knows no mixed precisions
-        optimizer.register_step_pre_hook(lambda *_: _cast_means(optimizer, torch.float32))
-        optimizer.register_step_post_hook(lambda *_: _cast_means(optimizer, dtype))
     return optimizer
-
-
-def _cast_means(optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> None:
-    for state in optimizer.state.values():
-        state |= {key: state[key].to(dtype) for key in ("exp_avg", "exp_avg_sq")}
 
 
 def lr_at(step: int, n_steps: int, config: Config) -> float:
@@ -54,8 +54,12 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def clip(model: nn.Module, max_norm: float) -> Tensor:
     """Scale all gradients down to a global 2-norm of max_norm. Returns the norm before, () float32 on the device."""
+    take_sums(model)
     params = [p for p in model.parameters() if p.grad is not None]
-    norm = get_total_norm([p.grad for p in params])
+    # Each tensor's norm in float32: of bf16 gradients torch would give bf16 ones, 0.4 % off.
+    norm = torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in params])
+    )
     if isinstance(norm, DTensor):  # each rank has summed its own rows only
         norm = norm.full_tensor()
     clip_grads_with_norm_(params, max_norm, norm)

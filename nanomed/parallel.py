@@ -12,6 +12,7 @@ With replicas (HSDP) a step's micro-batches sum within their group only; the las
 process alone goes without FSDP: there is nothing to shard and its copies cost time.
 """
 
+import dataclasses
 import gc
 import os
 import shutil
@@ -24,8 +25,9 @@ from itertools import pairwise
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from nanomed import InputError
@@ -85,20 +87,23 @@ def print0(*text) -> None:
 
 def parallelize(model: Decoder, config: Config, world: World) -> DeviceMesh | None:
     """Recompute, compile and shard the decoder's blocks as the config says. On the meta device, before weights exist."""
+    model.to(config.param_dtype)
     blocks = model.model.layers
+    if config.float8:
+        to_float8(blocks)
     for block in blocks:
         if config.recompute != "none":
             context = {"context_fn": _selective_contexts} if config.recompute == "selective" else {}
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **context)
-    if config.compile and _can_compile(world.device):
+    if config.compile and can_compile(world.device):
         for block in blocks:
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
-    if world.size == 1:
+    if world.size == 1 and not config.offload:
         return None
     mesh = _mesh(world, config.replicas)
-    low = torch.bfloat16 if config.precision == "bf16" else None
-    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    shard = partial(fully_shard, mesh=mesh, mp_policy=policy)
+    policy = MixedPrecisionPolicy(param_dtype=config.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    where = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if config.offload else OffloadPolicy()
+    shard = partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=where)
     for block in blocks:
         shard(block)
     if not model.config.tie_word_embeddings:  # tied weights cannot be in two groups: they stay in the root's
@@ -156,7 +161,20 @@ def shorten_timeouts(mesh: DeviceMesh) -> None:
         dist.distributed_c10d._set_pg_timeout(STEP_TIMEOUT, group)
 
 
-def _can_compile(device: torch.device) -> bool:
+def to_float8(blocks: nn.Module, emulate: bool = False) -> None:
+    """Let torchao's Float8Linear take the place of the blocks' linears: names and weights stay, products are float8.
+
+    Scaled by row, torchao's more exact recipe; lm_head stays as it is. emulate: on any device, to test with.
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    recipe = dataclasses.replace(Float8LinearConfig.from_recipe_name("rowwise"), emulate=emulate)
+    fits = lambda module, _name: all(size % 16 == 0 for size in module.weight.shape)  # noqa: E731  the hardware's demand
+    convert_to_float8_training(blocks, config=recipe, module_filter_fn=fits)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Is there the compiler that torch.compile needs for this device? Says so where there is none."""
     compilers = (
         [os.environ.get("CXX"), "g++", "clang++"] if device.type == "cpu" else [os.environ.get("CC"), "gcc", "clang"]
     )
@@ -168,7 +186,8 @@ def _can_compile(device: torch.device) -> bool:
 
 def _saved_ops() -> set:
     """The operations whose outputs selective recomputation keeps: matrix products and attention, by far the dearest."""
-    ops = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.nanomed.document_attention.default}
+    ops = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten._scaled_mm.default}
+    ops |= {torch.ops.nanomed.document_attention.default}
     for library, name in (("torch_attn", "_varlen_attn"), ("flash_attn", "_flash_attn_varlen_forward")):
         with suppress(AttributeError):  # registered only where it is installed
             ops.add(getattr(getattr(torch.ops, library), name).default)

@@ -1,0 +1,180 @@
+"""AdamW in less memory: bf16 weights whose updates are rounded stochastically, and running means in bf16 or 8 bits.
+
+Bytes a parameter, gradients included (measured on tensors by tests/test_lowbit.py; what FSDP divides by the ranks):
+
+    weights and gradients   means fp32   bf16    int8
+    fp32                        16        12     10.03
+    bf16 (pure-bf16)            12         8      6.03        7.6 B parameters: 122 GB → 46 GB
+
+Stochastic rounding. bf16 keeps 8 bits: between 0.0625 and 0.125 its numbers are 4.9e-4 apart, and an Adam update of
+1e-5 rounded to nearest vanishes, always. Rounded up with the probability of what is cut off, it arrives on average:
+E[round(x)] = x. The same is done when micro-batches' gradients are summed: the 257th of equal ones would be lost.
+
+8-bit means are those of Dettmers et al., 2021 (arXiv 2110.02861) by torchao's functions: blocks of up to 256 numbers
+share a float32 scale, codes index a map that is finest near 0. The step around them is ours, not torchao's AdamW8bit,
+because: it skips a step on the device (`found_inf`, as torch's fused AdamW does, no host sync), it works on a rank's own
+rows (AdamW8bit of torchao 0.18 stops at the first step on bf16 DTensors), and blocks never cross a row, so that a
+checkpoint can be cut anew for any number of ranks. Same numbers otherwise (a test holds it to AdamW8bit, bit by bit).
+
+Cost: a compiled kernel a parameter. Each reads gradient, weight and means and writes weight and means, once: 14 bytes a
+parameter with bf16 means, 10 with int8. Without a compiler the same in eager mode, slower and with float32 temporaries
+of one parameter's size.
+"""
+
+import torch
+from torch import Tensor
+
+from nanomed.weights import local
+
+MAX_BLOCK, MIN_BLOCK = 256, 32  # numbers that share a scale; rows without such a divisor keep float32 means
+
+
+def round_stochastically(x: Tensor) -> Tensor:
+    """float32 → bf16, up or down at random so that the mean is x. Infinities and NaN stay. Draws from torch's generator.
+
+    A bf16 number is the upper half of a float32. Adding 16 random bits to the lower half carries into the upper one
+    with probability lower half / 2^16.
+    """
+    noise = torch.randint(0, 1 << 16, x.shape, device=x.device, dtype=torch.int32)
+    rounded = ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x).bfloat16()
+
+
+def block_size(row: int) -> int | None:
+    """The largest divisor of the row length up to 256; None where that is below 32."""
+    best = max(b for b in range(1, min(row, MAX_BLOCK) + 1) if row % b == 0)
+    return best if best >= MIN_BLOCK else None
+
+
+class LowbitAdamW(torch.optim.Optimizer):
+    """AdamW over float32 or bf16 parameters, plain tensors or DTensors cut by rows; means in fp32, bf16 or int8.
+
+    State of a parameter: `step`, `exp_avg`, `exp_avg_sq`, in its own shape and placement, and for int8 (matrices only;
+    vectors keep float32) their scales, (rows, row / block). All are there before the first step and keep their memory.
+    """
+
+    def __init__(self, groups: list[dict], lr: float, betas: tuple, eps: float, means: str, compiled: bool):
+        """groups as torch's, each with its weight_decay; means: fp32, bf16 or int8 (needs torchao)."""
+        super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, fused=True))  # as torch's: it obeys found_inf
+        self._update = torch.compile(_update, fullgraph=True) if compiled else _update
+        add = torch.compile(_add, fullgraph=True) if compiled else _add
+        params = [p for group in self.param_groups for p in group["params"]]
+        device = params[0].device
+        self._maps = [torch.tensor(m, device=device) for m in _maps()] if means == "int8" else [None, None]
+        self._step = torch.zeros((), device=device)  # one count, seen by every parameter's state
+        for p in params:
+            self.state[p] = {"step": self._step, **_zeros(p, means)}
+            if p.dtype == torch.bfloat16:
+                p.register_post_accumulate_grad_hook(lambda p: _set_aside(p, add))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update. If a tensor `found_inf` was set on the optimiser and is 1, nothing changes, the count included."""
+        found_inf = getattr(self, "found_inf", None)
+        skip = None if found_inf is None else found_inf.bool()
+        self._step += 1 if found_inf is None else 1 - found_inf
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            # Tensors, for a changing number would compile anew; on the CPU: they travel as a kernel's arguments.
+            lr, decay = torch.tensor(group["lr"]), torch.tensor(group["weight_decay"])
+            corrections = 1 - beta1**self._step, 1 - beta2**self._step
+            for p in group["params"]:
+                if p.grad is None or not (x := local(p)).numel():  # a rank may own no row of a small one
+                    continue
+                state = {key: local(value) for key, value in self.state[p].items()}
+                scales = [state[f"{key}_scale"].view(-1) if f"{key}_scale" in state else None for key in _MEANS]
+                shape = (-1,) if scales[0] is None else (len(scales[0]), -1)
+                tensors = (t.view(shape) for t in (x, local(p.grad), *(state[key] for key in _MEANS)))
+                self._update(*tensors, scales, self._maps, lr, decay, corrections, skip, beta1, beta2, group["eps"])
+
+
+_MEANS = ("exp_avg", "exp_avg_sq")
+
+
+def _maps() -> tuple[list, list]:
+    """What the 256 codes mean, in units of the block's scale: for exp_avg, and for exp_avg_sq, which is never < 0."""
+    from torchao.optim.quant_utils import create_dynamic_map
+
+    return create_dynamic_map(signed=True), create_dynamic_map(signed=False)
+
+
+@torch.no_grad()
+def _zeros(p: Tensor, means: str) -> dict[str, Tensor]:
+    block = block_size(p.shape[1]) if means == "int8" and p.ndim == 2 else None
+    dtype = torch.uint8 if block else torch.bfloat16 if means == "bf16" else torch.float32
+    zeros = {key: torch.zeros_like(p, dtype=dtype) for key in _MEANS}
+    if block:  # of codes; under a scale of 0 any code means 0
+        zeros |= {f"{key}_scale": torch.zeros_like(p[:, ::block], dtype=torch.float32) for key in _MEANS}
+    return zeros
+
+
+def _update(
+    p: Tensor,  # float32 or bf16, flat or (blocks, block)
+    grad: Tensor,  # as p
+    exp_avg: Tensor,  # p's shape: float32, bf16, or uint8 codes
+    exp_avg_sq: Tensor,
+    scales: list[Tensor | None],  # (blocks,) float32 of both means, where they are codes
+    maps: list[Tensor | None],  # (256,) float32
+    lr: Tensor,  # () float32, like decay and the two bias corrections 1 - beta^step
+    decay: Tensor,
+    corrections: tuple[Tensor, Tensor],
+    skip: Tensor | None,  # () bool
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """AdamW (arXiv 1711.05101) in place: computed in float32, each result rounded once."""
+    g = grad.float()
+    m = _dequantized(exp_avg, scales[0], maps[0]).lerp(g, 1 - beta1)
+    v = _dequantized(exp_avg_sq, scales[1], maps[1]).lerp(g.square(), 1 - beta2)
+    x = p.float()
+    x = x - lr * decay * x
+    x = x - lr * (m / corrections[0]) / (v.sqrt() / corrections[1].sqrt() + eps)
+    new = [(p, round_stochastically(x) if p.dtype == torch.bfloat16 else x)]
+    for old, scale, qmap, mean in ((exp_avg, scales[0], maps[0], m), (exp_avg_sq, scales[1], maps[1], v)):
+        new += [(old, mean.to(old.dtype))] if scale is None else zip((old, scale), _quantized(mean, qmap), strict=True)
+    for old, value in new:
+        old.copy_(value if skip is None else torch.where(skip, old, value))
+
+
+def _dequantized(mean: Tensor, scale: Tensor | None, qmap: Tensor | None) -> Tensor:
+    if scale is None:
+        return mean.float()
+    from torchao.optim.quant_utils import dequant_with_qmap
+
+    return dequant_with_qmap(mean, qmap, scale)
+
+
+def _quantized(mean: Tensor, qmap: Tensor) -> tuple[Tensor, Tensor]:  # (B, block) -> codes (B, block), scales (B,)
+    from torchao.optim.quant_utils import quantize_8bit_with_qmap, scale_tensor
+
+    unit, scale = scale_tensor(mean, mean.shape[1])
+    return quantize_8bit_with_qmap(unit, qmap), scale
+
+
+# --- sums of bf16 gradients ----------------------------------------------------------------------------------------
+
+
+def _set_aside(p: Tensor, add) -> None:
+    """After a micro-batch's gradient of p: add it to the step's sum, which waits in p.grad_sum for `take_sums`.
+
+    Autograd (and FSDP) would add to p.grad itself, rounding to nearest.
+    """
+    if (total := getattr(p, "grad_sum", None)) is None:
+        p.grad_sum = p.grad
+    else:
+        if p.grad.device.type == "cpu" and torch.cuda.is_available():  # offloaded; it may still be on its way
+            torch.cuda.current_stream().synchronize()
+        add(local(total).view(-1), local(p.grad).view(-1))
+    p.grad = None
+
+
+def _add(total: Tensor, grad: Tensor) -> None:
+    total.copy_(round_stochastically(total.float() + grad.float()))
+
+
+def take_sums(model: torch.nn.Module) -> None:
+    """Put the gradients' sums, where they were set aside, into p.grad."""
+    for p in model.parameters():
+        if (total := getattr(p, "grad_sum", None)) is not None:
+            p.grad, p.grad_sum = total, None
