@@ -187,7 +187,7 @@ def launch(flags: list[str], log: Path, *injected) -> tuple[list[int], bool]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    running, codes, forced, alarm = {}, {}, False, time.monotonic() + 120
+    running, codes, forced, alarm = {}, {}, False, time.monotonic() + 900
     for rank in range(N_RANKS):
         if (pid := os.fork()) == 0:
             be_rank(rank, port, flags, log, *injected)
