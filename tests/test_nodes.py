@@ -79,14 +79,16 @@ def test_the_gpu_benchmark_runs_here_and_what_was_measured_survives_a_kill(tmp_p
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     ours, peer = result["rows"]
-    assert result["finished"] and ours["steps"] == peer["steps"] == 4
+    assert result["finished"]
+    assert ours["steps"] == peer["steps"] == 4
     assert ours["losses"] == pytest.approx(peer["losses"], rel=1e-3)
     out.unlink()
     process = subprocess.Popen([sys.executable, script, *flags, "--steps", "100000", "--sides", "ours"], env=env,
                                stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
     until = time.monotonic() + 60
     while not out.exists() or json.loads(Path(out).read_text())["rows"][0].get("steps", 0) < 3:
-        assert process.poll() is None and time.monotonic() < until
+        assert process.poll() is None
+        assert time.monotonic() < until
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -5,8 +5,8 @@
 
 Random weights, drawn alike for both sides; bf16 weights and 8-bit AdamW states (ours: nanomed.lowbit's; the peer's: torchao's
 AdamW8bit, stochastic rounding on both sides); windows of 4,096 tokens packed from documents of 700 on average (a mean of
-5.1 B tokens over 7.3 M documents). The peer is `AutoModelForCausalLM` with Liger's kernels, given position_ids that begin anew at every
-document, with flash-attention where that is installed, else SDPA.
+5.1 B tokens over 7.3 M documents). The peer is `AutoModelForCausalLM` with Liger's kernels, given position_ids that begin anew
+at every document, with flash-attention where that is installed, else SDPA.
 
 Each side of each model runs in a process of its own and reports after every step; OUT is rewritten each time, so that a run which
 is cut off still counts. A side that cannot run (not installed, out of memory) is named with the reason.
@@ -14,7 +14,6 @@ is cut off still counts. A side that cannot run (not installed, out of memory) i
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import multiprocessing as mp
 import os
@@ -45,12 +44,12 @@ def shape_of(name: str):
 @torch.no_grad()
 def fill(model: torch.nn.Module) -> None:
     """Random weights, the same for every model with the same parameter names."""
-    for i, (_, param) in enumerate(sorted(model.named_parameters())):
+    for i, (name, param) in enumerate(sorted(model.named_parameters())):
         generator = torch.Generator(param.device).manual_seed(i)
         if param.ndim > 1:
             param.normal_(0.0, 0.02, generator=generator)
         else:
-            param.fill_(1.0) if "norm" in _ else param.zero_()
+            param.fill_(1.0) if "norm" in name else param.zero_()
 
 
 def window(n: int, vocab_size: int, seed: int) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
@@ -151,7 +150,7 @@ def run_side(side: str, name: str, args, pipe) -> None:
     """In a process of its own: after every step (seconds, loss, Σ len², peak bytes), or the reason why there is none."""
     try:
         c, cuda = shape_of(name), args.device == "cuda"
-        model, optimizer, loss_of, clip = {"ours": our_side, "transformers + liger": peer_side}[side](c, args)
+        _, optimizer, loss_of, clip = {"ours": our_side, "transformers + liger": peer_side}[side](c, args)
         for step in range(args.steps):
             windows = [window(args.seq_len, c.vocab_size, step * 1000 + i) for i in range(args.windows)]
             n_labels = sum(int((labels != -100).sum()) for *_, labels in windows)
