@@ -1,0 +1,146 @@
+"""The paper in miniature: from a crawl to a merged specialist and its report, on a laptop, by the project's own scripts.
+
+    python -m nanomed.miniature --out runs/miniature-paper          about ten minutes on two cores
+    python -m nanomed.miniature --out runs/miniature-fast --fast    less than a minute and too small to learn much: for tests
+
+world       data/miniature_paper.py: what there is to read, and the examination
+base        train.py on general prose and instructions: a small model that answers in the form it is asked for
+corpus      classify → sweep → clean → prepare: the medical part of a crawl, without copies and leaked questions
+continued   train.py on that corpus, both validation sets watched
+merged      merge.py --sweep: the continued model taken back towards the base, by several t
+knowledge   eval.py knowledge on all of them; answers: eval.py generate; compared: eval.py judge and failures
+report      eval.py report, and miniature.md / miniature.html: the paper's figure beside the paper's own numbers
+
+Every stage is the command that a user would type (OUT/commands.txt has them all), so this is also the one test that
+fails when any stage stops doing its part: miniature_expectations.py says what must hold, and what was measured.
+The judge is a stand-in (miniature_judge.py), for a laptop has no 70B model. Seeds are fixed.
+
+A killed run goes on with the same command: a finished stage is skipped, an unfinished one is repeated by scripts that
+go on themselves. It runs from a clone: data/ and the scripts are not in the wheel.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from nanomed import InputError
+from nanomed.hf import read_json
+
+ROOT = Path(__file__).resolve().parents[1]
+QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # everything is local
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What may be turned; the rest is fixed by data/miniature_paper.py."""
+
+    base_steps: int
+    base_lr: float
+    cpt_steps: int
+    cpt_lr: float
+    batch_tokens: int
+    classify_epochs: int
+    ts: tuple[float, ...]  # of the merge sweep
+
+
+FULL = Recipe(base_steps=820, base_lr=2e-3, cpt_steps=840, cpt_lr=1e-3, batch_tokens=1024, classify_epochs=4,
+              ts=(0.2, 0.4, 0.6, 0.8))  # fmt: skip
+FAST = Recipe(base_steps=150, base_lr=3e-3, cpt_steps=60, cpt_lr=2e-3, batch_tokens=1024, classify_epochs=8,
+              ts=(0.5,))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Commands that belong together. `seconds`: about how long they take, for the bar alone."""
+
+    name: str
+    seconds: float
+    commands: Callable[[], list[list[str]]]  # called when the stage begins: some need what earlier stages measured
+    scratch: tuple[str, ...] = ()  # folders that its scripts would refuse to find half-made
+    judge: bool = False  # the stand-in judge has to be there
+
+
+def name_of(t: float) -> str:
+    """The name of a merge, as merge.py --sweep gives it to its folder."""
+    return f"t-{t:.12g}"
+
+
+def plan(out: Path, recipe: Recipe, fast: bool, seed: int, judge_url: Callable[[], str]) -> list[Stage]:
+    """All stages, in order. Paths are relative to the working directory, as a user would write them."""
+    world, bins = out / "world", out / "bins"
+    models = {"base": out / "base", "continued": out / "continued"}
+    models |= {name_of(t): out / "merged" / name_of(t) for t in recipe.ts}
+
+    def prepare(source: str | Path, name: str, *flags: str) -> list[str]:
+        return ["data/prepare.py", str(source), "--tokenizer", f"{world}/model", "--out", f"{bins}/{name}", "--workers", "1", *flags]  # fmt: skip
+
+    def train(name: str, init: str | Path, data: list[str], steps: int, lr: float) -> list[str]:
+        sets = [x for d in data for x in ("--data", f"{bins}/{d}")]
+        sets += [x for v in ("med", "general") for x in ("--val", f"{v}={bins}/val-{v}")]
+        return ["train.py", "--recipe", "miniature", "--init", str(init), *sets, "--out", str(models[name]),
+                "--steps", str(steps), "--lr", str(lr), "--batch-tokens", str(recipe.batch_tokens), "--micro-batch", "4",
+                "--warmup-steps", str(min(50, steps // 10)), "--eval-every", str(-(-steps // 4)),
+                "--checkpoint-every", str(-(-steps // 4)), "--seed", str(seed)]  # fmt: skip
+
+    def answers(name: str) -> str:
+        return f"{out}/answers/{name}.jsonl"
+
+    def comparisons() -> list[list[str]]:
+        from nanomed.miniature_results import best_merge
+
+        best, commands = name_of(best_merge(out, recipe.ts)), []
+        for a, b in (("continued", "base"), (best, "base"), (best, "continued")):
+            commands.append(["eval.py", "judge", answers(a), answers(b), "--url", judge_url(), "--judge", "stand-in",
+                             "--prompt", f"{out}/judge.toml", "--out", f"{out}/eval/judge-{a}-{b}"])  # fmt: skip
+        for name in ("continued", best):
+            commands.append(["eval.py", "failures", answers(name), "--ref", answers("base"),
+                             "--out", f"{out}/eval/failures-{name}"])  # fmt: skip
+        return commands
+
+    def report() -> list[list[str]]:
+        runs = sorted(str(path.parent) for path in (out / "eval").glob("*/results.json"))
+        return [["eval.py", "report", *runs, "--out", f"{out}/eval/report"]]
+
+    mode = ["--fast"] if fast else []
+    classifier = ["--classifier", f"{out}/clf"]
+    sizes = ["--epochs", str(recipe.classify_epochs), "--lr", "2e-3", "--batch-size", "16", "--max-tokens", "64"]
+    parts = [str(world / "crawl" / f"part-{i}.parquet") for i in (0, 1)]
+    return [
+        Stage("world", 15, lambda: [["data/miniature_paper.py", "--out", str(world), "--seed", str(seed), *mode]], ("world",)),
+        Stage("base", 200, lambda: [
+            *(prepare(world / f"{name}.jsonl", name) for name in ("general", "val-med", "val-general")),
+            prepare(world / "chats.jsonl", "chats", "--messages-key", "messages"),
+            train("base", world / "model", ["general", "chats"], recipe.base_steps, recipe.base_lr),
+        ]),
+        Stage("corpus", 60, lambda: [
+            ["data/classify.py", f"{world}/labels.parquet", "--model", f"{world}/encoder", *sizes, "--out", f"{out}/clf"],
+            ["data/sweep.py", *parts, *classifier, "--out", f"{out}/sweep"],
+            ["data/clean.py", *parts, "--scores", f"{out}/sweep", *classifier, "--eval", f"{world}/exam/medizin.jsonl",
+             "--source", "built-in", "--workers", "1", "--out", f"{out}/corpus"],
+            prepare(f"{out}/corpus/corpus", "med") if False else
+            ["data/prepare.py", *(f"{out}/corpus/corpus/part-{i}.parquet" for i in (0, 1)), "--tokenizer", f"{world}/model",
+             "--out", f"{bins}/med", "--workers", "1"],
+        ], ("clf",)),
+        Stage("continued", 200, lambda: [train("continued", out / "base" / "hf", ["med"], recipe.cpt_steps, recipe.cpt_lr)]),
+        Stage("merged", 5, lambda: [["merge.py", str(models["base"] / "hf"), str(models["continued"] / "hf"), f"{out}/merged",
+                                     "--sweep", ",".join(map(str, recipe.ts))]], ("merged",)),
+        Stage("knowledge", 80, lambda: [["eval.py", "knowledge", *(f"{name}={path}" for name, path in models.items()),
+                                         "--tasks", "miniature_medizin", "--task-path", f"{world}/exam", "--shots", "0",
+                                         "--out", f"{out}/eval/knowledge"]]),
+        Stage("answers", 90, lambda: [["eval.py", "generate", str(path), "--model", name, "--prompts", f"{world}/prompts.jsonl",
+                                       "--max-new-tokens", "32", "--batch", "60", "--out", answers(name)]
+                                      for name, path in models.items()]),
+        Stage("compared", 25, comparisons, judge=True),
+        Stage("report", 5, report),
+    ]  # fmt: skip
