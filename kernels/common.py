@@ -13,11 +13,11 @@ Every kernel keeps to these rules, each one a bug seen elsewhere:
 - scalars are cast on arrival: torch.compile hands Python floats over as float64, and float64 arithmetic is slow.
 """
 
+import sys
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 try:
     import triton
@@ -53,7 +53,8 @@ def check(what: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype | Non
 
     A row may lie anywhere, but its elements side by side. dtype None: any floating-point type.
     """
-    if isinstance(x, DTensor):
+    tensors = sys.modules.get("torch.distributed.tensor")  # whoever shards has imported it: half as slow as torch
+    if tensors is not None and isinstance(x, tensors.DTensor):
         raise TypeError(f"{what} is a DTensor; call the kernel inside a module that FSDP has gathered")
     if x.dtype != dtype if dtype is not None else not x.is_floating_point():
         raise TypeError(f"{what} is {x.dtype}, expected {dtype or 'a floating-point type'}")

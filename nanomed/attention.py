@@ -24,15 +24,16 @@ try:
     from flash_attn import flash_attn_varlen_func
 except ImportError:
     flash_attn_varlen_func = None
-try:
-    from torch.nn.attention.varlen import varlen_attn
-
-    # torch 2.13 must be told of grouped heads; earlier releases take them as they come.
-    _VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-except ImportError:
-    varlen_attn = None
-
 _AMPERE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+varlen_attn = None
+if _AMPERE:  # elsewhere it cannot run, and its import alone takes as long as torch's
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+
+        # torch 2.13 must be told of grouped heads; earlier releases take them as they come.
+        _VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    except ImportError:
+        pass
 TILE_SCORES = 1 << 20  # heads · queries · keys of a tile on the CPU, roughly: they stay in its cache
 
 

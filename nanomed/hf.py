@@ -21,6 +21,8 @@ CARRIED = (  # to the export as they are, whichever are there
     "vocab.json merges.txt tokenizer.model tekken.json chat_template.jinja"
 ).split()
 
+READ_DTYPES = ("F32", "BF16", "F16")  # of a safetensors file
+
 # Fields of config.json that do not change what the trunk computes.
 _HARMLESS = {
     "architectures",
@@ -198,6 +200,34 @@ def find_weights(folder: Path) -> dict[str, Path]:
             )
         return {}
     return dict.fromkeys(open_safetensors(single, "np").keys(), single)
+
+
+def check_weights(model, folder: Path) -> dict[str, Path]:
+    """find_weights for an nn.Module; InputError naming the first tensor that is missing, extra, misshapen or of an unknown dtype.
+
+    Empty where the folder has no weights at all: training then starts from random ones.
+    """
+    files, params = find_weights(folder), dict(model.named_parameters())
+    if not files:
+        return {}
+    if missing := sorted(params.keys() - files.keys()):
+        raise InputError(f"{folder}: tensor {missing[0]} is missing from its safetensors ({len(missing)} in all)")
+    if extra := sorted(files.keys() - params.keys()):
+        raise InputError(
+            f"{folder}: tensor {extra[0]} has no place in the model that config.json describes ({len(extra)} in all)"
+        )
+    handles = {file: open_safetensors(file) for file in set(files.values())}
+    for name, file in files.items():
+        if name not in set(handles[file].keys()):  # it is no mapping
+            raise InputError(f"{file}: tensor {name} is missing, though the index names it")
+        found = handles[file].get_slice(name)
+        if list(found.get_shape()) != list(params[name].shape):
+            raise InputError(
+                f"{file}: tensor {name} has shape {found.get_shape()}, config.json asks for {list(params[name].shape)}"
+            )
+        if found.get_dtype() not in READ_DTYPES:
+            raise InputError(f"{file}: tensor {name} has dtype {found.get_dtype()}; {', '.join(READ_DTYPES)} are read")
+    return files
 
 
 def open_safetensors(path: Path, framework: str = "pt"):

@@ -30,6 +30,14 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
+class Embedding(nn.Embedding):
+    """nn.Embedding that draws no numbers on the meta device: torch would import torch.compile whole for it, a second."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class RMSNorm(nn.Module):
     """kernels.rms_norm with its weight."""
 
@@ -114,7 +122,7 @@ class Trunk(nn.Module):
 
     def __init__(self, c: ModelConfig, kernels: Kernels):
         super().__init__()
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c, layer, kernels) for layer in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, kernels)
 

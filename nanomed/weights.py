@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from nanomed import InputError, shards
-from nanomed.hf import CARRIED, find_weights, open_safetensors, read_json
+from nanomed import shards
+from nanomed.hf import CARRIED, check_weights, find_weights, open_safetensors, read_json
 from nanomed.parallel import World
 
 EXPORT_SHARD_BYTES = shards.SHARD_BYTES
@@ -40,34 +40,6 @@ def my_rows(param: Tensor) -> tuple[int, int]:
 def local(param: Tensor) -> Tensor:
     """This rank's part of a parameter as a plain tensor that shares its memory."""
     return param.to_local() if isinstance(param, DTensor) else param.data
-
-
-def check_weights(model: nn.Module, folder: Path) -> dict[str, Path]:
-    """find_weights; InputError naming the first tensor that is missing, extra, misshapen or of an unknown dtype.
-
-    Empty where the folder has no weights at all: training then starts from random ones.
-    """
-    files, params = find_weights(folder), dict(model.named_parameters())
-    if not files:
-        return {}
-    if missing := sorted(params.keys() - files.keys()):
-        raise InputError(f"{folder}: tensor {missing[0]} is missing from its safetensors ({len(missing)} in all)")
-    if extra := sorted(files.keys() - params.keys()):
-        raise InputError(
-            f"{folder}: tensor {extra[0]} has no place in the model that config.json describes ({len(extra)} in all)"
-        )
-    handles = {file: open_safetensors(file) for file in set(files.values())}
-    for name, file in files.items():
-        if name not in set(handles[file].keys()):  # it is no mapping
-            raise InputError(f"{file}: tensor {name} is missing, though the index names it")
-        found = handles[file].get_slice(name)
-        if list(found.get_shape()) != list(params[name].shape):
-            raise InputError(
-                f"{file}: tensor {name} has shape {found.get_shape()}, config.json asks for {list(params[name].shape)}"
-            )
-        if found.get_dtype() not in DTYPES:
-            raise InputError(f"{file}: tensor {name} has dtype {found.get_dtype()}; {', '.join(DTYPES)} are read")
-    return files
 
 
 @torch.no_grad()

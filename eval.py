@@ -1,0 +1,50 @@
+"""Evaluate a medical language model: what it knows, whether its answers win, and how it fails.
+
+    python eval.py convert SOURCE SRC                       a published question set as JSONL
+    python eval.py knowledge MODEL ... --tasks medizin_de   accuracy on multiple-choice questions, with intervals
+    python eval.py generate MODEL --prompts P.jsonl --out A.jsonl      answers to instructions
+    python eval.py judge A.jsonl B.jsonl --url URL --judge NAME        whose answers are better, by a model as judge
+    python eval.py failures A.jsonl --ref B.jsonl           mixed languages, verbosity
+    python eval.py report RUN ... --out report              one page of the runs, with pictures
+
+`eval.py COMMAND --help` says the rest. Every command writes a folder with its configuration and raw samples, and goes
+on where it was interrupted.
+"""
+
+import argparse
+import importlib
+import sys
+
+from nanomed import InputError
+
+COMMANDS = {
+    name: f"nanomed.evaluation.{name}" for name in ("convert", "knowledge", "generate", "judge", "failures", "report")
+}
+
+
+def main() -> None:
+    """Run the one command; an input it cannot work with is one line and exit status 1."""
+    parser = argparse.ArgumentParser(
+        prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
+    name = parser.parse_args(sys.argv[1:2]).command
+    try:
+        module = importlib.import_module(COMMANDS[name])  # only this one: torch alone takes seconds to import
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {name} needs the package {error.name}; pip install -e '.[eval]'")
+    command = argparse.ArgumentParser(
+        prog=f"eval.py {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    module.add_arguments(command)
+    try:
+        module.run(command.parse_args(sys.argv[2:]))
+    except (InputError, OSError) as error:  # an OSError names its file: a full disk, no permission, no such folder
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""From samples to numbers: accuracy, interval, letters, calibration, and the difference to the first model.
+
+A question's value is the share of shot seeds in which it was answered rightly; intervals and tests are over questions.
+McNemar's test, which knows right and wrong only, uses the first seed.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from nanomed.evaluation import stats
+from nanomed.evaluation.tasks import Group, Task
+
+Samples = list[dict]
+
+
+def results(
+    group: Group,
+    models: dict[str, Path],
+    seeds: list[int],
+    args: argparse.Namespace,
+    samples: Callable[[str, Task], Samples],
+) -> dict:
+    """What results.json holds: every model's tasks and group."""
+    found, first, first_values = [], None, {}
+    for name, path in models.items():
+        values, entries = {}, []
+        for task in group.tasks():
+            mine = samples(name, task)
+            values[task.name] = per_question(mine)
+            reference = (first, samples(first, task)) if first else None
+            entries.append(task_entry(task, mine, seeds, args, reference))
+        average = None
+        if group.name:  # tasks named one by one have no average that means anything
+            difference = {"to": first} | group_difference(group, values, first_values) if first else None
+            average = group_entry(group, values) | {"difference": difference}
+        if first is None:
+            first, first_values = name, values
+        found.append({"name": name, "path": str(path), "tasks": entries, "group": average})
+    return {"models": found, "samples": "samples/<name>/<task>.jsonl"}
+
+
+def per_question(samples: Samples) -> np.ndarray:
+    """The value of every question, in order."""
+    by_id: dict = {}
+    for sample in samples:
+        by_id.setdefault(sample["id"], []).append(sample["correct"])
+    return np.array([np.mean(right) for right in by_id.values()])
+
+
+def first_seed(samples: Samples) -> np.ndarray:
+    """Right or wrong in the first seed."""
+    return np.array([s["correct"] for s in samples if s["seed"] == samples[0]["seed"]])
+
+
+def task_entry(task: Task, mine: Samples, seeds: list[int], args: argparse.Namespace, reference) -> dict:
+    """One model's numbers on one task. reference: (name, samples) of the first model, None for itself."""
+    values = per_question(mine)
+    accuracy, difference = float(values.mean()), None
+    if reference:
+        delta, interval = stats.paired_bootstrap(values, per_question(reference[1]))
+        p = stats.mcnemar(first_seed(mine), first_seed(reference[1]))
+        difference = {"to": reference[0], "delta": delta, "ci": interval, "mcnemar_p": p}
+    per_seed = [{"seed": s, "accuracy": float(np.mean([x["correct"] for x in mine if x["seed"] == s]))} for s in seeds]
+    confidence = confidences(mine)
+    return {
+        "task": task.name, "source": task.source, "n": len(values), "metric": mine[0]["metric"], "accuracy": accuracy,
+        "ci": stats.wilson(accuracy, len(values)), "shots": args.shots, "seeds": per_seed, "cue": args.cue, "chat": args.chat,
+        "letters": letters(mine), "cut": sum(x["cut"] for x in mine),
+        "ece": None if confidence is None else stats.calibration_error(*confidence),
+        "reliability": None if confidence is None else [list(bin_) for bin_ in stats.reliability(*confidence)],
+        "difference": difference,
+    }  # fmt: skip
+
+
+def letters(samples: Samples) -> dict | None:
+    """How often each place is right and is chosen: a model that prefers a letter shows here."""
+    if "chosen" not in samples[0]:
+        return None
+    n = max(len(s["options"]) for s in samples)
+    return {key: [sum(s[key] == i for s in samples) for i in range(n)] for key in ("gold", "chosen")}
+
+
+def confidences(samples: Samples) -> tuple[np.ndarray, np.ndarray] | None:
+    """(probability of the chosen option among the options, right?) of every sample; None where scores are no probabilities."""
+    if "log_p" not in samples[0] or samples[0]["metric"] != "acc":
+        return None
+    odds = [np.exp(np.array(s["log_p"]) - max(s["log_p"])) for s in samples]
+    return np.array([o.max() / o.sum() for o in odds]), np.array([s["correct"] for s in samples])
+
+
+# --- groups --------------------------------------------------------------------------------------------------------
+
+
+def value(node: Group | Task, means: dict, sizes: dict):
+    """A node's number: of a task its mean, of a group the mean of its children or of all its questions."""
+    if isinstance(node, Task):
+        return means[node.name]
+    if node.by_size:
+        leaves = node.tasks()
+        return sum(means[t.name] * sizes[t.name] for t in leaves) / sum(sizes[t.name] for t in leaves)
+    return sum(value(child, means, sizes) for child in node.children) / len(node.children)
+
+
+def _macro(group: Group, means: dict, sizes: dict):
+    return value(Group(group.name, group.children, False), means, sizes)
+
+
+def group_entry(group: Group, values: dict[str, np.ndarray]) -> dict:
+    """macro: every child of the group alike, as the paper's average; micro: every question alike. ci: of macro."""
+    sizes = {name: len(v) for name, v in values.items()}
+    means = {name: float(v.mean()) for name, v in values.items()}
+    micro = value(Group(group.name, group.children, True), means, sizes)
+    draws = {name: stats.resampled_means(v, i) for i, (name, v) in enumerate(values.items())}
+    ci = stats.interval(_macro(group, draws, sizes))
+    return {"name": group.name, "macro": _macro(group, means, sizes), "micro": micro, "ci": ci,
+            "children": [c.name for c in group.children]}  # fmt: skip
+
+
+def group_difference(group: Group, values: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> dict:
+    """Of macro to the first model's, questions paired."""
+    sizes = {name: len(v) for name, v in values.items()}
+    pairs = {name: v - reference[name] for name, v in values.items()}
+    draws = {name: stats.resampled_means(v, i) for i, (name, v) in enumerate(pairs.items())}
+    means = {name: float(v.mean()) for name, v in pairs.items()}
+    return {"delta": _macro(group, means, sizes), "ci": stats.interval(_macro(group, draws, sizes))}
+
+
+# --- the console ---------------------------------------------------------------------------------------------------
+
+
+def table(found: dict) -> str:
+    """Accuracy in per cent with its 95 % interval, and the difference to the first model."""
+    lines = [f"{'model':20} {'task':32} {'n':>5} {'accuracy, 95 % interval':>25}   difference to the first, McNemar p"]
+    for model in found["models"]:
+        for entry in model["tasks"]:
+            low, high = entry["ci"]
+            text = f"{entry['accuracy']:6.1%}  [{low:5.1%}, {high:5.1%}]"
+            spread = [s["accuracy"] for s in entry["seeds"]]
+            more = f"  seeds {min(spread):.1%} to {max(spread):.1%}" if len(spread) > 1 else ""
+            lines.append(
+                f"{model['name'][:20]:20} {entry['task'][:32]:32} {entry['n']:5} {text:>25}   {_signed(entry)}{more}"
+            )
+        if group := model["group"]:
+            low, high = group["ci"]
+            text = f"{group['macro']:6.1%}  [{low:5.1%}, {high:5.1%}]"
+            lines.append(f"{model['name'][:20]:20} {group['name'] + ', macro':32} {'':5} {text:>25}   {_signed(group)}")
+    return "\n".join(lines)
+
+
+def _signed(entry: dict) -> str:
+    if not (difference := entry["difference"]):
+        return "-"
+    low, high = difference["ci"]
+    p = f", p = {difference['mcnemar_p']:.3g}" if "mcnemar_p" in difference else ""
+    return f"{100 * difference['delta']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] points{p}"

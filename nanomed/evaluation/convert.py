@@ -1,0 +1,227 @@
+"""Published question sets as the JSONL that the tasks of data/tasks read.
+
+    python eval.py convert mmlux openGPT-X/mmlux
+    python eval.py convert bioinstructqa German-full.json
+
+SRC is a file, a folder with the files as they were published, or the data set's id on the Hugging Face hub. Translations
+of one exam differ, and so do the numbers: the source is part of every file's and every task's name, and nothing is mixed.
+Per task two files: NAME.jsonl and NAME.dev.jsonl, whose questions serve as shots. Where a source has no dev questions, the
+first 5 of every task are taken out of the test and said so. Questions already there are not written over.
+
+    mmlux          openGPT-X/mmlux: MMLU by DeepL; *_DE*_{test,dev}.jsonl
+    mmmlu          openai/MMMLU: MMLU by human translators; test/mmlu_DE-DE.csv
+    global-mmlu    CohereForAI/Global-MMLU: de/{test,dev}*.parquet (needs pyarrow)
+    bioinstructqa  BioMistral/BioInstructQA: German-full.json of its data.zip, or the zip; its MedQA with four options
+    medqa          MedQA's own layout, translated: phrases_no_exclude_{test,train}.jsonl
+"""
+
+import argparse
+import csv
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanomed import InputError
+from nanomed.evaluation.questions import fault
+
+SUBJECTS = (
+    "clinical_knowledge",
+    "medical_genetics",
+    "anatomy",
+    "professional_medicine",
+    "college_biology",
+    "college_medicine",
+)
+N_DEV = 5
+LETTERS = "ABCDE"
+Rows = Iterator[tuple[str, str, dict]]  # (split, subject, question); subject "" where a source has only one
+
+
+# --- readers: a file of a source -> its questions ------------------------------------------------------------------
+
+
+def read_mmlux(path: Path) -> Rows:
+    """question, choices, answer (a number or a letter), id "anatomy/test/0"."""
+    split = "dev" if path.stem.endswith("dev") else "test"
+    for row in json_lines(path):
+        yield (
+            split,
+            row["id"].split("/")[0].removesuffix("_DE"),
+            made(row["id"], row["question"], row["choices"], row["answer"]),
+        )
+
+
+def read_mmmlu(path: Path) -> Rows:
+    """Question, A, B, C, D, Answer, Subject ("anatomy" or "anatomy_test.csv_de-DE.csv")."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        for number, row in enumerate(csv.DictReader(file)):
+            subject = row["Subject"].split("_test.csv")[0]
+            yield "test", subject, made(f"{subject}/{number}", row["Question"], [row[x] for x in "ABCD"], row["Answer"])
+
+
+def read_global_mmlu(path: Path) -> Rows:
+    """sample_id, subject, question, option_a to option_d, answer."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError("convert global-mmlu reads Parquet; pip install pyarrow") from None
+    for row in pyarrow.parquet.read_table(path).to_pylist():
+        options = [row[f"option_{x}"] for x in "abcd"]
+        split = "dev" if path.name.startswith("dev") else "test"
+        yield split, row["subject"], made(row["sample_id"], row["question"], options, row["answer"])
+
+
+def read_bioinstructqa(path: Path) -> Rows:
+    """identifier, corpus_name, question_translated, options_translated {letter: text}, correct_answer_letter."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith("German-full.json")]
+            if not names:
+                raise InputError(f"{path}: holds no German-full.json")
+            rows = json.loads(archive.read(names[0]))
+    else:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    for row in rows:
+        if row["corpus_name"] == "MedQA":
+            options = row["options_translated"]
+            answer = list(options).index(row["correct_answer_letter"])
+            yield "test", "", made(row["identifier"], row["question_translated"], list(options.values()), answer)
+
+
+def read_medqa(path: Path) -> Rows:
+    """question, options {letter: text}, answer_idx (a letter)."""
+    split = "test" if "test" in path.stem else "dev"
+    for number, row in enumerate(json_lines(path)):
+        options = row["options"]
+        answer = list(options).index(row["answer_idx"])
+        yield split, "", made(f"{path.stem}/{number}", row["question"], list(options.values()), answer)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the questions of a source are."""
+
+    read: Callable[[Path], Rows]
+    patterns: tuple[str, ...]  # of its files, in a folder and on the hub
+    exam: str  # the task's name is EXAM_SOURCE, or EXAM_SOURCE_SUBJECT
+
+
+SOURCES = {
+    "mmlux": Source(read_mmlux, ("*_DE*test.jsonl", "*_DE*dev.jsonl"), "mmlu_de"),
+    "mmmlu": Source(read_mmmlu, ("*mmlu_DE-DE.csv",), "mmlu_de"),
+    "global-mmlu": Source(read_global_mmlu, ("de/test*.parquet", "de/dev*.parquet"), "mmlu_de"),
+    "bioinstructqa": Source(read_bioinstructqa, ("*German-full.json", "data.zip"), "medqa_de"),
+    "medqa": Source(read_medqa, ("*test.jsonl", "*train.jsonl"), "medqa_de"),
+}
+
+
+def made(name: object, question: str, options: list[str], answer: int | str) -> dict:
+    """A question of ours; answer: a place from 0, or a letter."""
+    place = LETTERS.index(answer.strip().upper()) if isinstance(answer, str) else answer
+    return {
+        "id": str(name),
+        "question": question.strip(),
+        "options": [str(o).strip() for o in options],
+        "answer": place,
+    }
+
+
+def json_lines(path: Path) -> Iterator[dict]:
+    """The objects of a JSONL file."""
+    return (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the command."""
+    add = parser.add_argument
+    add("source", choices=SOURCES, help="which published set")
+    add("src", metavar="SRC", help="file, folder or hub id of it")
+    add("out", metavar="OUT", type=Path, nargs="?", default=Path("data/tasks/questions"),
+        help="folder for the JSONL files (default data/tasks/questions, where the tasks look)")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write every task's two files, or none."""
+    source = SOURCES[args.source]
+    found: dict[str, dict[str, list[dict]]] = {}
+    for path in find_files(args.src, source.patterns):
+        for split, subject, question in checked(path, source.read):
+            if subject in SUBJECTS or not subject:
+                name = "_".join(filter(None, (source.exam, args.source.replace("-", "_"), subject)))
+                found.setdefault(name, {"test": [], "dev": []})[split].append(
+                    question | {"subject": subject or source.exam}
+                )
+    wanted = (
+        [s for s in SUBJECTS if f"mmlu_de_{args.source.replace('-', '_')}_{s}" not in found]
+        if source.exam == "mmlu_de"
+        else []
+    )
+    if not found or wanted:
+        raise InputError(
+            f"{args.src}: holds no questions of {wanted[0] if wanted else args.source}; is it what {args.source} published?"
+        )
+    for name, splits in found.items():
+        write_task(args.out, name, splits)
+
+
+def find_files(src: str, patterns: Iterable[str]) -> list[Path]:
+    """The file, or those of a folder or hub data set that fit; of one name (test, dev) each once."""
+    path = Path(src)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        path = download(src, [*patterns, *(f"**/{p}" for p in patterns)])
+    files = sorted({f for pattern in patterns for f in path.glob(f"**/{pattern}")})
+    if not files:
+        raise InputError(f"{src}: has none of {', '.join(patterns)}")
+    return files
+
+
+def download(name: str, patterns: list[str]) -> Path:
+    """The files of a data set on the hub."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns))
+    except (OSError, HFValidationError, ValueError) as error:
+        raise InputError(f"{name}: no such file or folder, and the hub says: {str(error).splitlines()[0]}") from error
+
+
+def checked(path: Path, read: Callable[[Path], Rows]) -> Rows:
+    """The rows of a file. InputError naming the question that is damaged, or the file of another layout."""
+    number = 0
+    try:
+        for split, subject, question in read(path):
+            number += 1
+            if wrong := fault(question):
+                raise InputError(f"{path}: question {number} ({question['id']}): {wrong}")
+            yield split, subject, question
+    except (KeyError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{path}: after question {number}: not as published ({type(error).__name__}: {error})"
+        ) from None
+
+
+def write_task(out: Path, name: str, splits: dict[str, list[dict]]) -> None:
+    """NAME.jsonl and NAME.dev.jsonl in OUT."""
+    test, dev, note = splits["test"], splits["dev"][:N_DEV], ""
+    if not dev:
+        test, dev, note = test[N_DEV:], test[:N_DEV], f" (its first {N_DEV}: the source has no dev questions)"
+    if not test:
+        raise InputError(f"{name}: the source has no test questions; was the test file given?")
+    out.mkdir(parents=True, exist_ok=True)
+    for path, questions in ((out / f"{name}.dev.jsonl", dev), (out / f"{name}.jsonl", test)):
+        text = "".join(json.dumps(q, ensure_ascii=False) + "\n" for q in questions)
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            raise InputError(f"{path}: is there already with other questions; move it away first")
+        tmp = path.with_name(path.name + ".tmp")
+        tmp.write_text(text, encoding="utf-8")
+        os.replace(tmp, path)
+    print(f"{out / name}.jsonl: {len(test)} questions, {len(dev)} for shots{note}")

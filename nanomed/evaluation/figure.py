@@ -1,0 +1,89 @@
+"""accuracy.svg: every model's accuracy with its interval, which letters it likes, and whether its confidence is earned."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+CHANCE = 0.25
+
+
+def draw(results: dict, path: Path) -> None:
+    """Write the picture (SVG, or PNG by its suffix) of the results of `knowledge`."""
+    models = results["models"]
+    names = [entry["task"] for entry in models[0]["tasks"]]
+    figure = Figure(figsize=(13, max(3.5, 1.2 + 0.16 * (len(names) + 1) * (len(models) + 1))))
+    FigureCanvasSVG(figure) if path.suffix == ".svg" else FigureCanvasAgg(figure)
+    bars, letters, curve = figure.subplots(1, 3, width_ratios=(1.6, 1, 1))
+    _bars(bars, models)
+    _letters(letters, models)
+    _reliability(curve, models)
+    for axes in (bars, letters, curve):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": "nanomed"}
+    ):  # text stays text, same input same bytes
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _bars(axes, models: list[dict]) -> None:
+    rows = [entry["task"] for entry in models[0]["tasks"]]
+    rows += [f"{models[0]['group']['name']}, macro"] if models[0]["group"] else []
+    height = 0.8 / len(models)
+    for m, model in enumerate(models):
+        entries = [(e["accuracy"], *e["ci"]) for e in model["tasks"]]
+        entries += [(model["group"]["macro"], *model["group"]["ci"])] if model["group"] else []
+        value, low, high = np.array(entries).T * 100
+        y = np.arange(len(rows)) + (m - (len(models) - 1) / 2) * height
+        errors = [np.maximum(0, value - low), np.maximum(0, high - value)]
+        axes.barh(y, value, 0.92 * height, xerr=errors, color=f"C{m}", ecolor="0.25", capsize=2, label=model["name"])
+    axes.axvline(100 * CHANCE, color="0.5", lw=1, ls=":", label="chance, four options")
+    axes.set(
+        title="Accuracy, 95 % interval", xlabel="% right", xlim=(0, 100), yticks=range(len(rows)), yticklabels=rows
+    )
+    axes.invert_yaxis()
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+
+
+def _letters(axes, models: list[dict]) -> None:
+    """How often each letter is chosen, beside how often it is right; where whole answers are scored, places mean nothing."""
+    counts = {
+        model["name"]: [e["letters"] for e in model["tasks"] if e["letters"] and e["metric"] == "acc"]
+        for model in models
+    }
+    first = counts[models[0]["name"]]
+    if not first:
+        return axes.set_axis_off()
+    n = max(len(c["gold"]) for c in first)
+    shown = [("right", [c["gold"] for c in first], "0.8")]
+    shown += [(name, [c["chosen"] for c in found], f"C{m}") for m, (name, found) in enumerate(counts.items())]
+    width = 0.8 / len(shown)
+    for i, (label, rows, colour) in enumerate(shown):
+        total = np.sum([np.pad(row, (0, n - len(row))) for row in rows], 0)
+        x = np.arange(n) + (i - (len(shown) - 1) / 2) * width
+        axes.bar(x, 100 * total / total.sum(), 0.92 * width, color=colour, label=label)
+    axes.set(title="Letter chosen", ylabel="% of questions", xticks=range(n), xticklabels="ABCDEFGHIJ"[:n])
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _reliability(axes, models: list[dict]) -> None:
+    """Share right against confidence: on the diagonal where the model knows what it knows."""
+    drawn = [(m, model, [e for e in model["tasks"] if e["reliability"]]) for m, model in enumerate(models)]
+    if not any(entries for _, _, entries in drawn):
+        return axes.set_axis_off()
+    axes.plot([0, 100], [0, 100], color="0.8", lw=1)
+    for m, model, entries in drawn:
+        bins = np.array([b for e in entries for b in e["reliability"]])
+        place = np.minimum((bins[:, 0] * 10).astype(int), 9)
+        merged = [bins[place == i] for i in np.unique(place)]
+        x, y = ([100 * np.average(b[:, k], weights=b[:, 2]) for b in merged] for k in (0, 1))
+        size = [10 + 150 * b[:, 2].sum() / bins[:, 2].sum() for b in merged]
+        error = np.average([e["ece"] for e in entries], weights=[e["n"] for e in entries])
+        axes.plot(x, y, color=f"C{m}", lw=1, label=f"{model['name']}: off by {100 * error:.1f} points")
+        axes.scatter(x, y, size, color=f"C{m}")
+    axes.set(title="Calibration", xlabel="confidence, %", ylabel="% right", xlim=(0, 100), ylim=(0, 100))
+    axes.legend(frameon=False, fontsize=8)

@@ -1,0 +1,258 @@
+"""What does a model know? Accuracy on multiple-choice questions, with intervals, for one model or several side by side.
+
+    python eval.py knowledge MODEL ... --tasks medizin_de --shots 3
+
+lm-eval is the harness; its model class is ours (scorer.py: the same log-probabilities, several times as fast). Of several
+models all but the first are compared with the first, question by question. The questions of `medizin_de` come with the
+project; those of `german_medical` are made from the published files by `eval.py convert`.
+
+The folder of a run: run.json, results.json, accuracy.svg, samples/MODEL/TASK.jsonl (every prompt, log-probability and
+choice), tasks/seed-S/TASK.yaml (what `lm-eval run --include_path` needs to repeat it). A run goes on after its last whole
+samples file.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+import datasets
+import torch
+
+from nanomed import InputError
+from nanomed.evaluation import accuracy, record, tasks
+from nanomed.evaluation.scorer import DecoderLM, load_decoder
+from nanomed.evaluation.tasks import Task
+from nanomed.hf import fetch, find_weights
+from nanomed.merging.losses import render
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the command."""
+    add = parser.add_argument
+    add(
+        "models",
+        nargs="+",
+        metavar="[NAME=]MODEL",
+        help="folder, hub id or run folder of train.py; the first is the reference",
+    )
+    add("--tasks", default="medizin_de", metavar="T,T,...", help="tasks and groups of data/tasks (default medizin_de)")
+    add(
+        "--shots",
+        type=int,
+        default=3,
+        metavar="N",
+        help="questions with their answers before every question (default 3)",
+    )
+    add(
+        "--seeds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="choices of shots: 1 is the order on disk, further ones are shuffled",
+    )
+    add("--cue", choices=tasks.CUES, default=tasks.CUES[0], help="what the answer follows (default Antwort:)")
+    add(
+        "--chat",
+        action="store_true",
+        help="prompts through the model's chat template, shots as turns of a conversation",
+    )
+    add("--limit", type=int, metavar="N", help="only the first N questions of every task, for a trial")
+    add(
+        "--task-path",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="more tasks: lm-eval YAML files on JSONL",
+    )
+    add("--include-defaults", action="store_true", help="lm-eval's own tasks too; finding them takes 9 seconds")
+    add("--dtype", choices=DTYPES, help="of weights and products (default: float32 on a CPU, bfloat16 on a GPU)")
+    add(
+        "--batch-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of the largest pass (default: 512 on a CPU, 16,384 on a GPU)",
+    )
+    add("--out", type=Path, metavar="DIR", help="folder of the run (default runs/eval/knowledge-MODEL)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Score every model on every task that has no samples yet, then compare."""
+    for name in ("shots", "seeds", "limit", "batch_tokens"):
+        if (value := getattr(args, name)) is not None and value < (name != "shots"):
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected a positive number")
+    quieten()
+    models = named_models(args.models)
+    out = args.out or Path("runs/eval") / f"knowledge-{next(iter(models))}"
+    folders = [tasks.FOLDER] if tasks.FOLDER.is_dir() else []
+    group = tasks.find_tasks(args.tasks.split(","), [*folders, *args.task_path], args.include_defaults)
+    seeds = list(range(args.seeds if args.shots else 1))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    config = {
+        "models": {name: {"path": str(path), "fingerprint": fingerprint(path)} for name, path in models.items()},
+        "tasks": {task.name: {k: v for k, v in task.config.items() if k != "dataset_kwargs"} for task in group.tasks()},
+        "shots": args.shots, "seeds": seeds, "cue": args.cue, "chat": args.chat, "limit": args.limit, "dtype": dtype,
+    }  # fmt: skip
+    own = [(seed, tasks.prepared(t, args.shots, seed, args.cue)) for t in group.tasks() if t.test for seed in seeds]
+    for path in models.values() if args.chat else ():
+        render(path, [{"role": "user", "content": "Frage"}])  # a model without a template is refused before all else
+    if record.open_run(out, "knowledge", config, [path for task in group.tasks() for path in task.files]):
+        print(f"{out}: finished already; {out / 'results.json'} holds the numbers")
+        return
+    for seed, yaml in own:
+        tasks.write_task(yaml, out / "tasks" / f"seed-{seed}")
+    batch_tokens = args.batch_tokens or (16_384 if device.type == "cuda" else 512)
+    for name, path in models.items():
+        missing = [task for task in group.tasks() if not samples_path(out, name, task).exists()]
+        if missing:
+            lm = DecoderLM(load_decoder(path, DTYPES[dtype], device), path, batch_tokens)
+            for task in missing:
+                write_samples(samples_path(out, name, task), score(lm, task, out, seeds, args))
+            del lm  # before the next one is loaded
+    results = accuracy.results(
+        group, models, seeds, args, lambda name, task: read_samples(samples_path(out, name, task))
+    )
+    results["lm_eval"] = [command(path, out, args, dtype, group.tasks()) for path in models.values()]
+    from nanomed.evaluation import figure  # matplotlib, a second
+
+    figure.draw(results, out / "accuracy.svg")
+    record.finish_run(out, results)
+    print(accuracy.table(results), f"{out}: results.json, accuracy.svg, samples/", "the same by lm-eval:", sep="\n")
+    print(*results["lm_eval"], sep="\n")
+
+
+def quieten() -> None:
+    """lm-eval and datasets announce every step; here a progress bar tells what takes long."""
+    datasets.disable_progress_bars()
+    for name in ("lm_eval", "lm-eval", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+# --- models --------------------------------------------------------------------------------------------------------
+
+
+def named_models(given: list[str]) -> dict[str, Path]:
+    """Name → folder of the checkpoint, in order. A run folder of train.py stands for its export."""
+    found: dict[str, Path] = {}
+    for text in given:
+        name, _, model = text.rpartition("=")
+        if (Path(model) / "hf" / "config.json").is_file():
+            model = str(Path(model) / "hf")
+        folder = fetch(model, "MODEL")
+        if not find_weights(folder):
+            raise InputError(f"MODEL {model}: has no weights (model.safetensors)")
+        parts = [part for part in Path(model).parts if part != "hf"]
+        name = name or (parts[-1] if parts else "model")
+        if name in found or "/" in name:
+            raise InputError(f"MODEL {text}: the name {name!r} is taken or holds a slash; give another as NAME=MODEL")
+        found[name] = folder.resolve()
+    return found
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 over config, tokenizer, and of every weights file its size and 17 pieces of it: tells checkpoints apart in
+    milliseconds, so that a run does not go on with another model at the same path."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "tokenizer.json"):
+        digest.update((folder / name).read_bytes() if (folder / name).exists() else b"")
+    for path in sorted(set(find_weights(folder).values())):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for i in range(17):
+                file.seek(max(0, size - 2**16) * i // 16)
+                digest.update(file.read(2**16))
+    return digest.hexdigest()
+
+
+# --- samples -------------------------------------------------------------------------------------------------------
+
+
+def score(lm: DecoderLM, task: Task, out: Path, seeds: list[int], args: argparse.Namespace) -> list[dict]:
+    """One line a question and seed. lm-eval builds the prompts and judges the answers."""
+    from lm_eval.evaluator import evaluate  # simple_evaluate also lists every installed package, 1.3 s a call
+    from lm_eval.tasks import TaskManager
+
+    lines = []
+    for seed in seeds:
+        print(f"{lm.folder}: {task.name}, shots {args.shots}, seed {seed}", file=sys.stderr)
+        manager = TaskManager(include_path=out / "tasks" / f"seed-{seed}", include_defaults=task.test is None)
+        loaded = manager.load([task.name])
+        (leaf,) = loaded["tasks"].values()
+        if (
+            task.test is None and leaf.get_config("num_fewshot") != 0
+        ):  # ours say it themselves; 0 there is a rule of the task
+            leaf.set_config("num_fewshot", args.shots)
+        leaf.set_fewshot_seed(seed)
+        found = evaluate(
+            lm,
+            loaded,
+            limit=args.limit,
+            bootstrap_iters=0,
+            apply_chat_template=args.chat,
+            fewshot_as_multiturn=args.chat,
+        )
+        lines += [sample_line(lm, task.name, sample, seed) for sample in found["samples"][task.name]]
+    if lm.cut:
+        print(
+            f"warning: {task.name}: {len(lm.cut)} prompts did not fit the context and lost their first shots",
+            file=sys.stderr,
+        )
+        lm.cut.clear()
+    return lines
+
+
+def sample_line(lm: DecoderLM, name: str, sample: dict, seed: int) -> dict:
+    """What of lm-eval's sample is kept."""
+    metric = sample["metrics"][0]
+    if sample[metric] not in (0, 1):
+        raise InputError(f"{name}: {metric} is not right or wrong for every question; run it by lm-eval itself")
+    doc, prompt = sample["doc"], sample["arguments"][0][0]
+    line = {"id": doc.get("id", sample["doc_id"]) if isinstance(doc, dict) else sample["doc_id"], "seed": seed,
+            "correct": bool(sample[metric]), "metric": metric}  # fmt: skip
+    answers = sample["filtered_resps"]
+    if len(answers) > 1 and isinstance(sample["target"], int) and isinstance(answers[0], (tuple, list)):
+        options, log_p = [arguments[1] for arguments in sample["arguments"]], [float(answer[0]) for answer in answers]
+        per = [len(option.strip()) for option in options] if metric == "acc_norm" else [1] * len(options)
+        scores = [p / n for p, n in zip(log_p, per, strict=True)]
+        line |= {"gold": sample["target"], "chosen": scores.index(max(scores)), "log_p": log_p, "options": options}
+    else:
+        line["answer"] = answers[0]
+    return line | {"cut": prompt.rstrip() in lm.cut, "prompt": prompt}
+
+
+def samples_path(out: Path, name: str, task: Task) -> Path:
+    """Where the lines of a model and a task are."""
+    return out / "samples" / name / f"{task.name}.jsonl"
+
+
+def write_samples(path: Path, lines: list[dict]) -> None:
+    """The whole file or none: its being there means that it is done."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    os.replace(tmp, path)
+
+
+def read_samples(path: Path) -> list[dict]:
+    """The lines of write_samples."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def command(path: Path, out: Path, args: argparse.Namespace, dtype: str, wanted: list[Task]) -> str:
+    """The lm-eval command line that gives the numbers of the first seed."""
+    names = ",".join(task.name for task in wanted)
+    flags = f" --num_fewshot {args.shots}" if any(task.test is None for task in wanted) else ""
+    flags += " --apply_chat_template --fewshot_as_multiturn" if args.chat else ""
+    flags += f" --limit {args.limit}" if args.limit else ""
+    return (
+        f"lm-eval run --model hf --model_args pretrained={path},dtype={dtype} --include_path {out / 'tasks' / 'seed-0'} "
+        f"--tasks {names} --batch_size 8{flags}"
+    )

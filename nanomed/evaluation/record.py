@@ -1,0 +1,109 @@
+"""The folder of an evaluation: what was asked of what, so that every number can be traced, and gone on with.
+
+    run.json       written first, `finished: false`: the command line, every option, versions, git commit, sha256 of the data
+    *.jsonl        raw samples, as they come
+    results.json   written last and whole: what report reads
+    run.json       again, `finished: true`
+
+A folder belongs to one configuration on one state of its data: another is refused by the name of the field that
+differs, a finished one is left as it is, an unfinished one goes on. No torch is imported here.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import nanomed
+from nanomed import InputError
+from nanomed.hf import read_json
+
+PACKAGES = ("torch", "lm_eval", "tokenizers", "transformers", "numpy")
+
+
+def open_run(out: Path, kind: str, config: dict, data: list[Path]) -> bool:
+    """Begin or go on with the run in the folder OUT; True if it is finished already.
+
+    kind: "knowledge", "generate", "judge" or "failures". config: every option that decides the results, JSON-able.
+    data: the files read, recorded with their sha256. InputError, and nothing written, where OUT holds something else.
+    """
+    wanted = {"kind": kind, "config": json.loads(json.dumps(config)), "data": {str(p): sha256(p) for p in data}}
+    path = out / "run.json"
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file, expected a folder or nothing; choose another")
+    if path.exists():
+        found = read_json(path)
+        _check_same(out, found, wanted)
+        return found.get("finished") is True and (out / "results.json").exists()
+    if out.exists() and any(p.suffix != ".tmp" for p in out.iterdir()):
+        raise InputError(f"--out {out}: the folder is not empty and not an evaluation's; choose another")
+    out.mkdir(parents=True, exist_ok=True)
+    about = {
+        "command": sys.argv,
+        "git_commit": _git_commit(),
+        "versions": _versions(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "finished": False,
+    }
+    write_json(path, wanted | about)
+    return False
+
+
+def finish_run(out: Path, results: dict) -> None:
+    """Write results.json, then mark the run in OUT as finished."""
+    write_json(out / "results.json", results)
+    write_json(out / "run.json", read_json(out / "run.json") | {"finished": True})
+
+
+def write_json(path: Path, content: dict) -> None:
+    """The file with this content, or no file of this name: written aside, synced, renamed."""
+    tmp = path.with_name(path.name + ".tmp")
+    with tmp.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(tmp, path)
+
+
+def sha256(path: Path) -> str:
+    """Of the file's bytes; OSError, which names the file, where it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_same(out: Path, found: dict, wanted: dict) -> None:
+    """InputError naming the first thing in which the run of the folder is another than the wanted one."""
+    if found.get("kind") != wanted["kind"]:
+        raise InputError(f"--out {out}: holds a run of {found.get('kind')}, not of {wanted['kind']}; choose another")
+    for part, what in (("config", ""), ("data", "data ")):
+        old, new = found.get(part, {}), wanted[part]
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                was, now = (json.dumps(side.get(key), ensure_ascii=False) for side in (old, new))
+                raise InputError(
+                    f"--out {out}: belongs to a run with {what}{key} = {was}, this one {now}; choose another --out or delete it"
+                )
+
+
+def _versions() -> dict[str, str]:
+    found = {"nanomed": nanomed.__version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _git_commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        here = Path(nanomed.__file__).parent
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,149 @@
+"""convert, on files in the layouts that the sources publish."""
+
+import csv
+import json
+import subprocess
+import sys
+import zipfile
+from argparse import Namespace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from conftest import ROOT
+from nanomed import InputError
+from nanomed.evaluation import convert
+from nanomed.evaluation.convert import SUBJECTS
+from nanomed.evaluation.questions import read_questions
+
+OPTIONS = ["die Leber", "die Milz", "das Herz", "die Niere"]
+
+
+def rows(n: int, subjects=SUBJECTS):
+    """(subject, number, question, place of the answer) of every question."""
+    return [(s, i, f"Frage {i} zu {s}?", i % 4) for s in (*subjects, "astronomy") for i in range(n)]
+
+
+def write_lines(path, objects):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(o, ensure_ascii=False) + "\n" for o in objects), encoding="utf-8")
+
+
+def mmlux(folder):
+    for split, n in (("test", 8), ("dev", 5)):
+        for name in (*SUBJECTS, "astronomy"):
+            mine = [(i, q, a) for s, i, q, a in rows(n) if s == name]
+            lines = [{"question": q, "choices": OPTIONS, "answer": a, "id": f"{name}/{split}/{i}"} for i, q, a in mine]
+            write_lines(folder / f"{name}_DE_{split}.jsonl", lines)
+    french = {"question": "?", "choices": OPTIONS, "answer": 0, "id": "anatomy/test/0"}
+    write_lines(folder / "anatomy_FR_test.jsonl", [french])
+
+
+def mmmlu(folder):
+    (folder / "test").mkdir(parents=True)
+    with (folder / "test" / "mmlu_DE-DE.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["", "Question", "A", "B", "C", "D", "Answer", "Subject"])
+        writer.writerows([k, q, *OPTIONS, "ABCD"[a], s] for k, (s, _, q, a) in enumerate(rows(8)))
+
+
+def global_mmlu(folder):
+    (folder / "de").mkdir(parents=True)
+    for split, n in (("test", 8), ("dev", 5)):
+        table = [{"sample_id": f"{s}/{split}/{i}", "subject": s, "question": q, "answer": "ABCD"[a],
+                  **{f"option_{x}": o for x, o in zip("abcd", OPTIONS, strict=True)}} for s, i, q, a in rows(n)]  # fmt: skip
+        pq.write_table(pa.Table.from_pylist(table), folder / "de" / f"{split}-00000-of-00001.parquet")
+
+
+def bioinstructqa(folder):
+    folder.mkdir()
+    options = dict(zip("ABCD", OPTIONS, strict=True))
+    table = [
+        {"identifier": f"id-{i}", "corpus_name": corpus, "question": "no", "question_translated": q,
+         "options_translated": options, "correct_answer_letter": "ABCD"[a]}
+        for corpus in ("MedQA", "PubMedQA") for _, i, q, a in rows(8, ("",))[:8]
+    ]  # fmt: skip
+    with zipfile.ZipFile(folder / "data.zip", "w") as archive:
+        archive.writestr("langs_processed/German-full.json", json.dumps(table))
+
+
+def medqa(folder):
+    for split, n in (("test", 8), ("train", 9)):
+        write_lines(folder / f"phrases_no_exclude_{split}.jsonl", (
+            {"question": q, "answer": OPTIONS[a], "options": dict(zip("ABCD", OPTIONS, strict=True)), "meta_info": "step1",
+             "answer_idx": "ABCD"[a]} for _, _, q, a in rows(n, ("",))[:n]))  # fmt: skip
+
+
+WRITERS = {"mmlux": mmlux, "mmmlu": mmmlu, "global-mmlu": global_mmlu, "bioinstructqa": bioinstructqa, "medqa": medqa}
+
+
+@pytest.mark.parametrize("source", WRITERS)
+def test_every_source(source, tmp_path):
+    WRITERS[source](tmp_path / "published")
+    args = Namespace(source=source, src=str(tmp_path / "published"), out=tmp_path / "out")
+    convert.run(args)
+    prefix = f"{convert.SOURCES[source].exam}_{source.replace('-', '_')}"
+    names = [f"{prefix}_{s}" for s in SUBJECTS] if "mmlu" in prefix else [prefix]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
+        f"{n}{end}" for n in names for end in (".jsonl", ".dev.jsonl")
+    )
+    taken = 5 if source in ("mmmlu", "bioinstructqa") else 0  # no dev questions there
+    for name in names:
+        test = read_questions(tmp_path / "out" / f"{name}.jsonl")
+        dev = read_questions(tmp_path / "out" / f"{name}.dev.jsonl")
+        assert [q["answer"] for q in test] == [i % 4 for i in range(taken, 8)]
+        assert [q["answer"] for q in dev] == [i % 4 for i in range(5)]
+        assert all(q["options"] == OPTIONS and q["question"].startswith("Frage") for q in test + dev)
+        if taken:
+            assert not {q["id"] for q in test} & {q["id"] for q in dev}
+    convert.run(args)  # the same again is no error
+
+
+def test_every_published_set_has_its_task():
+    files = {p.read_text(encoding="utf-8") for p in (ROOT / "data" / "tasks").rglob("*.yaml")}
+    for source in convert.SOURCES.values():
+        for name in [n for n, s in convert.SOURCES.items() if s is source]:
+            tasks = [
+                f"{source.exam}_{name.replace('-', '_')}{s}"
+                for s in ([f"_{x}" for x in SUBJECTS] if source.exam == "mmlu_de" else [""])
+            ]
+            for task in tasks:
+                assert any(f"task: {task}\n" in text and f"questions/{task}.dev.jsonl" in text for text in files), task
+
+
+def test_bad_sources_end_in_one_line(tmp_path):
+    medqa(tmp_path / "m")
+    path = tmp_path / "m" / "phrases_no_exclude_test.jsonl"
+    text = path.read_text(encoding="utf-8")
+
+    def run(source="medqa", src=tmp_path / "m"):
+        convert.run(Namespace(source=source, src=str(src), out=tmp_path / "out"))
+
+    faults = {
+        "option 0 is empty": ('"A": "die Leber"', '"A": " "'), "is not in list": ('"answer_idx": "A"', '"answer_idx": "E"'),
+        "KeyError: 'options'": ('"options"', '"choices"'), "not as published": ("{", ""),
+    }  # fmt: skip
+    for message, (old, new) in faults.items():
+        path.write_text(text.replace(old, new, 1), encoding="utf-8")
+        with pytest.raises(InputError, match=message) as error:
+            run()
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+    path.write_text(text, encoding="utf-8")
+    run()
+    path.write_text(text.replace("Frage 7", "Frage acht"), encoding="utf-8")
+    with pytest.raises(InputError, match="is there already with other questions"):
+        run()
+    with pytest.raises(InputError, match="not as published"):
+        run("mmlux", path)
+    with pytest.raises(InputError, match=r"has none of \*mmlu_DE-DE.csv"):
+        run("mmmlu")
+
+
+def test_the_command_line(tmp_path):
+    command = [sys.executable, "eval.py", "convert", "medqa", str(tmp_path / "nowhere"), str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {tmp_path}/nowhere: no such file or folder")
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,160 @@
+"""The scorer against lm-eval's own `hf` model, and against itself at other batch sizes."""
+
+import json
+import random
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config
+
+from conftest import SENTENCES, save_reference
+from nanomed import InputError
+from nanomed.evaluation.scorer import DecoderLM, load_decoder
+from nanomed.evaluation.sharing import Question, common, groups, shared
+
+CPU = torch.device("cpu")
+TINY = dict(vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=512, bos_token_id=0, eos_token_id=1)  # fmt: skip
+CONFIGS = {
+    "llama": LlamaConfig(**TINY, tie_word_embeddings=True),
+    "mistral": MistralConfig(**TINY, head_dim=16, sliding_window=48),
+    "qwen2": Qwen2Config(**TINY, use_sliding_window=False),
+}
+
+
+def write_tokenizer(folder, bos: bool):
+    """A byte-level BPE tokenizer; bos: its post-processor puts <s> before every text, as Mistral's does."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=370, special_tokens=["<s>", "</s>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    tokenizer.train_from_iterator([*SENTENCES, "Frage: Antwort: A B C D"] * 3, trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "</s>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def sides(tmp_path_factory):
+    """Kind of model → (ours, lm-eval's hf), on the same random float32 weights."""
+    found = {}
+    for kind, config in CONFIGS.items():
+        folder = tmp_path_factory.mktemp(kind)
+        torch.manual_seed(0)
+        model = save_reference(config, folder)
+        write_tokenizer(folder, bos=kind == "mistral")
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        peer = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3, max_length=512)
+        found[kind] = DecoderLM(load_decoder(folder, torch.float32, CPU), folder, 256), peer
+    return found
+
+
+def question(rng: random.Random, answer: str = "") -> str:
+    return f"Frage: {' '.join(rng.choices(SENTENCES, k=rng.randint(1, 3)))}\nAntwort:{answer}"
+
+
+def prompts(n_shots: int, options: list[str], n: int = 7) -> list[tuple[str, str]]:
+    """(context, continuation) of n questions after the same shots."""
+    rng = random.Random(n_shots)
+    shots = "".join(question(rng, rng.choice(options)) + "\n\n" for _ in range(n_shots))
+    return [(shots + q, option) for q in [question(rng) for _ in range(n)] for option in options]
+
+
+LETTERS = [" A", " B", " C", " D"]
+TEXTS = [" Das Herz.", " Das Herz pumpt Blut.", " Insulin", " Das"]
+CASES = {
+    "0 shots, letters": prompts(0, LETTERS),
+    "3 shots, letters": prompts(3, LETTERS),
+    "3 shots, whole answers": prompts(3, TEXTS),
+    "two tasks and texts without context": prompts(2, LETTERS) + prompts(3, TEXTS, 2) + [("", t) for t in TEXTS],
+    "space before the answer": [(c + " ", o[1:]) for c, o in prompts(1, LETTERS, 3)],
+}
+
+
+def instances(kind: str, arguments: list[tuple]) -> list[Instance]:
+    return [Instance(kind, {}, a, i) for i, a in enumerate(arguments)]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("case", CASES)
+def test_same_log_probabilities_as_the_hf_model(sides, kind, case):
+    ours, peer = sides[kind]
+    requests = instances("loglikelihood", CASES[case])
+    mine, theirs = ours.loglikelihood(requests), peer.loglikelihood(requests, disable_tqdm=True)
+    assert mine == [(pytest.approx(p, abs=1e-4), greedy) for p, greedy in theirs]
+    assert len({round(p, 3) for p, _ in mine}) > 3  # they do differ: a constant would agree with itself
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_any_batch_size_gives_the_same(sides, kind):
+    ours, _ = sides[kind]
+    requests = instances("loglikelihood", [pair for pairs in CASES.values() for pair in pairs])
+    whole = ours.loglikelihood(requests)
+    one_by_one = [ours.loglikelihood([request])[0] for request in requests]
+    assert [p for p, _ in one_by_one] == pytest.approx([p for p, _ in whole], abs=1e-5)
+    for batch_tokens in (1, 97, 100_000):
+        other = DecoderLM(ours.model, ours.folder, batch_tokens).loglikelihood(requests)
+        assert [p for p, _ in other] == pytest.approx([p for p, _ in whole], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_rolling_and_generating_as_the_hf_model(sides, kind):
+    ours, peer = sides[kind]
+    texts = [(" ".join(SENTENCES * k),) for k in (1, 14)]  # the second is longer than the context
+    assert len(ours.encode(texts[1])[texts[1][0]]) > ours.max_length
+    mine = ours.loglikelihood_rolling(instances("loglikelihood_rolling", texts))
+    theirs = peer.loglikelihood_rolling(instances("loglikelihood_rolling", texts), disable_tqdm=True)
+    assert mine == pytest.approx(theirs, abs=1e-3, rel=1e-6)
+    asked = [(SENTENCES[i], {"until": ["\n\n"], "max_gen_toks": 12}) for i in range(2)]
+    mine = ours.generate_until(instances("generate_until", asked))
+    assert mine == peer.generate_until(instances("generate_until", asked), disable_tqdm=True)
+    whole = mine[0]
+    stop = {"until": [whole[3:5]], "max_gen_toks": 12}
+    assert ours.generate_until(instances("generate_until", [(SENTENCES[0], stop)])) == [
+        whole[: whole.index(whole[3:5])]
+    ]
+
+
+def test_questions_that_begin_alike_are_found():
+    rng = random.Random(0)
+    shots = [[rng.randrange(100) for _ in range(60)] for _ in range(2)]
+    contexts = [[t, *shots[t], *(rng.randrange(100) for _ in range(9))] for t in (0, 1) for _ in range(5)]
+    contexts += [[7, *(rng.randrange(100) for _ in range(8))] for _ in range(3)]
+    rng.shuffle(contexts)
+    found = list(groups([Question(c, [[1]], [[0]]) for c in contexts]))
+    assert sorted(c for g in found for q in g for c in [q.context]) == sorted(contexts)
+    assert [(len(g), shared(g)) for g in found] == [(5, 61), (5, 61), (3, 0)]
+    assert common([1, 2, 3], [1, 2]) == 2
+
+
+def test_a_long_prompt_loses_its_first_shots(sides):
+    ours, _ = sides["llama"]
+    short = DecoderLM(ours.model, ours.folder, 256)
+    shots, last = "".join(question(random.Random(i), " A") + "\n\n" for i in range(4)), question(random.Random(9))
+    fits = shots[shots.index("\n\n") + 2 :] + last
+    short.max_length = len(ours.encode([fits])[fits]) + 2
+    both = lambda context: instances("loglikelihood", [(context, " A"), (context, " B")])  # noqa: E731
+    assert short.loglikelihood(both(shots + last)) == short.loglikelihood(both(fits))
+    assert short.cut == {shots + last}
+    short.chat = True
+    with pytest.raises(InputError, match="fewer --shots"):
+        short.loglikelihood(both(shots + last))
+
+
+def test_a_model_without_chat_template_or_tokenizer_is_refused(sides, tmp_path):
+    ours, _ = sides["llama"]
+    with pytest.raises(InputError, match="has no chat template"):
+        ours.apply_chat_template([{"role": "user", "content": "Hallo"}])
+    with pytest.raises(InputError, match=r"has no tokenizer\.json"):
+        DecoderLM(ours.model, tmp_path, 256)

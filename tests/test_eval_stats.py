@@ -1,0 +1,71 @@
+"""Intervals and tests against their definitions, and by simulation."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanomed.evaluation import stats
+
+bits = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=40)
+
+
+@given(st.integers(1, 500), st.data())
+def test_wilson_solves_its_equation(n, data):
+    """Its ends are where |p - q| = z sqrt(q (1 - q) / n)."""
+    p = data.draw(st.integers(0, n)) / n
+    low, high = stats.wilson(p, n)
+    assert 0 <= low <= p + 1e-12
+    assert p - 1e-12 <= high <= 1
+    for q in (low, high):
+        assert abs(p - q) == pytest.approx(stats.Z95 * math.sqrt(q * (1 - q) / n), abs=1e-6)
+
+
+def test_wilson_covers():
+    """95 of 100 intervals hold the truth, for a share where the textbook's p ± 1.96 s covers 88."""
+    rng, n, truth = np.random.default_rng(0), 68, 0.05
+    ends = [stats.wilson(k / n, n) for k in rng.binomial(n, truth, 4000)]
+    assert 0.93 < np.mean([low <= truth <= high for low, high in ends]) < 0.98
+
+
+@given(bits)
+def test_mcnemar_is_the_binomial_test(pairs):
+    a, b = (np.array(side) for side in zip(*pairs, strict=True))
+    n, k = int((a != b).sum()), int((a & ~b).sum())
+    p = [math.comb(n, i) / 2**n for i in range(n + 1)]
+    assert stats.mcnemar(a, b) == pytest.approx(min(1.0, 2 * min(sum(p[: k + 1]), sum(p[k:]))))
+    assert stats.mcnemar(a, b) == stats.mcnemar(b, a)
+
+
+def test_paired_bootstrap_uses_the_pairs():
+    """Two models that are right on the same questions: their difference is surer than their accuracies are."""
+    rng = np.random.default_rng(0)
+    a = rng.random(400) < 0.6
+    b = a.copy()
+    b[:8] = ~b[:8]
+    delta, (low, high) = stats.paired_bootstrap(b, a)
+    assert delta == pytest.approx(b.mean() - a.mean())
+    assert low < delta < high
+    assert high - low < 0.04  # unpaired it would be 0.14
+    assert stats.paired_bootstrap(a, a) == (0.0, (0.0, 0.0))
+
+
+def test_bootstrap_covers():
+    rng, truth = np.random.default_rng(1), 0.1
+    hits = 0
+    for _ in range(200):
+        hard = rng.random(100)
+        a, b = (hard < 0.5 + truth).astype(float), (hard < 0.5).astype(float)
+        low, high = stats.paired_bootstrap(a, b)[1]
+        hits += low <= truth <= high
+    assert 180 <= hits <= 199
+
+
+def test_calibration_error():
+    confidence = np.array([0.95] * 10 + [0.55] * 10)
+    right = np.array([True] * 9 + [False] + [True] * 2 + [False] * 8)
+    assert stats.calibration_error(confidence, right) == pytest.approx((0.05 + 0.35) / 2)
+    assert [n for _, _, n in stats.reliability(confidence, right)] == [10, 10]
+    assert stats.calibration_error(np.array([1.0, 1.0]), np.array([True, True])) == 0
