@@ -1,0 +1,224 @@
+"""Generate: a model's answers to instructions, greedy, through its own chat template.
+
+    python eval.py generate runs/x --prompts data/tasks/prompts_de.jsonl --out x.jsonl          in this process
+    python eval.py generate http://localhost:8000/v1 --model NAME --prompts P.jsonl --out y.jsonl        vllm serve
+
+In this process transformers generates, in batches padded on the left; an answer that has ended costs no more attention
+to itself but its row stays until the batch's longest has ended, so for thousands of prompts serve the model with vLLM
+and give its URL. Greedy means greedy: a repetition penalty in generation_config.json (Qwen2.5 has one) is not applied;
+vLLM applies it unless told `--generation-config vllm`.
+
+A.jsonl has a line for every prompt: {id, prompt, answer, finish_reason, completion_tokens, model}; beside it A.run/ says
+how it came about. An interrupted run goes on: at a URL with the answers in A.run/, in this process with the first batch
+that is not whole. Batches are the same slices of the prompts whenever the run goes on, since in bfloat16 the neighbours
+of a prompt may move its last bits.
+"""
+
+import argparse
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from nanomed import InputError
+from nanomed.evaluation.answers import Sample, model_name, read_answers, read_jsonl, read_prompts
+from nanomed.evaluation.record import finish_run, open_run
+
+PROMPTS = Path(__file__).resolve().parents[2] / "data" / "tasks" / "prompts_de.jsonl"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    add = parser.add_argument
+    add("source", metavar="MODEL|URL", help="folder, hub id, run folder of train.py; or an OpenAI-compatible URL with its /v1")
+    add("--model", metavar="NAME", help="at a URL: the model's name there, needed; else: how the answers name it")
+    add("--prompts", type=Path, default=PROMPTS, help="JSONL of prompts (default: data/tasks/prompts_de.jsonl)")
+    add("--out", type=Path, metavar="A.jsonl", required=True, help="the answers; A.run/ beside it holds how they came")
+    add("--max-new-tokens", type=int, default=512, metavar="N", help="then an answer is cut (default: %(default)s)")
+    add("--limit", type=int, metavar="N", help="only the first N prompts")
+    add("--batch", type=int, default=8, metavar="N", help="prompts at once, in this process (default: %(default)s)")
+    add("--concurrency", type=int, default=64, metavar="N", help="requests in flight, at a URL (default: %(default)s)")
+    add("--timeout", type=float, default=600, metavar="S", help="seconds for one answer, at a URL (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command; InputError for whatever cannot be done."""
+    check_positive(args, "max_new_tokens", "limit", "batch", "concurrency", "timeout")
+    at_url = args.source.startswith(("http://", "https://"))
+    if at_url and not args.model:
+        raise InputError("--model is missing: the name of the model at this URL (curl URL/models lists them)")
+    if args.out.suffix != ".jsonl":
+        raise InputError(f"--out {args.out}: expected a name that ends in .jsonl")
+    prompts = dict(list(read_prompts(args.prompts).items())[: args.limit])
+    name = args.model or args.source
+    folder = args.out.with_suffix(".run")
+    config = {"model": name, "max_new_tokens": args.max_new_tokens, "limit": args.limit}
+    config |= {"batch": None if at_url else args.batch, "where": "endpoint" if at_url else "in process"}
+    started = (folder / "run.json").exists()
+    if args.out.exists() and not started:
+        raise InputError(f"--out {args.out}: is there already, without {folder}; choose another, or delete it")
+    if open_run(folder, "generate", config, [args.prompts]) and args.out.exists():
+        return print(f"{args.out}: already finished")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    if at_url:
+        from_url(args, prompts, folder / "answers.sqlite")
+    else:
+        in_process(args, prompts, name)
+    results = summary(list(read_answers(args.out).values()), args.out)
+    finish_run(folder, results)
+    print(f"{args.out}: {results['n']} answers of {name}, {results['cut']} of them cut at {args.max_new_tokens} tokens")
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """InputError for an option that is given and not above zero."""
+    for name in names:
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected more than 0")
+
+
+def summary(samples: list[Sample], path: Path) -> dict:
+    """results.json of the run."""
+    return {
+        "model": model_name(samples, path), "n": len(samples), "cut": sum(s.finish_reason == "length" for s in samples),
+        "completion_tokens": sum(s.completion_tokens for s in samples), "answers": path.name,
+    }  # fmt: skip
+
+
+# --- at a URL ------------------------------------------------------------------------------------------------------
+
+
+def from_url(args: argparse.Namespace, prompts: dict[str, list[dict]], cache: Path) -> None:
+    """Ask the endpoint; the file is written when every answer is there, in the order of the prompts."""
+    from nanomed.chat import ask
+
+    settings = {"model": args.model, "temperature": 0, "max_tokens": args.max_new_tokens}
+    requests = [(name, {"messages": messages} | settings) for name, messages in prompts.items()]
+    how = {"concurrency": args.concurrency, "timeout_s": args.timeout, "desc": "generate"}
+    answers = dict(ask(requests, args.source, cache, len(requests), **how))
+    tmp = args.out.with_name(args.out.name + ".tmp")
+    with tmp.open("w", encoding="utf-8") as file:
+        for name, messages in prompts.items():
+            found = answers[name]
+            reason, tokens = found.finish_reason, found.completion_tokens
+            file.write(Sample(name, messages, found.text, reason, tokens, args.model).line())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(tmp, args.out)
+
+
+# --- in this process -----------------------------------------------------------------------------------------------
+
+
+def in_process(args: argparse.Namespace, prompts: dict[str, list[dict]], name: str) -> None:
+    """Append batch after batch to the file, each synced before the next begins."""
+    from tqdm import tqdm
+
+    n_done = keep_whole_batches(args.out, args.batch, list(prompts))
+    if n_done == len(prompts):
+        return
+    model, tokenizer = load(args.source)
+    tokens = render(tokenizer, dict(list(prompts.items())[n_done:]), args.source)
+    check_lengths(tokens, model, args.max_new_tokens)
+    bar = tqdm(total=len(prompts), initial=n_done, desc="generate", unit="answer", smoothing=0, disable=None)
+    with bar, args.out.open("ab") as file:
+        for batch in answer(model, tokenizer, tokens, args.batch, args.max_new_tokens):
+            lines = [Sample(i, prompts[i], *found, name).line() for i, found in batch]
+            file.write("".join(lines).encode())
+            file.flush()
+            os.fsync(file.fileno())
+            bar.update(len(lines))
+
+
+def keep_whole_batches(path: Path, batch: int, names: list[str]) -> int:
+    """Cut the file back to the batches that an earlier run wrote whole; how many answers those are."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    n_whole = len(lines) if len(lines) == len(names) else len(lines) // batch * batch
+    if path.exists():
+        os.truncate(path, sum(map(len, lines[:n_whole])))
+    for (number, record), name in zip(read_jsonl(path) if n_whole else (), names, strict=False):
+        if record.get("id") != name:
+            raise InputError(f"{path}: line {number} is of prompt {record.get('id')!r}, expected {name!r}; delete the file")
+    return n_whole
+
+
+def load(source: str):
+    """(model on its device, tokenizer that pads on the left). InputError without a chat template."""
+    from nanomed.hf import fetch
+
+    run = Path(source) / "hf"
+    folder = run if (run / "config.json").is_file() else fetch(source, "MODEL")
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    except ImportError:
+        raise InputError("generating in this process needs transformers: pip install -e '.[eval]'") from None
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        if not tokenizer.chat_template:
+            raise InputError(f"{folder}: has no chat template; give an instruct model, or one that was merged with one")
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"MODEL {source}: transformers cannot load it ({str(error).splitlines()[0]})") from None
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def render(tokenizer, prompts: dict[str, list[dict]], source: str) -> dict[str, list[int]]:
+    """id → tokens of the conversation up to where the assistant begins; special tokens are the template's alone."""
+    tokens = {}
+    for name, messages in prompts.items():
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # jinja's own, and whatever a template's raise_exception says
+            what = (str(error) or type(error).__name__).splitlines()[0]
+            raise InputError(f"MODEL {source}: its chat template refuses prompt {name!r} ({what})") from None
+        tokens[name] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokens
+
+
+def check_lengths(prompts: dict[str, list[int]], model, max_new_tokens: int) -> None:
+    """InputError for a prompt that leaves no room for its answer."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    for name, ids in prompts.items():
+        if context and len(ids) + max_new_tokens > context:
+            raise InputError(
+                f"prompt {name!r}: {len(ids)} tokens and --max-new-tokens {max_new_tokens} exceed the model's context of "
+                f"{context}; shorten one of them"
+            )
+
+
+def answer(
+    model, tokenizer, prompts: dict[str, list[int]], batch: int, max_new_tokens: int
+) -> Iterator[list[tuple[str, tuple[str, str, int]]]]:
+    """For every slice of `batch` prompts: [(id, (answer, finish_reason, completion_tokens))]."""
+    import torch
+    from transformers import GenerationConfig
+
+    ends = model.generation_config.eos_token_id if model.generation_config.eos_token_id is not None else []
+    ends = ends if isinstance(ends, list) else [ends]
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        ends.append(tokenizer.eos_token_id)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
+    model.generation_config = GenerationConfig()  # whatever it says of sampling and penalties does not hold here
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad
+    )
+    names = list(prompts)
+    for start in range(0, len(names), batch):
+        mine = names[start : start + batch]
+        length = max(len(prompts[name]) for name in mine)
+        padded = torch.tensor([[pad] * (length - len(prompts[n])) + prompts[n] for n in mine], device=model.device)
+        mask = torch.tensor([[0] * (length - len(prompts[n])) + [1] * len(prompts[n]) for n in mine])
+        with torch.inference_mode():
+            full = model.generate(padded, attention_mask=mask.to(model.device), generation_config=settings)
+        yield [(name, _read(tokenizer, ids, ends)) for name, ids in zip(mine, full[:, length:].tolist(), strict=True)]
+
+
+def _read(tokenizer, ids: list[int], ends: list[int]) -> tuple[str, str, int]:
+    """(answer, finish_reason, tokens with the end) of what was generated, padding behind the end cut off."""
+    n_tokens = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
+    ended = bool(ids) and ids[n_tokens - 1] in ends
+    text = tokenizer.decode(ids[:n_tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text, "stop" if ended else "length", n_tokens

@@ -1,0 +1,221 @@
+"""Judge: whose answers are better, A's or B's, by a model as judge.
+
+    python eval.py judge a.jsonl b.jsonl --url http://localhost:8000/v1 --judge NAME
+
+Every prompt is played twice, A's answer first and B's answer first, since judges favour a place. A wins a prompt that it
+wins in both orders; verdicts that disagree are a tie. A verdict that cannot be read is asked for again in the same
+conversation, twice; then it counts as no decision, and is counted. The prompt is a file with a version (data/tasks/
+judge-de-v1.toml); it tells the judge that German is expected, so language mixing weighs here too: `failures` measures it
+apart.
+
+Reported beside the win rate with its interval: the rate at equal lengths, how often both orders agree, how often the
+first place wins. A judge of a contestant's own family favours it, and draws a warning.
+
+OUT/games.jsonl holds every game with the judge's words; OUT/answers.sqlite pays for each once (nanomed/chat.py). Costs
+two requests a prompt, each of both answers.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanomed import InputError
+from nanomed.chat import Answer, ask
+from nanomed.evaluation.answers import Sample, model_name, read_pair
+from nanomed.evaluation.generate import check_positive
+from nanomed.evaluation.record import finish_run, open_run
+from nanomed.evaluation.win_rate import summarise
+
+PROMPT = Path(__file__).resolve().parents[2] / "data" / "tasks" / "judge-de-v1.toml"
+N_AGAIN = 2  # times that an unreadable verdict is asked for again
+VERDICT = re.compile(r"URTEIL\W{0,8}(1|2|GLEICH)(?!\w)", re.IGNORECASE)
+FAMILIES = {  # a part of the name, in lower case → who trained it
+    "mistral": "Mistral", "mixtral": "Mistral", "ministral": "Mistral", "magistral": "Mistral", "qwen": "Qwen",
+    "qwq": "Qwen", "llama": "Llama", "meditron": "Llama", "gemma": "Google", "gemini": "Google", "gpt": "OpenAI",
+    "claude": "Anthropic", "deepseek": "DeepSeek", "phi-": "Phi", "smollm": "SmolLM", "teuken": "Teuken",
+}  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    add = parser.add_argument
+    add("a", type=Path, metavar="A.jsonl", help="answers of eval.py generate")
+    add("b", type=Path, metavar="B.jsonl", help="answers to the same prompts by the model to compare with")
+    add("--url", required=True, help="of the judge's OpenAI-compatible endpoint, with its /v1; a key from OPENAI_API_KEY")
+    add("--judge", required=True, metavar="NAME", help="the judge's name there")
+    add("--prompt", type=Path, default=PROMPT, metavar="TOML", help="the judge's prompt (default: data/tasks/judge-de-v1.toml)")
+    add("--out", type=Path, help="folder of the run (default: runs/eval/judge-A-B)")
+    add("--max-tokens", type=int, default=256, metavar="N", help="of a verdict with its reasons (default: %(default)s)")
+    add("--concurrency", type=int, default=64, metavar="N", help="requests in flight (default: %(default)s)")
+    add("--timeout", type=float, default=120, metavar="S", help="seconds for one try (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command; InputError for whatever cannot be done."""
+    check_positive(args, "max_tokens", "concurrency", "timeout")
+    prompt = read_prompt(args.prompt)
+    pairs = read_pair(args.a, args.b)
+    a, b = (model_name([pair[i] for pair in pairs], path) for i, path in enumerate((args.a, args.b)))
+    for line in warnings(pairs, a, b, args.judge):
+        print(f"warning: {line}", file=sys.stderr)
+    out = args.out or Path("runs/eval") / f"judge-{args.a.stem}-{args.b.stem}"
+    config = {"judge": args.judge, "prompt": f"{prompt.version} ({prompt.sha256[:12]})", "max_tokens": args.max_tokens}
+    if open_run(out, "judge", config, [args.a, args.b]):
+        print(f"{out}: already finished")
+        return print_results(json.loads((out / "results.json").read_text(encoding="utf-8")))
+    settings = {"model": args.judge, "temperature": 0, "max_tokens": args.max_tokens}
+    how = {"concurrency": args.concurrency, "timeout_s": args.timeout}
+    games = play(pairs, prompt, settings, args.url, out / "answers.sqlite", how)
+    worth = [decide(first["winner"], second["winner"]) for first, second in zip(games[::2], games[1::2], strict=True)]
+    write_games(out / "games.jsonl", games)
+    results = {"a": a, "b": b, "judge": args.judge, "prompt": prompt.version}
+    lengths = [[len(pair[i].answer) for pair in pairs] for i in (0, 1)]
+    results |= summarise(worth, *lengths) | orders(games)
+    results["points"] = [{"id": pair[0].id, "worth": w, "length_a": la, "length_b": lb}
+                         for pair, w, la, lb in zip(pairs, worth, *lengths, strict=True)]  # fmt: skip
+    results |= {"cut": {key: sum(pair[i].finish_reason == "length" for pair in pairs) for i, key in enumerate("ab")},
+                "samples": "games.jsonl"}  # fmt: skip
+    finish_run(out, results)
+    print_results(results)
+    print(f"{out}: every verdict is in games.jsonl")
+
+
+# --- the prompt ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the judge is told."""
+
+    version: str
+    template: str
+    again: str
+    sha256: str  # of the file
+
+    def messages(self, question: str, answer_1: str, answer_2: str) -> list[dict]:
+        """The conversation that ends in a verdict. What is inserted is never searched for fields."""
+        texts = {"question": question, "answer_1": answer_1, "answer_2": answer_2}
+        content = re.sub(r"\{(question|answer_1|answer_2)\}", lambda match: texts[match[1]].strip(), self.template)
+        return [{"role": "user", "content": content}]
+
+
+def read_prompt(path: Path) -> Prompt:
+    """The prompt of a TOML file. InputError where it is none, a text is missing, or a field not in it once."""
+    raw = path.read_bytes()
+    try:
+        spec = tomllib.loads(raw.decode())
+    except ValueError as error:
+        raise InputError(f"{path}: cannot be read as TOML ({error}); expected a file such as {PROMPT}") from None
+    for key in ("version", "prompt", "again"):
+        if not isinstance(spec.get(key), str) or not spec[key].strip():
+            raise InputError(f"{path}: has no text {key!r}; see {PROMPT} for what a judge's prompt needs")
+    for field in ("{question}", "{answer_1}", "{answer_2}"):
+        if (n := spec["prompt"].count(field)) != 1:
+            raise InputError(f"{path}: {field} stands in its prompt {n} times, expected once")
+    texts = (spec[key].strip() for key in ("version", "prompt", "again"))
+    return Prompt(*texts, hashlib.sha256(raw).hexdigest())
+
+
+def parse(reply: str) -> str | None:
+    """ "1", "2" or "tie" by the verdict in the judge's words; None where there is none, or two that differ. What a
+    reasoning judge thinks aloud before </think> is not its verdict."""
+    found = {verdict.upper() for verdict in VERDICT.findall(reply.rpartition("</think>")[2])}
+    if len(found) != 1:
+        return None
+    (verdict,) = found
+    return "tie" if verdict == "GLEICH" else verdict
+
+
+# --- the games -----------------------------------------------------------------------------------------------------
+
+
+def play(pairs: list[tuple[Sample, Sample]], prompt: Prompt, settings: dict, url: str, cache: Path, how: dict) -> list[dict]:  # fmt: skip
+    """Both games of every prompt, in order. Verdicts that cannot be read are asked for again, all in one round."""
+    games = [{"id": a.id, "first": first, "messages": prompt.messages(a.question, *texts), "replies": []}
+             for a, b in pairs
+             for first, texts in (("a", (a.answer, b.answer)), ("b", (b.answer, a.answer)))]  # fmt: skip
+    todo = list(range(len(games)))
+    for attempt in range(1 + N_AGAIN):
+        requests = ((i, settings | {"messages": conversation(games[i], prompt)}) for i in todo)
+        desc = f"judge, asked again ({attempt})" if attempt else "judge"
+        answers: dict[int, Answer] = dict(ask(requests, url, cache, len(todo), desc=desc, **how))
+        for i in todo:
+            games[i]["replies"].append(answers[i].text)
+        todo = [i for i in todo if parse(games[i]["replies"][-1]) is None]
+        if not todo:
+            break
+    for game in games:
+        verdict = parse(game["replies"][-1])
+        other = {"a": "b", "b": "a"}[game["first"]]
+        game["winner"] = {"1": game["first"], "2": other, "tie": "tie", None: None}[verdict]
+    return games
+
+
+def conversation(game: dict, prompt: Prompt) -> list[dict]:
+    """The game's messages with the replies that could not be read, each followed by the request for a verdict."""
+    turns = [[{"role": "assistant", "content": reply or "(leer)"}, {"role": "user", "content": prompt.again}]
+             for reply in game["replies"]]  # fmt: skip
+    return game["messages"] + [message for turn in turns for message in turn]
+
+
+def decide(first: str | None, second: str | None) -> float:
+    """A's worth of a prompt, by the winners of its two games: 1 or 0 where they agree on one, else a tie."""
+    return {"a": 1.0, "b": 0.0}.get(first, 0.5) if first == second else 0.5
+
+
+def orders(games: list[dict]) -> dict:
+    """How the judge behaves: agreement of both orders, and how often the first place wins, over what was readable."""
+    both = [(x["winner"], y["winner"]) for x, y in zip(games[::2], games[1::2], strict=True)]
+    read = [pair for pair in both if None not in pair]
+    decided = [game for game in games if game["winner"] in ("a", "b")]
+    return {
+        "consistency": sum(x == y for x, y in read) / len(read) if read else None,
+        "first_position_rate": sum(g["winner"] == g["first"] for g in decided) / len(decided) if decided else None,
+        "unreadable": sum(game["winner"] is None for game in games), "games": len(games),
+        "asked_again": sum(len(game["replies"]) - 1 for game in games),
+    }  # fmt: skip
+
+
+def write_games(path: Path, games: list[dict]) -> None:
+    """One line a game: id, first, winner, the replies, and what was asked."""
+    keys = ("id", "first", "winner", "replies", "messages")
+    lines = [json.dumps({key: game[key] for key in keys}, ensure_ascii=False) + "\n" for game in games]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+# --- words ---------------------------------------------------------------------------------------------------------
+
+
+def family(name: str) -> str | None:
+    """Who trained the model of this name, as far as the name tells."""
+    return next((maker for part, maker in FAMILIES.items() if part in name.lower()), None)
+
+
+def warnings(pairs: list[tuple[Sample, Sample]], a: str, b: str, judge: str) -> Iterator[str]:
+    """What makes the comparison doubtful."""
+    for name in dict.fromkeys((a, b)):
+        if name == judge or (family(judge) and family(name) == family(judge)):
+            yield f"the judge {judge} is of the family of {name}, and judges favour their own; take another judge"
+    for name, i in ((a, 0), (b, 1)):
+        if cut := sum(pair[i].finish_reason == "length" for pair in pairs):
+            yield f"{cut} of {len(pairs)} answers of {name} are cut at max_new_tokens, and are judged as they are"
+
+
+def print_results(r: dict) -> None:
+    """Rates and their difference, and only then the ratio."""
+    show = lambda value, ci: f"{value:.1%} [{ci[0]:.1%}, {ci[1]:.1%}]"  # noqa: E731
+    print(f"{r['a']} against {r['b']}, {r['n']} prompts, judged by {r['judge']} in both orders")
+    print(f"  win {r['win']:.1%}, tie {r['tie']:.1%}, loss {r['loss']:.1%}")
+    print(f"  win rate           {show(r['win_rate'], r['ci'])}")
+    print(f"  at equal lengths   {show(r['length_controlled'], r['length_controlled_ci'])}")
+    print(f"  win - loss         {100 * r['difference']:+.1f} points [{100 * r['difference_ci'][0]:+.1f}, {100 * r['difference_ci'][1]:+.1f}]")  # fmt: skip
+    print(f"  ratio              {r['ratio']:.2f}" if r["ratio"] is not None else "  ratio              B won nothing")
+    rate = lambda value: "none" if value is None else f"{value:.1%}"  # noqa: E731
+    print(f"  both orders agree  {rate(r['consistency'])}; the first place wins {rate(r['first_position_rate'])}; "
+          f"{r['unreadable']} of {r['games']} verdicts unreadable")  # fmt: skip

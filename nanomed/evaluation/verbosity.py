@@ -1,0 +1,85 @@
+"""Verbosity: how long answers are, whether they end, and what they are padded with.
+
+Lengths are counted by one rule for all models, since tokens of different tokenizers are no common measure: words, or the
+tokens of the tokenizer that `--tokenizer` names. "Continued turns" is the classic damage of continual pre-training
+without chats: the model answers, then writes the user's next question too.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanomed import InputError
+from nanomed.evaluation.answers import Sample
+
+WORD = re.compile(r"\w+(?:[-'’]\w+)*")
+TURN = re.compile(
+    r"(?:^|\n)[\s#*>\-]*(?:user|human|assistant|instruction|frage|antwort|nutzer|benutzer|patient(?:in)?|anfrage)\**\s*:|"
+    r"<\|im_(?:start|end)\|>|\[/?INST\]|<\|(?:user|assistant|eot_id|start_header_id)\|>|</?s>",
+    re.IGNORECASE,
+)
+ECHO_WORDS = 12  # so many words of the prompt, in a row, make an echo
+N_GRAM = 4
+
+
+@dataclass(frozen=True)
+class Verbosity:
+    """What one answer costs its reader."""
+
+    length: int  # in the common unit
+    ended: bool  # not cut off
+    repeated: float  # share of the 4-grams of words that have been there before
+    continued: bool  # goes on with a turn of its own making
+    echo: bool  # begins by repeating the prompt
+    empty: bool
+
+
+def counter(tokenizer: str | None) -> tuple[str, Callable[[str], int]]:
+    """(name of the unit, length of a text in it). tokenizer: a folder with a tokenizer.json, or that file; None: words."""
+    if tokenizer is None:
+        return "words", lambda text: len(WORD.findall(text))
+    from tokenizers import Tokenizer
+
+    path = Path(tokenizer)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise InputError(f"--tokenizer {tokenizer}: has no tokenizer.json; give a model's folder or that file")
+    try:
+        encode = Tokenizer.from_file(str(path)).encode
+    except Exception as error:  # the package's own kind is Exception itself
+        raise InputError(f"{path}: cannot be read as a tokenizer ({error})") from None
+    return f"tokens of {tokenizer}", lambda text: len(encode(text, add_special_tokens=False).ids)
+
+
+def examine(sample: Sample, length: Callable[[str], int]) -> Verbosity:
+    """One answer."""
+    words = [word.lower() for word in WORD.findall(sample.answer)]
+    return Verbosity(
+        length=length(sample.answer),
+        ended=sample.finish_reason != "length",
+        repeated=repeated_share(words),
+        continued=continues(sample.answer),
+        echo=echoes(words, [word.lower() for word in WORD.findall(sample.question)]),
+        empty=not sample.answer.strip(),
+    )
+
+
+def repeated_share(words: list[str]) -> float:
+    """1 - distinct / all 4-grams; 0 where there are fewer than two."""
+    grams = Counter(tuple(words[i : i + N_GRAM]) for i in range(len(words) - N_GRAM + 1))
+    return 1 - len(grams) / grams.total() if grams.total() > 1 else 0.0
+
+
+def continues(answer: str) -> bool:
+    """Whether a turn begins behind the answer's first words. A label at its very start ("Antwort: ...") is none."""
+    return any(answer[: match.start()].strip() for match in TURN.finditer(answer))
+
+
+def echoes(words: list[str], prompt: list[str]) -> bool:
+    """Whether the answer's first ECHO_WORDS words, or all of a shorter prompt of at least 5, stand in the prompt."""
+    n = min(ECHO_WORDS, len(prompt))
+    if n < 5 or len(words) < n:
+        return False
+    return any(prompt[i : i + n] == words[:n] for i in range(len(prompt) - n + 1))
