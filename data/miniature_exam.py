@@ -1,13 +1,14 @@
 """What the miniature is asked: instructions with exactly one right form of answer, and medical questions with four options.
 
 Instructions. A task (name, repeat, swap, answer a general question) and a form (a list, numbers, stars, a label) make a
-prompt such as `Vertausche: Löwe und Paris. Antworte mit Sternen.`, whose only right answer is `* Paris und Löwe *`. So
+prompt such as `Wiederhole: Löwe. Antworte mit Sternen.`, whose only right answer is `* Löwe und Löwe *`. So
 small a model learns that from some ten thousand examples, and whether it still can is a comparison of two strings. In
 every answer a space stands before every word, as in the prompt: to a byte-level tokenizer ` Löwe` and `Löwe` are
 different tokens, and copying would become spelling.
 
 Questions. One fact of a disease in words that no template of the corpus uses, with the values of three other diseases as
-wrong options. A value that shares a word stem with the disease (Hodentorsion, Hoden) would be guessed without having
+wrong options: of as many letters and as frequent as right ones, so that a model which has not read of the disease stays
+at one in four. A value that shares a word stem with the disease (Hodentorsion, Hoden) would be guessed without having
 read anything, so neither it nor its question is asked. Scored by the likelihood of the whole answer: a letter would
 ask a model of this size for a second skill.
 """
@@ -16,6 +17,7 @@ import random
 import re
 from collections.abc import Iterator
 
+from miniature_grammar import contract
 from miniature_templates import Row, Table, fill, value
 
 FORMS = {  # the request, and what it makes of the parts of an answer
@@ -24,23 +26,23 @@ FORMS = {  # the request, and what it makes of the parts of an answer
     "Antworte mit Sternen.": lambda parts: f"* {' und '.join(parts)} *",
     "Antworte mit Ergebnis.": lambda parts: f"Ergebnis: {' und '.join(parts)}",
 }
-TASKS = {  # the request, and the parts of its answer, of words a and b
-    "Wiederhole: {a}.": lambda a, b: [a, a],
-    "Nenne: {a} und {b}.": lambda a, b: [a, b],
-    "Vertausche: {a} und {b}.": lambda a, b: [b, a],
-    "Sage: {a}.": lambda a, b: [a],
+TASKS = {  # the request, and the parts of its answer. One word: tasks with two were not learnt in so short a time
+    "Sage: {a}.": lambda a: [a],
+    "Wiederhole: {a}.": lambda a: [a, a],
+    "Verdreifache: {a}.": lambda a: [a, a, a],
 }
 QUESTION_SHARE = 0.3  # of the instructions ask a general question
 
-CLOZES = {  # the fact asked for: each ends where the answer begins, and differs from every template in medicine.txt
-    "organ": "In der Prüfung soll die Stelle im Körper genannt werden, an der die Krankheit sitzt. {name} sitzt hier:",
-    "kind": "In der Prüfung soll die Krankheit einer größeren Gruppe zugeteilt werden. {name} zählt zu dieser Gruppe:",
-    "symptom": "In der Prüfung soll die auffälligste Beschwerde der Krankheit genannt werden. {name} erkennt man daran:",
-    "cause": "In der Prüfung soll gesagt werden, woher die Krankheit in der Regel kommt. {name} kommt meist daher:",
-    "therapy": "In der Prüfung soll gesagt werden, womit man die Krankheit zunächst bekämpft. {name} bekämpft man so:",
-    "test": "In der Prüfung soll gesagt werden, womit man die Krankheit beweisen kann. {name} beweist man so:",
-    "specialty": "In der Prüfung soll gesagt werden, welche Abteilung sich darum kümmert. {name} kommt in diese Abteilung:",
+ASKED = {  # the fact asked for, in words that no template of medicine.txt uses
+    "organ": "Welches Organ ist krank, wenn jemand an {name:dem} leidet?",
+    "kind": "Welche Art von Krankheit hat ein Mensch, der an {name:dem} leidet?",
+    "symptom": "Welche Beschwerden hat ein Mensch, der an {name:dem} leidet?",
+    "cause": "Was ist wohl die Ursache, wenn jemand an {name:dem} leidet?",
+    "therapy": "Welche Therapie bekommt ein Mensch, der an {name:dem} leidet?",
+    "test": "Welche Untersuchung braucht ein Mensch, der vielleicht an {name:dem} leidet?",
+    "specialty": "Welches Fachgebiet hilft einem Menschen, der an {name:dem} leidet?",
 }
+MAX_WORDS = 7  # of an option: eight words in a row would be an evaluation question to data/decontaminate.py
 
 
 def words(tables: list[Table]) -> list[str]:
@@ -52,8 +54,8 @@ def words(tables: list[Table]) -> list[str]:
 def instruction(rng: random.Random, words: list[str]) -> tuple[str, str]:
     """(prompt, the right answer) of a task with words."""
     task, form = rng.choice([*TASKS]), rng.choice([*FORMS])
-    a, b = rng.sample(words, 2)
-    return f"{task.format(a=a, b=b)} {form}", FORMS[form](TASKS[task](a, b))
+    word = rng.choice(words)
+    return f"{task.format(a=word)} {form}", FORMS[form](TASKS[task](word))
 
 
 def asked(rng: random.Random, table: Table, row: Row, column: str) -> tuple[str, str]:
@@ -83,23 +85,29 @@ def stems(text: str) -> set[str]:
 
 
 def questions(seed: int, table: Table, n: int) -> list[dict]:
-    """n questions {id, column, name, question, options, answer}: answer is the place of the right one of four options."""
+    """n questions {id, column, name, question, options, answer}: answer is the place of the right one of four options.
+
+    Wrong options are values of random rows, so that a frequent value is as often wrong as right, and of those the nearest
+    in length.
+    """
     rng, found = random.Random(f"{seed}/exam"), []
-    places = [(row, column) for row in table.rows for column in CLOZES if column in row]
+    places = [(row, column) for row in table.rows for column in ASKED if column in row]
     rng.shuffle(places)
     for row, column in places:
-        name, right = str(row["name"]), str(row[column])
-        if stems(name) & stems(right):
-            continue
-        others = sorted({str(other[column]) for other in table.rows if column in other} - {right})
+        name, right = str(row["name"]), value(row, column)
+        rows = rng.sample(table.rows, min(24, len(table.rows)))
+        others = dict.fromkeys(value(other, column) for other in rows if column in other)
         wrong = [text for text in others if not stems(text) & (stems(name) | stems(right))]
-        options = [right, *rng.sample(wrong, 3)]
+        wrong = sorted(wrong, key=lambda text: abs(len(text) - len(right)))[:3]
+        options = [right, *wrong]
+        if len(wrong) < 3 or stems(name) & stems(right) or max(len(text.split()) for text in options) > MAX_WORDS:
+            continue
         rng.shuffle(options)
-        question = CLOZES[column].format(name=name[0].upper() + name[1:])
-        record = {"id": f"{column}-{len(found):04d}", "column": column, "name": name, "question": question}
+        record = {"id": f"{column}-{len(found):04d}", "column": column, "name": name}
+        record |= {"question": contract(ASKED[column].format(name=row["name"]))}
         found.append(record | {"options": options, "answer": options.index(right)})
         if len(found) == n:
-            return found
+            break
     return found
 
 

@@ -3,9 +3,10 @@
     python data/miniature_paper.py --out runs/miniature/world
 
 model/                          a Qwen2 folder without weights, encoder/: the same for the classifier, with random ones
-general.jsonl, chats.jsonl      what the base model is trained on: prose, and instructions in the chat template
+prose.jsonl, chats.jsonl        what the base model is trained on: general prose and one half of the diseases, since an
+                                instruct model knows the language of medicine; and instructions in the chat template
 val-med.jsonl, val-general.jsonl
-crawl/*.parquet                 what a web crawl would hold: medical and general documents, COPIES of medical ones, and
+crawl/*.parquet                 what a web crawl would hold: documents of the other half of the diseases, general ones, COPIES of medical ones, and
                                 medical ones that quote an examination question (LEAKS); labels.parquet: some of them,
                                 with the labels that an annotator would give
 exam/medizin.jsonl, .yaml       the questions, as a task of eval.py knowledge
@@ -35,17 +36,17 @@ from nanomed import InputError
 
 CRAWL = {name: "string" for name in ("id", "text", "url", "dump", "date")}
 LABELS = {name: "string" for name in ("id", "text", "label", "model", "prompt_sha256")}
-TASK = """# Written by data/miniature_paper.py: four options, the likeliest whole answer per character is chosen.
+TASK = """# Written by data/miniature_paper.py: four options, the likeliest whole answer is chosen.
 task: miniature_medizin
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {path}}}}}
 test_split: test
 output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
+doc_to_text: "Frage: {{{{question}}}}\nAntwort:"
 doc_to_choice: options
 doc_to_target: answer
 metric_list:
-  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
 metadata: {{version: 1}}
 """
 
@@ -68,9 +69,9 @@ class Size:
     layers: int
 
 
-FULL = Size(diseases=318, things=100, chats=14000, crawl_general=2000, copies=200, leaks=60, labels=900, questions=400,
+FULL = Size(diseases=318, things=30, chats=10000, crawl_general=1500, copies=200, leaks=60, labels=900, questions=400,
             following=200, medical=100, hidden=192, layers=4)  # fmt: skip
-FAST = Size(diseases=24, things=6, chats=2500, crawl_general=250, copies=20, leaks=12, labels=300, questions=60,
+FAST = Size(diseases=48, things=6, chats=2500, crawl_general=250, copies=20, leaks=12, labels=300, questions=60,
             following=40, medical=20, hidden=96, layers=3)  # fmt: skip
 
 
@@ -84,9 +85,14 @@ def tables(domain: str, size: Size) -> list[Table]:
     return cut
 
 
-def texts(domain: str, size: Size, seed: int) -> list[str]:
-    """All documents of a domain, shuffled, none twice."""
-    written = (text for table in tables(domain, size) for text in miniature.write_table(table, domain, seed))
+def halves(table: Table) -> tuple[Table, Table]:
+    """(diseases that the base reads of, those of the crawl and the examination): every other row."""
+    return replace(table, rows=table.rows[::2]), replace(table, rows=table.rows[1::2])
+
+
+def texts(domain: str, tables: list[Table], seed: int) -> list[str]:
+    """All documents of the tables, shuffled, none twice."""
+    written = (text for table in tables for text in miniature.write_table(table, domain, seed))
     found = [text for text in dict.fromkeys(written) if miniature.MIN_CHARS <= len(text) <= miniature.MAX_CHARS]
     random.Random(f"{seed}/{domain}").shuffle(found)
     return found
@@ -159,28 +165,29 @@ def build(out: Path, size: Size, seed: int) -> None:
     """Write everything under a temporary name beside `out`, and rename it when it is whole."""
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    disease_table, general_tables = tables("med", size)[0], tables("general", size)
-    questions = exam.questions(seed, disease_table, size.questions)
+    (known, new), general_tables = halves(tables("med", size)[0]), tables("general", size)
+    questions = exam.questions(seed, new, size.questions)
     following = list(exam.instructions(seed + 1, general_tables, size.following))
     taken = frozenset(prompt for prompt, _ in following)
     chats = list(exam.instructions(seed, general_tables, size.chats, taken))
-    val_med, medical = split(texts("med", size, seed))
-    val_general, general = split(texts("general", size, seed))
-    elsewhere = [text for text in texts("general", size, seed + 1) if text not in set(general + val_general)]
+    val_med, medical = split(texts("med", [new], seed))
+    val_general, general = split(texts("general", general_tables, seed))
+    prose = general + texts("med", [known], seed)
+    elsewhere = [text for text in texts("general", general_tables, seed + 1) if text not in set(general + val_general)]
     rows, truth = crawl(medical, elsewhere[: size.crawl_general], questions, size, seed)
 
-    for name, found in (("general", general), ("val-med", val_med), ("val-general", val_general)):
+    for name, found in (("prose", prose), ("val-med", val_med), ("val-general", val_general)):
         records = [{"id": f"{name}-{i:05d}", "text": text} for i, text in enumerate(found)]
         write_jsonl(partial / f"{name}.jsonl", records)
     turns = [[{"role": "user", "content": p}, {"role": "assistant", "content": a}] for p, a in chats]
     write_jsonl(partial / "chats.jsonl", [{"messages": messages} for messages in turns])
     asked = [{"id": f"following-{i:03d}", "prompt": p, "kind": "following", "right": a}
              for i, (p, a) in enumerate(following)]  # fmt: skip
-    write_jsonl(partial / "prompts.jsonl", asked + exam.consultations(seed, disease_table, size.medical))
+    write_jsonl(partial / "prompts.jsonl", asked + exam.consultations(seed, new, size.medical))
     write_jsonl(partial / "exam" / "medizin.jsonl", questions)
     (partial / "exam" / "medizin.yaml").write_text(TASK.format(path=(out / "exam" / "medizin.jsonl").resolve()))
     write_crawl(partial, rows, size, seed)
-    write_models(partial, general + medical + [f"{p} {a}" for p, a in chats[:2000]], size, seed)
+    write_models(partial, prose + medical + [f"{p} {a}" for p, a in chats[:2000]], size, seed)
     miniature.write_json(partial / "truth.json", {"seed": seed, "size": asdict(size), "crawl": truth})
     partial.rename(out)
 

@@ -54,7 +54,7 @@ class Recipe:
     ts: tuple[float, ...]  # of the merge sweep
 
 
-FULL = Recipe(base_steps=820, base_lr=2e-3, cpt_steps=840, cpt_lr=1e-3, batch_tokens=1024, classify_epochs=4,
+FULL = Recipe(base_steps=760, base_lr=2e-3, cpt_steps=640, cpt_lr=6e-4, batch_tokens=1024, classify_epochs=4,
               ts=(0.2, 0.4, 0.6, 0.8))  # fmt: skip
 FAST = Recipe(base_steps=150, base_lr=3e-3, cpt_steps=60, cpt_lr=2e-3, batch_tokens=1024, classify_epochs=8,
               ts=(0.5,))  # fmt: skip
@@ -119,16 +119,15 @@ def plan(out: Path, recipe: Recipe, fast: bool, seed: int, judge_url: Callable[[
     return [
         Stage("world", 15, lambda: [["data/miniature_paper.py", "--out", str(world), "--seed", str(seed), *mode]], ("world",)),
         Stage("base", 200, lambda: [
-            *(prepare(world / f"{name}.jsonl", name) for name in ("general", "val-med", "val-general")),
+            *(prepare(world / f"{name}.jsonl", name) for name in ("prose", "val-med", "val-general")),
             prepare(world / "chats.jsonl", "chats", "--messages-key", "messages"),
-            train("base", world / "model", ["general", "chats"], recipe.base_steps, recipe.base_lr),
+            train("base", world / "model", ["prose", "chats"], recipe.base_steps, recipe.base_lr),
         ]),
         Stage("corpus", 60, lambda: [
             ["data/classify.py", f"{world}/labels.parquet", "--model", f"{world}/encoder", *sizes, "--out", f"{out}/clf"],
             ["data/sweep.py", *parts, *classifier, "--out", f"{out}/sweep"],
             ["data/clean.py", *parts, "--scores", f"{out}/sweep", *classifier, "--eval", f"{world}/exam/medizin.jsonl",
              "--source", "built-in", "--workers", "1", "--out", f"{out}/corpus"],
-            prepare(f"{out}/corpus/corpus", "med") if False else
             ["data/prepare.py", *(f"{out}/corpus/corpus/part-{i}.parquet" for i in (0, 1)), "--tokenizer", f"{world}/model",
              "--out", f"{bins}/med", "--workers", "1"],
         ], ("clf",)),
@@ -144,3 +143,65 @@ def plan(out: Path, recipe: Recipe, fast: bool, seed: int, judge_url: Callable[[
         Stage("compared", 25, comparisons, judge=True),
         Stage("report", 5, report),
     ]  # fmt: skip
+
+
+# --- running it ----------------------------------------------------------------------------------------------------
+
+
+def run_stage(stage: Stage, out: Path, bar: tqdm) -> None:
+    """Run the commands one after the other; the bar moves with the clock, and never past the stage's share."""
+    log, begun, start = out / "logs" / f"{stage.name}.log", time.perf_counter(), bar.n
+    for name in stage.scratch:  # of a run that was killed
+        shutil.rmtree(out / name, ignore_errors=True)
+    commands = stage.commands()
+    with log.open("a", encoding="utf-8") as file:
+        for command in commands:
+            file.write(f"$ python {' '.join(command)}\n")
+            file.flush()
+            process = subprocess.Popen([sys.executable, str(ROOT / command[0]), *command[1:]], stdout=file,
+                                       stderr=subprocess.STDOUT, env=os.environ | QUIET)  # fmt: skip
+            try:
+                while process.poll() is None:
+                    time.sleep(0.1)
+                    bar.n = start + min(stage.seconds, time.perf_counter() - begun)
+                    bar.refresh()
+            finally:
+                if process.poll() is None:
+                    process.terminate()
+                    process.wait()
+            if process.returncode:
+                raise InputError(f"{stage.name}: {command[0]} failed: {last_line(log)}; all of it is in {log}")
+    bar.n = start + stage.seconds
+    done = {"seconds": time.perf_counter() - begun, "commands": [["python", *command] for command in commands]}
+    write_whole(out / "stages" / f"{stage.name}.json", json.dumps(done, indent=1))
+
+
+def last_line(log: Path) -> str:
+    """What a script said last, of a progress bar only its last state."""
+    lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").strip().splitlines()
+    return lines[-1] if lines else "no output"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file with this text, or no file of this name."""
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text(text, encoding="utf-8")
+    os.replace(tmp, path)
+
+
+def claim(out: Path, recipe: Recipe, fast: bool, seed: int) -> None:
+    """Make OUT, or find it to be of the same run; InputError where it is something else."""
+    for needed in ("train.py", "merge.py", "eval.py", "data/miniature_paper.py"):
+        if not (ROOT / needed).exists():
+            raise InputError(f"{ROOT / needed}: not there; the miniature runs from a clone of the repository")
+    about, path = json.loads(json.dumps({"fast": fast, "seed": seed, "recipe": asdict(recipe)})), out / "miniature.json"
+    if path.exists():
+        if (found := read_json(path)) != about:
+            key = next(key for key in about if found.get(key) != about[key])
+            raise InputError(f"--out {out}: made with {key} = {found.get(key)}, not {about[key]}; choose another --out")
+        return
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"--out {out}: is not empty and not a miniature; choose another")
+    for name in ("logs", "stages", "eval", "answers", "bins"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(about, indent=1))
