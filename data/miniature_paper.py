@@ -34,8 +34,8 @@ from documents import write_parquet
 from miniature_templates import Table
 from nanomed import InputError
 
-CRAWL = {name: "string" for name in ("id", "text", "url", "dump", "date")}
-LABELS = {name: "string" for name in ("id", "text", "label", "model", "prompt_sha256")}
+CRAWL = dict.fromkeys(("id", "text", "url", "dump", "date"), "string")
+LABELS = dict.fromkeys(("id", "text", "label", "model", "prompt_sha256"), "string")
 TASK = """# Written by data/miniature_paper.py: four options, the likeliest whole answer is chosen.
 task: miniature_medizin
 dataset_path: json

@@ -9,10 +9,10 @@ corpus      classify → sweep → clean → prepare: the medical part of a craw
 continued   train.py on that corpus, both validation sets watched
 merged      merge.py --sweep: the continued model taken back towards the base, by several t
 knowledge   eval.py knowledge on all of them; answers: eval.py generate; compared: eval.py judge and failures
-report      eval.py report, and miniature.md / miniature.html: the paper's figure beside the paper's own numbers
+report      report.md, report.html: the paper's figure in miniature, and what was expected (miniature_report.py)
 
-Every stage is the command that a user would type (OUT/commands.txt has them all), so this is also the one test that
-fails when any stage stops doing its part: miniature_expectations.py says what must hold, and what was measured.
+Every stage is the command that a user would type (OUT/stages has them all), so this is also the one test that
+fails when any stage stops doing its part: miniature_results.py says what must hold, and what was measured.
 The judge is a stand-in (miniature_judge.py), for a laptop has no 70B model. Seeds are fixed.
 
 A killed run goes on with the same command: a finished stage is skipped, an unfinished one is repeated by scripts that
@@ -28,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from nanomed import InputError
 from nanomed.hf import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
+KIB = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # everything is local
 
 
@@ -57,7 +58,7 @@ class Recipe:
 FULL = Recipe(base_steps=760, base_lr=2e-3, cpt_steps=640, cpt_lr=6e-4, batch_tokens=1024, classify_epochs=4,
               ts=(0.2, 0.4, 0.6, 0.8))  # fmt: skip
 FAST = Recipe(base_steps=150, base_lr=3e-3, cpt_steps=60, cpt_lr=2e-3, batch_tokens=1024, classify_epochs=8,
-              ts=(0.5,))  # fmt: skip
+              ts=(0.4,))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,6 @@ class Stage:
     seconds: float
     commands: Callable[[], list[list[str]]]  # called when the stage begins: some need what earlier stages measured
     scratch: tuple[str, ...] = ()  # folders that its scripts would refuse to find half-made
-    judge: bool = False  # the stand-in judge has to be there
 
 
 def name_of(t: float) -> str:
@@ -99,18 +99,14 @@ def plan(out: Path, recipe: Recipe, fast: bool, seed: int, judge_url: Callable[[
     def comparisons() -> list[list[str]]:
         from nanomed.miniature_results import best_merge
 
-        best, commands = name_of(best_merge(out, recipe.ts)), []
+        best, url, commands = name_of(best_merge(out, recipe.ts)), judge_url(), []
         for a, b in (("continued", "base"), (best, "base"), (best, "continued")):
-            commands.append(["eval.py", "judge", answers(a), answers(b), "--url", judge_url(), "--judge", "stand-in",
-                             "--prompt", f"{out}/judge.toml", "--out", f"{out}/eval/judge-{a}-{b}"])  # fmt: skip
+            commands.append(["eval.py", "judge", answers(a), answers(b), "--url", url, "--judge", "stand-in",
+                             "--out", f"{out}/eval/judge-{a}-{b}"])  # fmt: skip
         for name in ("continued", best):
             commands.append(["eval.py", "failures", answers(name), "--ref", answers("base"),
                              "--out", f"{out}/eval/failures-{name}"])  # fmt: skip
         return commands
-
-    def report() -> list[list[str]]:
-        runs = sorted(str(path.parent) for path in (out / "eval").glob("*/results.json"))
-        return [["eval.py", "report", *runs, "--out", f"{out}/eval/report"]]
 
     mode = ["--fast"] if fast else []
     classifier = ["--classifier", f"{out}/clf"]
@@ -140,8 +136,7 @@ def plan(out: Path, recipe: Recipe, fast: bool, seed: int, judge_url: Callable[[
         Stage("answers", 90, lambda: [["eval.py", "generate", str(path), "--model", name, "--prompts", f"{world}/prompts.jsonl",
                                        "--max-new-tokens", "32", "--batch", "60", "--out", answers(name)]
                                       for name, path in models.items()]),
-        Stage("compared", 25, comparisons, judge=True),
-        Stage("report", 5, report),
+        Stage("compared", 25, comparisons),
     ]  # fmt: skip
 
 
@@ -205,3 +200,56 @@ def claim(out: Path, recipe: Recipe, fast: bool, seed: int) -> None:
     for name in ("logs", "stages", "eval", "answers", "bins"):
         (out / name).mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(about, indent=1))
+
+
+def run(out: Path, fast: bool, seed: int) -> bool:
+    """All stages that are not done yet, and the report; whether every expectation held."""
+    from nanomed import miniature_judge, miniature_report, miniature_results
+
+    recipe, begun = FAST if fast else FULL, time.perf_counter()
+    claim(out, recipe, fast, seed)
+    with ExitStack() as stack:
+
+        def judge_url() -> str:
+            asked = miniature_results.read_jsonl(out / "world" / "prompts.jsonl")
+            return stack.enter_context(miniature_judge.serving({record["prompt"]: record for record in asked}))
+
+        stages = plan(out, recipe, fast, seed, judge_url)
+        with tqdm(total=sum(s.seconds for s in stages), unit="s", bar_format="{desc:<12}{percentage:3.0f}%|{bar}| {elapsed}",
+                  disable=None) as bar:  # fmt: skip
+            for stage in stages:
+                bar.set_description_str(stage.name)
+                if (out / "stages" / f"{stage.name}.json").exists():
+                    bar.update(stage.seconds)
+                else:
+                    run_stage(stage, out, bar)
+    results = miniature_results.measure(out, recipe.ts)
+    results |= {"fast": fast, "peak_gb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * KIB / 1e9}
+    expected = miniature_results.expectations(results, fast)
+    results["expectations"] = [asdict(e) for e in expected]
+    write_whole(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False))
+    miniature_report.write(out, results)
+    print(miniature_report.table(results["expectations"]))
+    print(f"{out / 'report.html'}: {time.perf_counter() - begun:.0f} s, largest process {results['peak_gb']:.1f} GB")
+    return all(e.holds for e in expected)
+
+
+def main() -> None:
+    """The command line. Exit status 1 where something could not run, 2 where an expectation failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/miniature-paper"), help="folder of the run (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the texts and of both trainings (default 0)")
+    parser.add_argument("--fast", action="store_true", help="a world of a few facts: shows the order, not the distances")
+    args = parser.parse_args()
+    try:
+        if not run(args.out, args.fast, args.seed):
+            sys.exit(2)
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
