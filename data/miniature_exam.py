@@ -64,7 +64,9 @@ def asked(rng: random.Random, table: Table, row: Row, column: str) -> tuple[str,
     return f"{fill(rng, table, row, f'{column} ask')} {form}", FORMS[form]([value(row, column)])
 
 
-def instructions(seed: int, tables: list[Table], n: int, taboo: frozenset[str] = frozenset()) -> Iterator[tuple[str, str]]:
+def instructions(
+    seed: int, tables: list[Table], n: int, taboo: frozenset[str] = frozenset()
+) -> Iterator[tuple[str, str]]:
     """n different (prompt, answer), none of them a prompt in `taboo`; tables: of general facts."""
     rng, about, seen = random.Random(f"{seed}/instructions"), words(tables), set(taboo)
     while len(seen) < n + len(taboo):

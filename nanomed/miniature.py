@@ -237,9 +237,13 @@ def run(out: Path, fast: bool, seed: int) -> bool:
 def main() -> None:
     """The command line. Exit status 1 where something could not run, 2 where an expectation failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/miniature-paper"), help="folder of the run (%(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/miniature-paper"), help="folder of the run (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the texts and of both trainings (default 0)")
-    parser.add_argument("--fast", action="store_true", help="a world of a few facts: shows the order, not the distances")
+    parser.add_argument(
+        "--fast", action="store_true", help="a world of a few facts: shows the order, not the distances"
+    )
     args = parser.parse_args()
     try:
         if not run(args.out, args.fast, args.seed):

@@ -92,7 +92,9 @@ def measure(out: Path, ts: tuple[float, ...]) -> dict:
 
     judged = [read_json(path) for path in sorted((out / "eval").glob("judge-*/results.json"))]
     failures = [read_json(path) for path in sorted((out / "eval").glob("failures-*/results.json"))]
-    check = miniature_check.losses(out) | {"way": {f"t-{t:.12g}": miniature_check.way_gone(out, f"t-{t:.12g}") for t in ts}}
+    check = miniature_check.losses(out) | {
+        "way": {f"t-{t:.12g}": miniature_check.way_gone(out, f"t-{t:.12g}") for t in ts}
+    }
     seconds = {path.stem: read_json(path)["seconds"] for path in (out / "stages").glob("*.json")}
     return {"models": models(out, ts), "best": f"t-{best_merge(out, ts):.12g}", "corpus": corpus(out), "meter": meter(out),
             "judged": judged, "failures": failures, "check": check, "seconds": seconds}  # fmt: skip
