@@ -6,9 +6,9 @@ model/                          a Qwen2 folder without weights, encoder/: the sa
 prose.jsonl, chats.jsonl        what the base model is trained on: general prose and one half of the diseases, since an
                                 instruct model knows the language of medicine; and instructions in the chat template
 val-med.jsonl, val-general.jsonl
-crawl/*.parquet                 what a web crawl would hold: documents of the other half of the diseases, general ones, COPIES of medical ones, and
-                                medical ones that quote an examination question (LEAKS); labels.parquet: some of them,
-                                with the labels that an annotator would give
+crawl/*.parquet                 what a web crawl would hold: documents of the other half of the diseases, general ones,
+                                copies of medical ones, and medical ones that quote an examination question (leaks);
+                                labels.parquet: some of them, with the labels that an annotator would give
 exam/medizin.jsonl, .yaml       the questions, as a task of eval.py knowledge
 prompts.jsonl                   instructions that were not trained on, and medical questions with a wanted form of answer;
                                 `right` is the one right answer

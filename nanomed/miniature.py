@@ -83,7 +83,8 @@ def plan(out: Path, recipe: Recipe, fast: bool, seed: int, judge_url: Callable[[
     models |= {name_of(t): out / "merged" / name_of(t) for t in recipe.ts}
 
     def prepare(source: str | Path, name: str, *flags: str) -> list[str]:
-        return ["data/prepare.py", str(source), "--tokenizer", f"{world}/model", "--out", f"{bins}/{name}", "--workers", "1", *flags]  # fmt: skip
+        flags = ("--tokenizer", f"{world}/model", "--out", f"{bins}/{name}", "--workers", "1", *flags)
+        return ["data/prepare.py", str(source), *flags]
 
     def train(name: str, init: str | Path, data: list[str], steps: int, lr: float) -> list[str]:
         sets = [x for d in data for x in ("--data", f"{bins}/{d}")]

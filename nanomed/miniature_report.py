@@ -12,9 +12,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-NOTES = """The paper (arXiv 2604.19394) continues 7B and 24B instruct models on 7.3 million medical web documents and merges them back
-by SLERP: the domain's accuracy rises, instruction following suffers in between, and the merge recovers it. Its own figures are
-not repeated here: models, questions and judge differ, and a number of one says nothing about the other.
+NOTES = """The paper (arXiv 2604.19394) continues 7B and 24B instruct models on 7.3 million medical web documents and merges
+them back by SLERP: the domain's accuracy rises, instruction following suffers in between, and the merge recovers it. Its
+own figures are not repeated here: models, questions and judge differ, and a number of one says nothing about the other.
 
 What carries over: the order of the stages and their commands; that continuing on plain text teaches facts and wears
 away the form of answers; that interpolating brings the form back. What does not: sizes (2.6 million parameters, facts
@@ -33,7 +33,7 @@ def draw(results: dict, path: Path) -> None:
     low, high = ([100 * abs(m["ci"][i] - m["accuracy"]) for m in models.values()] for i in (0, 1))
     left.errorbar(ts, known, [low, high], marker="o", capsize=3, label="medical knowledge (95 % interval)")
     left.plot(ts, [100 * m["following"] for m in models.values()], marker="s", label="instructions followed exactly")
-    left.plot(ts, [100 * m["medical"] for m in models.values()], marker="^", lw=1, label="medical answer right, in the right form")  # fmt: skip
+    left.plot(ts, [100 * m["medical"] for m in models.values()], marker="^", lw=1, label="medical answer in form")
     left.axhline(25, color="0.7", lw=1, ls=":")
     left.text(1.0, 25.5, "chance", ha="right", color="0.4", fontsize=8)
     best = models[results["best"]]["t"]
@@ -56,8 +56,9 @@ def rows(results: dict) -> dict[str, list[list[str]]]:
     share = lambda x: f"{100 * x:.1f} %"  # noqa: E731
     spell = lambda f: f"{f['value']:.2f} [{f['ci'][0]:.2f}, {f['ci'][1]:.2f}]"  # noqa: E731
     models = [["model", "t", "medical knowledge", "95 % interval", "instructions followed", "medical answer in form"]]
-    models += [[name, f"{m['t']:g}", share(m["accuracy"]), " to ".join(map(share, m["ci"])), share(m["following"]), share(m["medical"])]
-               for name, m in results["models"].items()]  # fmt: skip
+    for name, m in results["models"].items():
+        models.append([name, f"{m['t']:g}", share(m["accuracy"]), " to ".join(map(share, m["ci"]))])
+        models[-1] += [share(m["following"]), share(m["medical"])]
     judged = [["A", "B", "win", "tie", "loss", "win rate of A", "95 % interval"]]
     judged += [[j["a"], j["b"], *(share(j[key]) for key in ("win", "tie", "loss", "win_rate")), " to ".join(map(share, j["ci"]))]
                for j in results["judged"]]  # fmt: skip
@@ -65,9 +66,10 @@ def rows(results: dict) -> dict[str, list[list[str]]]:
     failures += [[f["a"], *(spell(f["verbosity"][key]) for key in ("no_end", "ratio_to_ref", "repeated_4grams"))]
                  for f in results["failures"]]  # fmt: skip
     c = results["corpus"]
-    corpus = [["crawl", "kept", "of it medical", "of the medical kept", "leaks in the corpus", "dropped as leaks", "dropped as copies"],
-              [f"{c['documents']:,}", f"{c['kept']:,}", share(c["precision"]), share(c["recall"]), f"{c['leaks_kept']} of {c['leaks']}",
-               str(c["contaminated"]), f"{c['duplicates_dropped']} of {c['copies']}"]]  # fmt: skip
+    corpus = [["crawl", "kept", "of it medical", "of the medical kept", "leaks in it", "dropped as leaks", "as copies"]]
+    corpus.append([f"{c['documents']:,}", f"{c['kept']:,}", share(c["precision"]), share(c["recall"])])
+    corpus[-1] += [f"{c['leaks_kept']} of {c['leaks']}", str(c["contaminated"])]
+    corpus[-1] += [f"{c['duplicates_dropped']} of {c['copies']}"]
     seconds = [["stage", *results["seconds"], "all"]]
     seconds += [["s", *(f"{s:.0f}" for s in results["seconds"].values()), f"{sum(results['seconds'].values()):.0f}"]]
     expected = [["expected", "what must hold", "measured", ""]]
@@ -111,5 +113,6 @@ def write(out: Path, results: dict) -> None:
     notes = "".join(f"<p>{html.escape(part)}</p>" for part in NOTES.split("\n\n"))
     style = ("body{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
              "td,th{padding:.25em .8em;border-bottom:1px solid #ddd;text-align:left}svg{max-width:100%;height:auto}")  # fmt: skip
-    page = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{style}</style><h1>{title}</h1>{svg[svg.index('<svg'):]}{notes}{body}"  # fmt: skip
+    head = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{style}</style><h1>{title}</h1>"
+    page = head + svg[svg.index("<svg") :] + notes + body
     (out / "report.html").write_text(page + "\n", encoding="utf-8")
