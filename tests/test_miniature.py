@@ -1,7 +1,6 @@
 """The miniature: its questions and instructions, the stand-in judge, what must hold, and a whole fast run."""
 
 import json
-import os
 import subprocess
 import sys
 import urllib.request
@@ -64,7 +63,7 @@ def test_instructions_have_one_right_answer_and_its_form():
 
 # --- the stand-in judge --------------------------------------------------------------------------------------------
 
-ASKED = {"prompt": "Welches Fachgebiet ist zuständig? Antworte mit Sternen.", "fact": "Neurologie", "right": "* Neurologie *"}  # fmt: skip
+ASKED = {"prompt": "Welches Fachgebiet? Antworte mit Sternen.", "fact": "Neurologie", "right": "* Neurologie *"}
 COPY = {"prompt": "Wiederhole: Löwe. Antworte als Liste.", "right": "- Löwe\n- Löwe"}
 
 
@@ -95,7 +94,8 @@ def test_the_endpoint_answers_as_one():
     content = "<<<ANFRAGE\n{}\nANFRAGE>>>\n<<<ANTWORT 1\n* Neurologie *\nANTWORT 1>>>\n<<<ANTWORT 2\n\nANTWORT 2>>>"
     body = {"model": "stand-in", "messages": [{"role": "user", "content": content.format(ASKED["prompt"])}]}
     with miniature_judge.serving({ASKED["prompt"]: ASKED}) as url:
-        request = urllib.request.Request(f"{url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})  # fmt: skip
+        data, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{url}/chat/completions", data, kind)
         with urllib.request.urlopen(request, timeout=10) as reply:
             assert json.load(reply)["choices"][0]["message"]["content"].endswith("URTEIL: 1")
 
@@ -175,7 +175,7 @@ def test_a_failing_stage_is_one_line_with_its_reason(tmp_path):
 @pytest.mark.timeout(600)
 def test_a_fast_run_shows_the_order_and_a_second_one_repeats_nothing(tmp_path):
     command = [sys.executable, "-m", "nanomed.miniature", "--out", str(tmp_path / "run"), "--fast"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert "FAILED" not in done.stdout
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
