@@ -163,12 +163,12 @@ def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_model(folder: Path, tokenizer: Tokenizer) -> None:
-    """A Hugging Face model folder without weights."""
+def write_model(folder: Path, tokenizer: Tokenizer, shape: dict | None = None) -> None:
+    """A Hugging Face model folder without weights; `shape` replaces entries of CONFIG."""
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     ids = {"bos_token_id": tokenizer.token_to_id(END), "eos_token_id": tokenizer.token_to_id(END_TURN)}
-    write_json(folder / "config.json", {**CONFIG, **ids})
+    write_json(folder / "config.json", {**CONFIG, **(shape or {}), **ids})
     write_json(folder / "generation_config.json", {**ids, "pad_token_id": ids["bos_token_id"], "do_sample": False})
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_TURN, "pad_token": END}
     limits = {"model_max_length": CONFIG["max_position_embeddings"], "clean_up_tokenization_spaces": False}

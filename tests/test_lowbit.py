@@ -19,6 +19,7 @@ from conftest import read_losses
 from nanomed import InputError, config, lowbit, optim, parallel
 from nanomed.checkpoint import Checkpointer
 from nanomed.config import Config
+from nanomed.guard import Guard
 from nanomed.lowbit import block_size, round_stochastically
 from nanomed.weights import local
 from test_parallel import ALONE, PLAIN, batch, build, spawn
@@ -244,7 +245,7 @@ def steps(config_: Config, world: parallel.World, folder, n_steps: int, resume: 
     """n_steps on this world, from the checkpoint in folder if asked, saved there at the end; weights and means whole."""
     model = build(config_, world)
     optimizer = optim.make_adamw(model, config_)
-    checkpoints = Checkpointer(folder, 2, model, optimizer, world)
+    checkpoints = Checkpointer(folder, 2, model, optimizer, Guard(world.device), world)
     first = checkpoints.resume() if resume else 0
     for step in range(first, n_steps):
         torch.manual_seed(step)

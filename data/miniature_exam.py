@@ -1,0 +1,125 @@
+"""What the miniature is asked: instructions with exactly one right form of answer, and medical questions with four options.
+
+Instructions. A task (name, repeat, swap, answer a general question) and a form (a list, numbers, stars, a label) make a
+prompt such as `Wiederhole: Löwe. Antworte mit Sternen.`, whose only right answer is `* Löwe und Löwe *`. So
+small a model learns that from some ten thousand examples, and whether it still can is a comparison of two strings. In
+every answer a space stands before every word, as in the prompt: to a byte-level tokenizer ` Löwe` and `Löwe` are
+different tokens, and copying would become spelling.
+
+Questions. One fact of a disease in words that no template of the corpus uses, with the values of three other diseases as
+wrong options: of as many letters and as frequent as right ones, so that a model which has not read of the disease stays
+at one in four. A value that shares a word stem with the disease (Hodentorsion, Hoden) would be guessed without having
+read anything, so neither it nor its question is asked. Scored by the likelihood of the whole answer: a letter would
+ask a model of this size for a second skill.
+"""
+
+import random
+import re
+from collections.abc import Iterator
+
+from miniature_grammar import contract
+from miniature_templates import Row, Table, fill, value
+
+FORMS = {  # the request, and what it makes of the parts of an answer
+    "Antworte als Liste.": lambda parts: "\n".join(f"- {part}" for part in parts),
+    "Antworte mit Nummern.": lambda parts: "\n".join(f"{i}. {part}" for i, part in enumerate(parts, 1)),
+    "Antworte mit Sternen.": lambda parts: f"* {' und '.join(parts)} *",
+    "Antworte mit Ergebnis.": lambda parts: f"Ergebnis: {' und '.join(parts)}",
+}
+TASKS = {  # the request, and the parts of its answer. One word: tasks with two were not learnt in so short a time
+    "Sage: {a}.": lambda a: [a],
+    "Wiederhole: {a}.": lambda a: [a, a],
+    "Verdreifache: {a}.": lambda a: [a, a, a],
+}
+QUESTION_SHARE = 0.3  # of the instructions ask a general question
+
+ASKED = {  # the fact asked for, in words that no template of medicine.txt uses
+    "organ": "Welches Organ ist krank, wenn jemand an {name:dem} leidet?",
+    "kind": "Welche Art von Krankheit hat ein Mensch, der an {name:dem} leidet?",
+    "symptom": "Welche Beschwerden hat ein Mensch, der an {name:dem} leidet?",
+    "cause": "Was ist wohl die Ursache, wenn jemand an {name:dem} leidet?",
+    "therapy": "Welche Therapie bekommt ein Mensch, der an {name:dem} leidet?",
+    "test": "Welche Untersuchung braucht ein Mensch, der vielleicht an {name:dem} leidet?",
+    "specialty": "Welches Fachgebiet hilft einem Menschen, der an {name:dem} leidet?",
+}
+MAX_WORDS = 7  # of an option: eight words in a row would be an evaluation question to data/decontaminate.py
+
+
+def words(tables: list[Table]) -> list[str]:
+    """Single words that the general text speaks of: what instructions are about."""
+    names = (str(row["name"]) for table in tables for row in table.rows)
+    return sorted({name for name in names if re.fullmatch(r"[A-ZÄÖÜ][a-zäöüß]+", name)})
+
+
+def instruction(rng: random.Random, words: list[str]) -> tuple[str, str]:
+    """(prompt, the right answer) of a task with words."""
+    task, form = rng.choice([*TASKS]), rng.choice([*FORMS])
+    word = rng.choice(words)
+    return f"{task.format(a=word)} {form}", FORMS[form](TASKS[task](word))
+
+
+def asked(rng: random.Random, table: Table, row: Row, column: str) -> tuple[str, str]:
+    """(prompt, answer) of a question about one fact, the answer in a form."""
+    form = rng.choice([*FORMS])
+    return f"{fill(rng, table, row, f'{column} ask')} {form}", FORMS[form]([value(row, column)])
+
+
+def instructions(
+    seed: int, tables: list[Table], n: int, taboo: frozenset[str] = frozenset()
+) -> Iterator[tuple[str, str]]:
+    """n different (prompt, answer), none of them a prompt in `taboo`; tables: of general facts."""
+    rng, about, seen = random.Random(f"{seed}/instructions"), words(tables), set(taboo)
+    while len(seen) < n + len(taboo):
+        if rng.random() < QUESTION_SHARE:
+            table = rng.choice(tables)
+            row = rng.choice(table.rows)
+            prompt, answer = asked(rng, table, row, rng.choice([c for c in table.columns if c in row]))
+        else:
+            prompt, answer = instruction(rng, about)
+        if prompt not in seen:
+            seen.add(prompt)
+            yield prompt, answer
+
+
+def stems(text: str) -> set[str]:
+    """Every run of four letters in the text, lower case: what two related words share."""
+    return {word[i : i + 4] for word in re.findall(r"\w+", text.lower()) for i in range(len(word) - 3)}
+
+
+def questions(seed: int, table: Table, n: int) -> list[dict]:
+    """n questions {id, column, name, question, options, answer}: answer is the place of the right one of four options.
+
+    Wrong options are values of random rows, so that a frequent value is as often wrong as right, and of those the nearest
+    in length.
+    """
+    rng, found = random.Random(f"{seed}/exam"), []
+    places = [(row, column) for row in table.rows for column in ASKED if column in row]
+    rng.shuffle(places)
+    for row, column in places:
+        name, right = str(row["name"]), value(row, column)
+        rows = rng.sample(table.rows, min(24, len(table.rows)))
+        others = dict.fromkeys(value(other, column) for other in rows if column in other)
+        wrong = [text for text in others if not stems(text) & (stems(name) | stems(right))]
+        wrong = sorted(wrong, key=lambda text: abs(len(text) - len(right)))[:3]
+        options = [right, *wrong]
+        if len(wrong) < 3 or stems(name) & stems(right) or max(len(text.split()) for text in options) > MAX_WORDS:
+            continue
+        rng.shuffle(options)
+        record = {"id": f"{column}-{len(found):04d}", "column": column, "name": name}
+        record |= {"question": contract(ASKED[column].format(name=row["name"]))}
+        found.append(record | {"options": options, "answer": options.index(right)})
+        if len(found) == n:
+            break
+    return found
+
+
+def consultations(seed: int, table: Table, n: int) -> list[dict]:
+    """n requests {id, prompt, fact, form} of a patient: a medical question whose answer is wanted in a form."""
+    rng, found = random.Random(f"{seed}/consultations"), {}
+    while len(found) < n:
+        row, column = rng.choice(table.rows), rng.choice(["organ", "kind", "specialty"])
+        if column in row and not stems(str(row["name"])) & stems(str(row[column])):
+            prompt, answer = asked(rng, table, row, column)
+            fact = {"id": f"medical-{len(found):03d}", "prompt": prompt, "kind": "medical"}
+            found.setdefault(prompt, fact | {"fact": value(row, column), "right": answer})
+    return list(found.values())

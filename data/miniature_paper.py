@@ -1,0 +1,214 @@
+"""What the paper in miniature starts from: a small model without weights, its reading, a mixed crawl, its examination.
+
+    python data/miniature_paper.py --out runs/miniature/world
+
+model/                          a Qwen2 folder without weights, encoder/: the same for the classifier, with random ones
+prose.jsonl, chats.jsonl        what the base model is trained on: general prose and one half of the diseases, since an
+                                instruct model knows the language of medicine; and instructions in the chat template
+val-med.jsonl, val-general.jsonl
+crawl/*.parquet                 what a web crawl would hold: documents of the other half of the diseases, general ones,
+                                copies of medical ones, and medical ones that quote an examination question (leaks);
+                                labels.parquet: some of them, with the labels that an annotator would give
+exam/medizin.jsonl, .yaml       the questions, as a task of eval.py knowledge
+prompts.jsonl                   instructions that were not trained on, and medical questions with a wanted form of answer;
+                                `right` is the one right answer
+truth.json                      which documents of the crawl are what: for the report alone, no stage reads it
+
+The general documents of the crawl state the facts that the base model has read, in other words. Why labels and not
+an annotator: data/annotate.py needs a language model that can read, which no laptop has.
+
+Cost: about 15 seconds on one core, half of it the import of transformers. The same seed gives the same texts.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import miniature
+import miniature_exam as exam
+from documents import write_parquet
+from miniature_templates import Table
+from nanomed import InputError
+
+CRAWL = dict.fromkeys(("id", "text", "url", "dump", "date"), "string")
+LABELS = dict.fromkeys(("id", "text", "label", "model", "prompt_sha256"), "string")
+TASK = """# Written by data/miniature_paper.py: four options, the likeliest whole answer is chosen.
+task: miniature_medizin
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {path}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "Frage: {{{{question}}}}\nAntwort:"
+doc_to_choice: options
+doc_to_target: answer
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 1}}
+"""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything."""
+
+    diseases: int  # rows of the table of medicine, the others do not exist in this world
+    things: int  # rows of every general table
+    chats: int
+    crawl_general: int
+    copies: int
+    leaks: int
+    labels: int
+    questions: int
+    following: int
+    medical: int
+    hidden: int
+    layers: int
+
+
+FULL = Size(diseases=318, things=30, chats=10000, crawl_general=1500, copies=200, leaks=60, labels=900, questions=400,
+            following=200, medical=100, hidden=192, layers=4)  # fmt: skip
+FAST = Size(diseases=48, things=6, chats=2500, crawl_general=250, copies=20, leaks=12, labels=300, questions=60,
+            following=40, medical=20, hidden=96, layers=3)  # fmt: skip
+
+
+def tables(domain: str, size: Size) -> list[Table]:
+    """The built-in tables, cut to the world's size by taking rows evenly."""
+    n_rows = size.diseases if domain == "med" else size.things
+    cut = []
+    for table in miniature.tables(domain):
+        n = min(n_rows, len(table.rows))
+        cut.append(replace(table, rows=[table.rows[i * len(table.rows) // n] for i in range(n)]))
+    return cut
+
+
+def halves(table: Table) -> tuple[Table, Table]:
+    """(diseases that the base reads of, those of the crawl and the examination): every other row."""
+    return replace(table, rows=table.rows[::2]), replace(table, rows=table.rows[1::2])
+
+
+def texts(domain: str, tables: list[Table], seed: int) -> list[str]:
+    """All documents of the tables, shuffled, none twice."""
+    written = (text for table in tables for text in miniature.write_table(table, domain, seed))
+    found = [text for text in dict.fromkeys(written) if miniature.MIN_CHARS <= len(text) <= miniature.MAX_CHARS]
+    random.Random(f"{seed}/{domain}").shuffle(found)
+    return found
+
+
+def split(found: list[str]) -> tuple[list[str], list[str]]:
+    """(held out, the rest)."""
+    n = max(10, round(miniature.HELD_OUT * len(found)))
+    return found[:n], found[n:]
+
+
+def crawl(medical: list[str], general: list[str], questions: list[dict], size: Size, seed: int) -> tuple[list, dict]:
+    """(documents, truth: ids by kind). A copy differs from its original in white space at most."""
+    rng = random.Random(f"{seed}/crawl")
+    rows = [(f"med-{i:05d}", text, "medical") for i, text in enumerate(medical)]
+    copies = [(f"copy-{i:05d}", text + "\n" * (n % 2), "copy") for n, (i, text) in enumerate(
+        rng.sample([*enumerate(medical)], size.copies))]  # fmt: skip
+    leaks = [(f"leak-{i:05d}", f"{rng.choice(medical)}\n\n{quote(question)}", "leak")
+             for i, question in enumerate(rng.sample(questions, size.leaks))]  # fmt: skip
+    rows += copies + leaks + [(f"general-{i:05d}", text, "general") for i, text in enumerate(general)]
+    rng.shuffle(rows)
+    truth = {kind: [name for name, _, of in rows if of == kind] for kind in ("medical", "copy", "leak", "general")}
+    return rows, truth
+
+
+def quote(question: dict) -> str:
+    """A question with its options and answer, as a site for learners prints it."""
+    options = [f"{letter}) {option}" for letter, option in zip("abcd", question["options"], strict=True)]
+    return "\n".join([question["question"], *options, f"Lösung: {question['options'][question['answer']]}"])
+
+
+def write_jsonl(path: Path, records: list[dict]) -> None:
+    """One JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+
+
+def write_crawl(folder: Path, rows: list[tuple[str, str, str]], size: Size, seed: int) -> None:
+    """crawl/ in two files, and the labelled sample."""
+    half = -(-len(rows) // 2)
+    for part, start in enumerate((0, half)):
+        documents = ({"id": name, "text": text, "url": f"https://example.org/{name}", "dump": "MINI-2026-01",
+                      "date": "2026-01-01"} for name, text, _ in rows[start : start + half])  # fmt: skip
+        write_parquet(folder / "crawl" / f"part-{part}.parquet", documents, CRAWL, {})
+    sample = random.Random(f"{seed}/labels").sample(rows, size.labels)
+    labels = ({"id": name, "text": text, "label": "not_medical" if kind == "general" else "medical",
+               "model": "truth", "prompt_sha256": "none"} for name, text, kind in sample)  # fmt: skip
+    write_parquet(folder / "labels.parquet", labels, LABELS, {})
+
+
+def write_models(folder: Path, read: list[str], size: Size, seed: int) -> None:
+    """model/ without weights, and encoder/, small and random, with the same tokenizer."""
+    import torch
+    from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaModel
+
+    tokenizer = miniature.train_tokenizer(read)
+    shape = dict(hidden_size=size.hidden, num_hidden_layers=size.layers, num_attention_heads=size.hidden // 32,
+                 num_key_value_heads=size.hidden // 32, intermediate_size=3 * size.hidden)  # fmt: skip
+    miniature.write_model(folder / "model", tokenizer, shape)
+    torch.manual_seed(seed)
+    config = XLMRobertaConfig(vocab_size=tokenizer.get_vocab_size(), hidden_size=64, num_hidden_layers=2,
+                              num_attention_heads=2, intermediate_size=128, max_position_embeddings=66,
+                              pad_token_id=tokenizer.token_to_id(miniature.END))  # fmt: skip
+    XLMRobertaModel(config).save_pretrained(folder / "encoder")
+    marks = dict(pad_token=miniature.END, model_max_length=64)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marks).save_pretrained(folder / "encoder")
+
+
+def build(out: Path, size: Size, seed: int) -> None:
+    """Write everything under a temporary name beside `out`, and rename it when it is whole."""
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (known, new), general_tables = halves(tables("med", size)[0]), tables("general", size)
+    questions = exam.questions(seed, new, size.questions)
+    following = list(exam.instructions(seed + 1, general_tables, size.following))
+    taken = frozenset(prompt for prompt, _ in following)
+    chats = list(exam.instructions(seed, general_tables, size.chats, taken))
+    val_med, medical = split(texts("med", [new], seed))
+    val_general, general = split(texts("general", general_tables, seed))
+    prose = general + texts("med", [known], seed)
+    elsewhere = [text for text in texts("general", general_tables, seed + 1) if text not in set(general + val_general)]
+    rows, truth = crawl(medical, elsewhere[: size.crawl_general], questions, size, seed)
+
+    for name, found in (("prose", prose), ("val-med", val_med), ("val-general", val_general)):
+        records = [{"id": f"{name}-{i:05d}", "text": text} for i, text in enumerate(found)]
+        write_jsonl(partial / f"{name}.jsonl", records)
+    turns = [[{"role": "user", "content": p}, {"role": "assistant", "content": a}] for p, a in chats]
+    write_jsonl(partial / "chats.jsonl", [{"messages": messages} for messages in turns])
+    asked = [{"id": f"following-{i:03d}", "prompt": p, "kind": "following", "right": a}
+             for i, (p, a) in enumerate(following)]  # fmt: skip
+    write_jsonl(partial / "prompts.jsonl", asked + exam.consultations(seed, new, size.medical))
+    write_jsonl(partial / "exam" / "medizin.jsonl", questions)
+    (partial / "exam" / "medizin.yaml").write_text(TASK.format(path=(out / "exam" / "medizin.jsonl").resolve()))
+    write_crawl(partial, rows, size, seed)
+    write_models(partial, prose + medical + [f"{p} {a}" for p, a in chats[:2000]], size, seed)
+    miniature.write_json(partial / "truth.json", {"seed": seed, "size": asdict(size), "crawl": truth})
+    partial.rename(out)
+
+
+def main() -> None:
+    """The command line; a wrong input is one line and exit status 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder to make; it must not exist")
+    parser.add_argument("--seed", type=int, default=0, help="of all texts and choices (default 0)")
+    parser.add_argument("--fast", action="store_true", help="a world of a few facts, for tests")
+    args = parser.parse_args()
+    try:
+        if args.out.exists():
+            raise InputError(f"--out {args.out}: exists; choose another, or delete it")
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        build(args.out, FAST if args.fast else FULL, args.seed)
+        print(f"wrote {args.out}")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The miniature's page: report.md, report.html (self-contained) and figure.svg, from results.json alone.
+
+The figure is the paper's question in one picture: knowledge of the domain and following of instructions, for the base
+model, the merges by t, and the continued model; beside it what forgetting costs in bits per byte.
+"""
+
+import html
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+NOTES = """The paper (arXiv 2604.19394) continues 7B and 24B instruct models on 7.3 million medical web documents and merges
+them back by SLERP: the domain's accuracy rises, instruction following suffers in between, and the merge recovers it. Its
+own figures are not repeated here: models, questions and judge differ, and a number of one says nothing about the other.
+
+What carries over: the order of the stages and their commands; that continuing on plain text teaches facts and wears
+away the form of answers; that interpolating brings the form back. What does not: sizes (2.6 million parameters, facts
+from a table, templates for prose), the learning rate and t, every percentage. The base has read half of the table's
+diseases, since an instruct model knows the language of medicine; the other half is what it is continued on and asked
+about. The judge is a stand-in that compares facts and form. The t is chosen on the questions it is reported on."""
+
+
+def draw(results: dict, path: Path) -> None:
+    """figure.svg."""
+    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "nanomed"})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    models = results["models"]
+    ts = [m["t"] for m in models.values()]
+    known = [100 * m["accuracy"] for m in models.values()]
+    low, high = ([100 * abs(m["ci"][i] - m["accuracy"]) for m in models.values()] for i in (0, 1))
+    left.errorbar(ts, known, [low, high], marker="o", capsize=3, label="medical knowledge (95 % interval)")
+    left.plot(ts, [100 * m["following"] for m in models.values()], marker="s", label="instructions followed exactly")
+    left.plot(ts, [100 * m["medical"] for m in models.values()], marker="^", lw=1, label="medical answer in form")
+    left.axhline(25, color="0.7", lw=1, ls=":")
+    left.text(1.0, 25.5, "chance", ha="right", color="0.4", fontsize=8)
+    best = models[results["best"]]["t"]
+    left.axvline(best, color="0.85", lw=6, zorder=0)
+    left.set_xticks(ts, ["base" if t == 0 else "continued" if t == 1 else f"{t:g}" for t in ts])
+    left.set(title="Merged at t", xlabel=f"t (best: {best:g})", ylabel="%", ylim=(0, 103))
+    meter = results["meter"]
+    for name, label in (("med", "medicine, held out"), ("general", "general text")):
+        right.plot(meter["step"], meter[name], marker="o", label=label)
+    right.set(title="Forgetting meter of the continued run", xlabel="step", ylabel="bits per byte", ylim=(0, None))
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def rows(results: dict) -> dict[str, list[list[str]]]:
+    """The page's tables: title → rows, the first is the head."""
+    share = lambda x: f"{100 * x:.1f} %"  # noqa: E731
+    spell = lambda f: f"{f['value']:.2f} [{f['ci'][0]:.2f}, {f['ci'][1]:.2f}]"  # noqa: E731
+    models = [["model", "t", "medical knowledge", "95 % interval", "instructions followed", "medical answer in form"]]
+    for name, m in results["models"].items():
+        models.append([name, f"{m['t']:g}", share(m["accuracy"]), " to ".join(map(share, m["ci"]))])
+        models[-1] += [share(m["following"]), share(m["medical"])]
+    judged = [["A", "B", "win", "tie", "loss", "win rate of A", "95 % interval"]]
+    judged += [[j["a"], j["b"], *(share(j[key]) for key in ("win", "tie", "loss", "win_rate")), " to ".join(map(share, j["ci"]))]
+               for j in results["judged"]]  # fmt: skip
+    failures = [["model", "answers without an end", "length, ratio to base", "repeated 4-grams"]]
+    failures += [[f["a"], *(spell(f["verbosity"][key]) for key in ("no_end", "ratio_to_ref", "repeated_4grams"))]
+                 for f in results["failures"]]  # fmt: skip
+    c = results["corpus"]
+    corpus = [["crawl", "kept", "of it medical", "of the medical kept", "leaks in it", "dropped as leaks", "as copies"]]
+    corpus.append([f"{c['documents']:,}", f"{c['kept']:,}", share(c["precision"]), share(c["recall"])])
+    corpus[-1] += [f"{c['leaks_kept']} of {c['leaks']}", str(c["contaminated"])]
+    corpus[-1] += [f"{c['duplicates_dropped']} of {c['copies']}"]
+    seconds = [["stage", *results["seconds"], "all"]]
+    seconds += [["s", *(f"{s:.0f}" for s in results["seconds"].values()), f"{sum(results['seconds'].values()):.0f}"]]
+    expected = [["expected", "what must hold", "measured", ""]]
+    expected += [
+        [e["name"], e["wanted"], e["measured"], "holds" if e["holds"] else "FAILED"] for e in results["expectations"]
+    ]
+    return {"Models": models, "Corpus": corpus, "Compared by the stand-in judge": judged, "Failure modes": failures,
+            "Expectations": expected, "Time": seconds}  # fmt: skip
+
+
+def markdown(table: list[list[str]]) -> str:
+    """A table in Markdown."""
+    lines = ["| " + " | ".join(row) + " |" for row in table]
+    return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
+
+
+def as_html(table: list[list[str]]) -> str:
+    """A table in HTML."""
+    row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"  # noqa: E731
+    return "<table>" + row(table[0], "th") + "".join(row(r, "td") for r in table[1:]) + "</table>"
+
+
+def table(expectations: list[dict]) -> str:
+    """The expectations for a terminal, one a line."""
+    width = max(len(e["name"]) for e in expectations)
+    return "\n".join(f"{'ok    ' if e['holds'] else 'FAILED'}  {e['name']:<{width}}  {e['measured']}  (expected: {e['wanted']})"
+                     for e in expectations)  # fmt: skip
+
+
+def write(out: Path, results: dict) -> None:
+    """figure.svg, report.md and report.html in OUT."""
+    draw(results, out / "figure.svg")
+    tables, title = (
+        rows(results),
+        "The paper in miniature" + (" (fast: too small to learn much)" if results["fast"] else ""),
+    )
+    sections = "\n\n".join(f"## {name}\n\n{markdown(t)}" for name, t in tables.items())
+    (out / "report.md").write_text(f"# {title}\n\n![](figure.svg)\n\n{NOTES}\n\n{sections}\n", encoding="utf-8")
+    svg = (out / "figure.svg").read_text(encoding="utf-8")
+    body = "".join(f"<h2>{name}</h2>{as_html(t)}" for name, t in tables.items())
+    notes = "".join(f"<p>{html.escape(part)}</p>" for part in NOTES.split("\n\n"))
+    style = ("body{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
+             "td,th{padding:.25em .8em;border-bottom:1px solid #ddd;text-align:left}svg{max-width:100%;height:auto}")  # fmt: skip
+    head = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{style}</style><h1>{title}</h1>"
+    page = head + svg[svg.index("<svg") :] + notes + body
+    (out / "report.html").write_text(page + "\n", encoding="utf-8")

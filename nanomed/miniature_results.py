@@ -1,0 +1,161 @@
+"""What the stages of a miniature left behind, as numbers; and what must hold of them.
+
+`measure` reads files only: the results.json of the evaluations, the metrics of the runs, the reports of the corpus.
+`expectations` is a list of (name, what must hold, what was measured, does it hold): a stage that stops doing its part
+fails one of them by name (tests/bench/miniature_broken.py breaks four of them on purpose).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanomed.hf import read_json
+from nanomed.miniature_judge import follows, points
+
+TASK = "miniature_medizin"
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The records of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def knowledge(out: Path) -> dict[str, dict]:
+    """{accuracy, ci} by model."""
+    models = read_json(out / "eval" / "knowledge" / "results.json")["models"]
+    return {m["name"]: {key: m["tasks"][0][key] for key in ("accuracy", "ci", "n")} for m in models}
+
+
+def following(out: Path, name: str) -> dict[str, float]:
+    """Shares of a model's answers: `following` (exact), `medical` (right fact in the right form), `cut` (no end)."""
+    asked = {record["id"]: record for record in read_jsonl(out / "world" / "prompts.jsonl")}
+    answers = {a["id"]: a for a in read_jsonl(out / "answers" / f"{name}.jsonl")}
+    general = [i for i, record in asked.items() if record["kind"] == "following"]
+    medical = [i for i, record in asked.items() if record["kind"] == "medical"]
+    return {
+        "following": sum(follows(asked[i], answers[i]["answer"]) for i in general) / len(general),
+        "medical": sum(points(asked[i], answers[i]["answer"]) == 2 for i in medical) / len(medical),
+        "cut": sum(a["finish_reason"] == "length" for a in answers.values()) / len(answers),
+    }
+
+
+def models(out: Path, ts: tuple[float, ...]) -> dict[str, dict]:
+    """t, knowledge and following of base, every merge, and the continued model, in this order."""
+    known = knowledge(out)
+    names = {"base": 0.0, **{f"t-{t:.12g}": t for t in ts}, "continued": 1.0}
+    return {name: {"t": t} | known[name] | following(out, name) for name, t in names.items()}
+
+
+def kept(found: dict[str, dict], name: str) -> tuple[float, float]:
+    """Of a model: the share of the continued one's gain in knowledge, and of the base's following, that it keeps."""
+    base, top = found["base"], found["continued"]
+    gain = top["accuracy"] - base["accuracy"]
+    share = (found[name]["accuracy"] - base["accuracy"]) / gain if gain > 0 else 0.0
+    return share, found[name]["following"] / base["following"] if base["following"] else 0.0
+
+
+def best_merge(out: Path, ts: tuple[float, ...]) -> float:
+    """The t whose merge keeps most of both: the largest sum of the two shares, each counted up to 1."""
+    found = models(out, ts)
+    return max(ts, key=lambda t: sum(min(1.0, share) for share in kept(found, f"t-{t:.12g}")))
+
+
+def corpus(out: Path) -> dict:
+    """What the crawl held and what became of it, by the truth that no stage has seen."""
+    import pyarrow.parquet as pq
+
+    truth = read_json(out / "world" / "truth.json")["crawl"]
+    ids = [i for p in sorted((out / "corpus" / "corpus").glob("*.parquet")) for i in pq.read_table(p)["id"].to_pylist()]
+    counts, held = read_json(out / "corpus" / "report.json")["counts"], set(ids)
+    bodies = {i.split("-", 1)[1] for i in ids if i.startswith(("med-", "copy-"))}
+    of = lambda kind: len(held & set(truth[kind]))  # noqa: E731
+    return {
+        "documents": counts["documents"], "kept": len(ids), "leaks": len(truth["leak"]), "leaks_kept": of("leak"),
+        "contaminated": counts.get("contaminated", 0), "copies": len(truth["copy"]),
+        "twice": of("medical") + of("copy") - len(bodies), "duplicates_dropped": counts.get("duplicate_texts", 0),
+        "precision": 1 - of("general") / max(1, len(ids)),
+        "recall": len(bodies) / len(truth["medical"]),
+    }  # fmt: skip
+
+
+def meter(out: Path) -> dict[str, list[float]]:
+    """Bits per byte of both validation sets at every evaluation of the continued run."""
+    rows = [row for row in read_jsonl(out / "continued" / "metrics.jsonl") if "val_med_bpb" in row]
+    return {"step": [row["step"] for row in rows]} | {
+        name: [row[f"val_{name}_bpb"] for row in rows] for name in ("med", "general")
+    }
+
+
+def measure(out: Path, ts: tuple[float, ...]) -> dict:
+    """Everything the report says."""
+    from nanomed import miniature_check  # torch
+
+    judged = [read_json(path) for path in sorted((out / "eval").glob("judge-*/results.json"))]
+    failures = [read_json(path) for path in sorted((out / "eval").glob("failures-*/results.json"))]
+    check = miniature_check.losses(out) | {
+        "way": {f"t-{t:.12g}": miniature_check.way_gone(out, f"t-{t:.12g}") for t in ts}
+    }
+    seconds = {path.stem: read_json(path)["seconds"] for path in (out / "stages").glob("*.json")}
+    return {"models": models(out, ts), "best": f"t-{best_merge(out, ts):.12g}", "corpus": corpus(out), "meter": meter(out),
+            "judged": judged, "failures": failures, "check": check, "seconds": seconds}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What must hold, and whether it does."""
+
+    name: str
+    wanted: str
+    measured: str
+    holds: bool
+
+
+def expectations(r: dict, fast: bool) -> list[Expectation]:
+    """All of them. A fast run is too small for the distances; of models it asserts the order only."""
+    m, c, best, check = r["models"], r["corpus"], r["best"], r["check"]
+    base, top, merged = m["base"], m["continued"], m[best]
+    gain, share = top["accuracy"] - base["accuracy"], kept(m, best)
+    medical, general = (r["meter"][name] for name in ("med", "general"))
+    off = lambda a, b: abs(check[a] / check[b] - 1)  # noqa: E731
+    always = [
+        ("leaked questions are gone", "none in the corpus, 90 % of them dropped as such",
+         f"{c['leaks_kept']} of {c['leaks']} in it, {c['contaminated']} dropped",
+         c["leaks_kept"] == 0 and c["contaminated"] >= 0.9 * c["leaks"]),
+        ("copies are gone", "no text twice, 80 % of the copies dropped",
+         f"{c['twice']} twice, {c['duplicates_dropped']} of {c['copies']} dropped",
+         c["twice"] == 0 and c["duplicates_dropped"] >= 0.8 * c["copies"]),
+        ("the corpus is medical", "95 % of it, and 80 % of what there was",
+         f"{percent(c['precision'])}, {percent(c['recall'])}", c["precision"] >= 0.95 and c["recall"] >= 0.8),
+        ("the loss is of the next token", "train.py's figure, with labels read from the documents, within 0.5 %",
+         f"{check['loss']:.4f}, {check['packed']:.4f}", off("loss", "packed") < 0.005),
+        ("documents do not see each other", "the loss in packed windows is that of each piece alone, within 0.5 %",
+         f"{check['packed']:.4f}, {check['alone']:.4f}", off("packed", "alone") < 0.005),
+        ("t goes from base to continued", "a merge has gone the share t of the way, within 0.03",
+         ", ".join(f"{name}: {way:.2f}" for name, way in check["way"].items()),
+         all(abs(way - m[name]["t"]) < 0.03 for name, way in check["way"].items())),
+        ("continued forgets general text", "bits per byte rise", f"{general[0]:.2f} to {general[-1]:.2f}",
+         general[-1] > general[0]),
+    ]  # fmt: skip
+    order = [
+        ("the domain is learnt", "bits per byte of held-out medicine fall", f"{medical[0]:.2f} to {medical[-1]:.2f}",
+         medical[-1] < medical[0]),
+        ("continued knows more", "than base", f"{100 * gain:+.0f} points", gain > 0),
+        ("the best merge is between", "knowledge of base ≤ merge, following of continued ≤ merge",
+         f"{best}: {percent(merged['accuracy'])}, {percent(merged['following'])}",
+         merged["accuracy"] >= base["accuracy"] and merged["following"] >= top["following"]),
+    ]  # fmt: skip
+    distances = [
+        ("base guesses", "within 8 points of 25 %", percent(base["accuracy"]), abs(base["accuracy"] - 0.25) <= 0.08),
+        ("base follows", "90 % or more", percent(base["following"]), base["following"] >= 0.9),
+        ("continued knows far more", "30 points or more above base", f"{100 * gain:+.0f} points", gain >= 0.3),
+        ("continued forgets to follow", "10 points or more below base",
+         f"{percent(base['following'])} to {percent(top['following'])}", base["following"] - top["following"] >= 0.1),
+        ("a merge keeps both", "70 % of the gain, 90 % of base's following",
+         f"{best}: {percent(share[0])}, {percent(share[1])}", share[0] >= 0.7 and share[1] >= 0.9),
+    ]  # fmt: skip
+    return [Expectation(*pair) for pair in always + order + ([] if fast else distances)]
+
+
+def percent(x: float) -> str:
+    """A share as people read it."""
+    return f"{100 * x:.0f} %"

@@ -1,0 +1,186 @@
+"""The miniature: its questions and instructions, the stand-in judge, what must hold, and a whole fast run."""
+
+import json
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+import miniature_exam as exam
+import miniature_paper as paper
+from nanomed import InputError, miniature, miniature_judge, miniature_results
+from nanomed.miniature_judge import follows, has_form, points, verdict
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# --- the examination -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def table():
+    return paper.halves(paper.tables("med", paper.FULL)[0])[1]
+
+
+def test_questions_cannot_be_guessed_without_reading(table):
+    found = exam.questions(0, table, 300)
+    assert len({q["id"] for q in found}) == len(found) == 300
+    rows = {str(row["name"]): row for row in table.rows}
+    for q in found:
+        right = q["options"][q["answer"]]
+        assert right.lower() == str(rows[q["name"]][q["column"]]).lower()
+        assert len(set(q["options"])) == 4
+        assert all(len(option.split()) <= exam.MAX_WORDS for option in q["options"])
+        assert not exam.stems(q["name"]) & exam.stems(right)
+        assert len(q["question"].split()) >= 8  # fewer words could not be kept out of a corpus
+    places = [q["answer"] for q in found]
+    assert all(45 <= places.count(i) <= 110 for i in range(4))
+    shortest = sum(min(q["options"], key=len) == q["options"][q["answer"]] for q in found) / len(found)
+    assert shortest < 0.4, "the shortest option is right too often"
+
+
+def test_questions_are_phrased_otherwise_than_the_corpus(table):
+    templates = {t.text for section in table.templates.values() for t in section}
+    assert not templates & set(exam.ASKED.values())
+
+
+def test_no_disease_is_on_both_sides():
+    known, new = paper.halves(paper.tables("med", paper.FULL)[0])
+    assert not {str(r["name"]) for r in known.rows} & {str(r["name"]) for r in new.rows}
+
+
+def test_instructions_have_one_right_answer_and_its_form():
+    tables = paper.tables("general", paper.FAST)
+    found = list(exam.instructions(0, tables, 300))
+    assert len({prompt for prompt, _ in found}) == 300
+    assert all(has_form(prompt, answer) for prompt, answer in found)
+    assert all(follows({"prompt": prompt, "right": answer}, answer) for prompt, answer in found)
+    taken = frozenset(prompt for prompt, _ in found[:100])
+    assert not taken & {prompt for prompt, _ in exam.instructions(0, tables, 200, taken)}
+
+
+# --- the stand-in judge --------------------------------------------------------------------------------------------
+
+ASKED = {"prompt": "Welches Fachgebiet? Antworte mit Sternen.", "fact": "Neurologie", "right": "* Neurologie *"}
+COPY = {"prompt": "Wiederhole: Löwe. Antworte als Liste.", "right": "- Löwe\n- Löwe"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"), [("* Neurologie *", 2), ("Neurologie", 1), ("* Chirurgie *", 1), ("Chirurgie", 0), ("", 0)]
+)
+def test_points_are_for_the_fact_and_for_the_form(answer, expected):
+    assert points(ASKED, answer) == expected
+
+
+def test_a_copy_is_exact_or_worth_nothing():
+    assert (points(COPY, "- Löwe\n- Löwe"), points(COPY, "- Löwe\n- Bär"), points(COPY, "Löwe")) == (2, 0, 0)
+
+
+def test_the_verdict_is_read_from_the_prompt_that_judge_sends():
+    from nanomed.evaluation.judge import PROMPT, parse, read_prompt
+
+    prompt, key = read_prompt(PROMPT), {ASKED["prompt"]: ASKED}
+    says = lambda one, two: parse(verdict(key, prompt.messages(ASKED["prompt"], one, two)[0]["content"]))  # noqa: E731
+    assert says("* Neurologie *", "Neurologie") == "1"
+    assert says("Chirurgie", "* Chirurgie *") == "2"
+    assert says("* Chirurgie *", "Neurologie") == "tie"
+    assert says("", "") == "tie"
+    assert parse(verdict({}, prompt.messages("?", "a", "b")[0]["content"])) is None
+
+
+def test_the_endpoint_answers_as_one():
+    content = "<<<ANFRAGE\n{}\nANFRAGE>>>\n<<<ANTWORT 1\n* Neurologie *\nANTWORT 1>>>\n<<<ANTWORT 2\n\nANTWORT 2>>>"
+    body = {"model": "stand-in", "messages": [{"role": "user", "content": content.format(ASKED["prompt"])}]}
+    with miniature_judge.serving({ASKED["prompt"]: ASKED}) as url:
+        data, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{url}/chat/completions", data, kind)
+        with urllib.request.urlopen(request, timeout=10) as reply:
+            assert json.load(reply)["choices"][0]["message"]["content"].endswith("URTEIL: 1")
+
+
+# --- what must hold ------------------------------------------------------------------------------------------------
+
+
+def results() -> dict:
+    """Of a run in which everything holds."""
+    row = lambda t, accuracy, following: {"t": t, "accuracy": accuracy, "following": following}  # noqa: E731
+    models = {"base": row(0, 0.25, 0.96), "t-0.6": row(0.6, 0.55, 0.95), "continued": row(1, 0.65, 0.3)}
+    corpus = {"leaks": 60, "leaks_kept": 0, "contaminated": 60, "copies": 100, "twice": 0, "duplicates_dropped": 95,
+              "precision": 0.99, "recall": 0.97}  # fmt: skip
+    check = {"loss": 1.0, "packed": 1.001, "alone": 0.999, "way": {"t-0.6": 0.6}}
+    return {"models": models, "best": "t-0.6", "corpus": corpus, "check": check,
+            "meter": {"med": [1.2, 0.5], "general": [0.4, 0.6]}}  # fmt: skip
+
+
+BROKEN = {
+    "leaked questions are gone": lambda r: r["corpus"].update(leaks_kept=1),
+    "copies are gone": lambda r: r["corpus"].update(twice=1),
+    "the corpus is medical": lambda r: r["corpus"].update(precision=0.6),
+    "the loss is of the next token": lambda r: r["check"].update(loss=2.0),
+    "documents do not see each other": lambda r: r["check"].update(alone=1.05),
+    "t goes from base to continued": lambda r: r["check"].update(way={"t-0.6": 0.4}),
+    "continued forgets general text": lambda r: r["meter"].update(general=[0.4, 0.3]),
+    "the domain is learnt": lambda r: r["meter"].update(med=[1.2, 1.3]),
+    "base guesses": lambda r: r["models"]["base"].update(accuracy=0.4),
+    "base follows": lambda r: r["models"]["base"].update(following=0.5),
+    "continued knows far more": lambda r: r["models"]["continued"].update(accuracy=0.5),
+    "continued forgets to follow": lambda r: r["models"]["continued"].update(following=0.95),
+    "a merge keeps both": lambda r: r["models"]["t-0.6"].update(accuracy=0.4),
+}
+
+
+def test_every_expectation_holds_of_good_results():
+    for fast in (False, True):
+        assert all(e.holds for e in miniature_results.expectations(results(), fast))
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_broken_is_named(name):
+    broken = results()
+    BROKEN[name](broken)
+    assert name in {e.name for e in miniature_results.expectations(broken, False) if not e.holds}
+
+
+def test_the_best_merge_keeps_most_of_both():
+    found = results()["models"]
+    assert miniature_results.kept(found, "t-0.6") == pytest.approx((0.75, 0.95 / 0.96))
+
+
+# --- the run -------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    miniature.claim(tmp_path / "run", miniature.FAST, True, 0)
+    miniature.claim(tmp_path / "run", miniature.FAST, True, 0)
+    with pytest.raises(InputError, match="made with seed = 0, not 1"):
+        miniature.claim(tmp_path / "run", miniature.FAST, True, 1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(InputError, match="not empty and not a miniature"):
+        miniature.claim(tmp_path / "mine", miniature.FAST, True, 0)
+
+
+def test_a_failing_stage_is_one_line_with_its_reason(tmp_path):
+    miniature.claim(tmp_path, miniature.FAST, True, 0)
+    stage = miniature.Stage(
+        "corpus", 1, lambda: [["data/sweep.py", "missing.parquet", "--classifier", "clf", "--out", "o"]]
+    )
+    with pytest.raises(InputError, match=r"corpus: data/sweep.py failed: error: missing.parquet: no such input"):
+        miniature.run_stage(stage, tmp_path, miniature.tqdm(total=1, disable=True))
+    assert not (tmp_path / "stages" / "corpus.json").exists()
+
+
+@pytest.mark.timeout(600)
+def test_a_fast_run_shows_the_order_and_a_second_one_repeats_nothing(tmp_path):
+    command = [sys.executable, "-m", "nanomed.miniature", "--out", str(tmp_path / "run"), "--fast"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "FAILED" not in done.stdout
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "<svg" in page
+    assert "http" not in page.split("<h2>")[1]
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0
+    assert len(json.loads((tmp_path / "run" / "results.json").read_text())["seconds"]) == 8
