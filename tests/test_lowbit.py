@@ -309,7 +309,7 @@ def test_float8_keeps_names_and_nearly_the_loss():
     """Emulated on the CPU: the blocks' linears are torchao's, lm_head is not, names and weights are the same."""
     data, low = batch(5, 20, 7), dataclasses.replace(PLAIN, precision="bf16")
     model, reference = build(low), build(low)
-    names = {name: p for name, p in model.named_parameters()}
+    names = dict(model.named_parameters())
     parallel.to_float8(model.model.layers, emulate=True)
     assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, p in names.items()}
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "Float8Linear"
