@@ -13,6 +13,7 @@ fitted to the prompts' worths; the rate is sigmoid(theta), read where the differ
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 
@@ -20,6 +21,7 @@ N_RESAMPLES, LEVEL = 2000, 0.95
 RIDGE = 1e-3  # on gamma and theta, per prompt: a fit exists even where one side wins every prompt
 
 
+@lru_cache(maxsize=4)  # many figures over the same prompts; 5 MB each
 def resamples(n: int, seed: int = 0) -> np.ndarray:  # (R, n)
     """How often each of n prompts is in each of the bootstrap's samples."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=N_RESAMPLES)
