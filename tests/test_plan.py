@@ -206,8 +206,7 @@ def test_what_it_advises_leaves_five_gb(monkeypatch):
 
 
 def test_another_model_by_its_folder(tiny, capsys, monkeypatch):
-    flags = ["--init", str(tiny.model), "--seq-len", "512", "--micro-batch", "1", "--gpu", "rtx4090"]
-    monkeypatch.setattr(sys, "argv", ["plan", *flags])
+    monkeypatch.setattr(sys, "argv", ["plan", "--init", str(tiny.model), "--seq-len", "256", "--gpu", "rtx4090"])
     plan.main()
     out = capsys.readouterr().out
     assert "1 x RTX 4090 of 25.8 GB" in out
