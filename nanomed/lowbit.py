@@ -71,8 +71,11 @@ class LowbitAdamW(torch.optim.Optimizer):
     def step(self) -> None:
         """One update. If a tensor `found_inf` was set on the optimiser and is 1, nothing changes, the count included."""
         found_inf = getattr(self, "found_inf", None)
-        skip = None if found_inf is None else found_inf.bool()
-        self._step += 1 if found_inf is None else 1 - found_inf
+        skip = None
+        if found_inf is not None:
+            found_inf = found_inf.to(self._step.device)  # elsewhere only if the parameters are offloaded
+            skip = found_inf.bool()
+        self._step += 1 if skip is None else 1 - found_inf
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             # Tensors, for a changing number would compile anew; on the CPU: they travel as a kernel's arguments.

@@ -6,10 +6,12 @@ Face's throughout.
 
 FSDP2 cuts every parameter by rows over all ranks. A block is gathered in bf16 just before it runs and freed after;
 its gradient is summed in float32 to the ranks that own the rows. Per rank: 16 bytes · parameters / ranks for weights,
-gradients and AdamW's means, and two gathered blocks. While one block computes, the next one is gathered: forward we
-name it, so that the request leaves before this block's kernels are queued; backward FSDP knows it, the order reversed.
-With replicas (HSDP) a step's micro-batches sum within their group only; the last one's sum crosses the groups. One
-process alone goes without FSDP: there is nothing to shard and its copies cost time.
+gradients and AdamW's means (nanomed.lowbit: down to 6), and two gathered blocks; --offload keeps the former in the
+CPU's memory and steps there, at the price of moving every weight over the bus in each pass. While one block computes,
+the next one is gathered: forward we name it, so that the request leaves before this block's kernels are queued;
+backward FSDP knows it, the order reversed. With replicas (HSDP) a step's micro-batches sum within their group only; the
+last one's sum crosses the groups. One process alone goes without FSDP: there is nothing to shard and its copies cost
+time.
 """
 
 import dataclasses
