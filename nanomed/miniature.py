@@ -24,6 +24,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -246,6 +247,7 @@ def main() -> None:
         "--fast", action="store_true", help="a world of a few facts: shows the order, not the distances"
     )
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the script that is running ends too
     try:
         if not run(args.out, args.fast, args.seed):
             sys.exit(2)
