@@ -69,7 +69,8 @@ class Stage:
     name: str
     seconds: float
     commands: Callable[[], list[list[str]]]  # called when the stage begins: some need what earlier stages measured
-    scratch: tuple[str, ...] = ()  # folders that its scripts would refuse to find half-made
+    scratch: tuple[str, ...] = ()  # folders that a killed script leaves half-made and then refuses to find
+    whole: tuple[str, ...] = ()  # folders that are there whole or not at all, and that their script refuses to find
 
 
 def name_of(t: float) -> str:
@@ -115,7 +116,7 @@ def plan(out: Path, recipe: Recipe, fast: bool, seed: int, judge_url: Callable[[
     sizes = ["--epochs", str(recipe.classify_epochs), "--lr", "2e-3", "--batch-size", "16", "--max-tokens", "64"]
     parts = [str(world / "crawl" / f"part-{i}.parquet") for i in (0, 1)]
     return [
-        Stage("world", 15, lambda: [["data/miniature_paper.py", "--out", str(world), "--seed", str(seed), *mode]], ("world",)),
+        Stage("world", 15, lambda: [["data/miniature_paper.py", "--out", str(world), "--seed", str(seed), *mode]], whole=("world",)),
         Stage("base", 200, lambda: [
             *(prepare(world / f"{name}.jsonl", name) for name in ("prose", "val-med", "val-general")),
             prepare(world / "chats.jsonl", "chats", "--messages-key", "messages"),
@@ -128,7 +129,7 @@ def plan(out: Path, recipe: Recipe, fast: bool, seed: int, judge_url: Callable[[
              "--source", "built-in", "--workers", "1", "--out", f"{out}/corpus"],
             ["data/prepare.py", *(f"{out}/corpus/corpus/part-{i}.parquet" for i in (0, 1)), "--tokenizer", f"{world}/model",
              "--out", f"{bins}/med", "--workers", "1"],
-        ], ("clf",)),
+        ], whole=("clf",)),
         Stage("continued", 200, lambda: [train("continued", out / "base" / "hf", ["med"], recipe.cpt_steps, recipe.cpt_lr)]),
         Stage("merged", 5, lambda: [["merge.py", str(models["base"] / "hf"), str(models["continued"] / "hf"), f"{out}/merged",
                                      "--sweep", ",".join(map(str, recipe.ts))]], ("merged",)),
@@ -153,6 +154,8 @@ def run_stage(stage: Stage, out: Path, bar: tqdm) -> None:
     commands = stage.commands()
     with log.open("a", encoding="utf-8") as file:
         for command in commands:
+            if any(command[command.index("--out") + 1] == str(out / name) and (out / name).exists() for name in stage.whole):
+                continue
             file.write(f"$ python {' '.join(command)}\n")
             file.flush()
             process = subprocess.Popen([sys.executable, str(ROOT / command[0]), *command[1:]], stdout=file,
