@@ -1,7 +1,7 @@
 """The paper in miniature: from a crawl to a merged specialist and its report, on a laptop, by the project's own scripts.
 
-    python -m nanomed.miniature --out runs/miniature-paper          about ten minutes on two cores
-    python -m nanomed.miniature --out runs/miniature-fast --fast    less than a minute and too small to learn much: for tests
+    python -m nanomed.miniature --out runs/miniature-paper          full size: time not yet measured
+    python -m nanomed.miniature --out runs/miniature-fast --fast    too small to learn much: for tests
 
 world       data/miniature_paper.py: what there is to read, and the examination
 base        train.py on general prose and instructions: a small model that answers in the form it is asked for
@@ -154,7 +154,9 @@ def run_stage(stage: Stage, out: Path, bar: tqdm) -> None:
     commands = stage.commands()
     with log.open("a", encoding="utf-8") as file:
         for command in commands:
-            if any(command[command.index("--out") + 1] == str(out / name) and (out / name).exists() for name in stage.whole):
+            if any(
+                command[command.index("--out") + 1] == str(out / name) and (out / name).exists() for name in stage.whole
+            ):
                 continue
             file.write(f"$ python {' '.join(command)}\n")
             file.flush()
