@@ -116,7 +116,8 @@ def plan(out: Path, recipe: Recipe, fast: bool, seed: int, judge_url: Callable[[
     sizes = ["--epochs", str(recipe.classify_epochs), "--lr", "2e-3", "--batch-size", "16", "--max-tokens", "64"]
     parts = [str(world / "crawl" / f"part-{i}.parquet") for i in (0, 1)]
     return [
-        Stage("world", 15, lambda: [["data/miniature_paper.py", "--out", str(world), "--seed", str(seed), *mode]], whole=("world",)),
+        Stage("world", 15, lambda: [["data/miniature_paper.py", "--out", str(world), "--seed", str(seed), *mode]],
+              whole=("world",)),
         Stage("base", 200, lambda: [
             *(prepare(world / f"{name}.jsonl", name) for name in ("prose", "val-med", "val-general")),
             prepare(world / "chats.jsonl", "chats", "--messages-key", "messages"),
