@@ -19,6 +19,7 @@ from collections.abc import Iterator
 
 from miniature_grammar import contract
 from miniature_templates import Row, Table, fill, value
+from nanomed import InputError
 
 FORMS = {  # the request, and what it makes of the parts of an answer
     "Antworte als Liste.": lambda parts: "\n".join(f"- {part}" for part in parts),
@@ -69,7 +70,9 @@ def instructions(
 ) -> Iterator[tuple[str, str]]:
     """n different (prompt, answer), none of them a prompt in `taboo`; tables: of general facts."""
     rng, about, seen = random.Random(f"{seed}/instructions"), words(tables), set(taboo)
-    while len(seen) < n + len(taboo):
+    for _ in range(100 * n):
+        if len(seen) == n + len(taboo):
+            return
         if rng.random() < QUESTION_SHARE:
             table = rng.choice(tables)
             row = rng.choice(table.rows)
@@ -79,6 +82,7 @@ def instructions(
         if prompt not in seen:
             seen.add(prompt)
             yield prompt, answer
+    raise InputError(f"there are not {n} different instructions about so few things; take more rows")
 
 
 def stems(text: str) -> set[str]:

@@ -71,7 +71,7 @@ class Size:
 
 FULL = Size(diseases=318, things=30, chats=10000, crawl_general=1500, copies=200, leaks=60, labels=900, questions=400,
             following=200, medical=100, hidden=192, layers=4)  # fmt: skip
-FAST = Size(diseases=48, things=6, chats=2500, crawl_general=250, copies=20, leaks=12, labels=300, questions=60,
+FAST = Size(diseases=48, things=6, chats=1200, crawl_general=250, copies=20, leaks=12, labels=300, questions=60,
             following=40, medical=20, hidden=96, layers=3)  # fmt: skip
 
 

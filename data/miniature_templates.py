@@ -209,11 +209,11 @@ def quiz(rng: random.Random, table: Table, row: Row) -> str:
 
 
 def choices(rng: random.Random, table: Table, row: Row, column: str, question: str) -> tuple[str, str]:
-    """The question with four options below it, and the line that says which is right."""
+    """The question with four options below it (fewer in a tiny table), and the line that says which is right."""
     wrong = sorted({value(other, column) for other in table.rows if column in other} - {value(row, column)})
-    options = [value(row, column), *rng.sample(wrong, 3)]
+    options = [value(row, column), *rng.sample(wrong, min(3, len(wrong)))]
     rng.shuffle(options)
-    lines = [f"{letter}) {option}" for letter, option in zip("ABCD", options, strict=True)]
+    lines = [f"{letter}) {option}" for letter, option in zip("ABCD", options, strict=False)]
     return "\n".join([question, *lines]), f"Richtig ist {lines[options.index(value(row, column))]}"
 
 

@@ -1,7 +1,7 @@
 """The paper in miniature: from a crawl to a merged specialist and its report, on a laptop, by the project's own scripts.
 
-    python -m nanomed.miniature --out runs/miniature-paper          about ten minutes on two cores
-    python -m nanomed.miniature --out runs/miniature-fast --fast    less than a minute and too small to learn much: for tests
+    python -m nanomed.miniature --out runs/miniature-paper          full size: time not yet measured
+    python -m nanomed.miniature --out runs/miniature-fast --fast    too small to learn much: for tests
 
 world       data/miniature_paper.py: what there is to read, and the examination
 base        train.py on general prose and instructions: a small model that answers in the form it is asked for
@@ -24,6 +24,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -68,7 +69,8 @@ class Stage:
     name: str
     seconds: float
     commands: Callable[[], list[list[str]]]  # called when the stage begins: some need what earlier stages measured
-    scratch: tuple[str, ...] = ()  # folders that its scripts would refuse to find half-made
+    scratch: tuple[str, ...] = ()  # folders that a killed script leaves half-made and then refuses to find
+    whole: tuple[str, ...] = ()  # folders that are there whole or not at all, and that their script refuses to find
 
 
 def name_of(t: float) -> str:
@@ -114,7 +116,8 @@ def plan(out: Path, recipe: Recipe, fast: bool, seed: int, judge_url: Callable[[
     sizes = ["--epochs", str(recipe.classify_epochs), "--lr", "2e-3", "--batch-size", "16", "--max-tokens", "64"]
     parts = [str(world / "crawl" / f"part-{i}.parquet") for i in (0, 1)]
     return [
-        Stage("world", 15, lambda: [["data/miniature_paper.py", "--out", str(world), "--seed", str(seed), *mode]], ("world",)),
+        Stage("world", 15, lambda: [["data/miniature_paper.py", "--out", str(world), "--seed", str(seed), *mode]],
+              whole=("world",)),
         Stage("base", 200, lambda: [
             *(prepare(world / f"{name}.jsonl", name) for name in ("prose", "val-med", "val-general")),
             prepare(world / "chats.jsonl", "chats", "--messages-key", "messages"),
@@ -127,7 +130,7 @@ def plan(out: Path, recipe: Recipe, fast: bool, seed: int, judge_url: Callable[[
              "--source", "built-in", "--workers", "1", "--out", f"{out}/corpus"],
             ["data/prepare.py", *(f"{out}/corpus/corpus/part-{i}.parquet" for i in (0, 1)), "--tokenizer", f"{world}/model",
              "--out", f"{bins}/med", "--workers", "1"],
-        ], ("clf",)),
+        ], whole=("clf",)),
         Stage("continued", 200, lambda: [train("continued", out / "base" / "hf", ["med"], recipe.cpt_steps, recipe.cpt_lr)]),
         Stage("merged", 5, lambda: [["merge.py", str(models["base"] / "hf"), str(models["continued"] / "hf"), f"{out}/merged",
                                      "--sweep", ",".join(map(str, recipe.ts))]], ("merged",)),
@@ -152,6 +155,10 @@ def run_stage(stage: Stage, out: Path, bar: tqdm) -> None:
     commands = stage.commands()
     with log.open("a", encoding="utf-8") as file:
         for command in commands:
+            if any(
+                command[command.index("--out") + 1] == str(out / name) and (out / name).exists() for name in stage.whole
+            ):
+                continue
             file.write(f"$ python {' '.join(command)}\n")
             file.flush()
             process = subprocess.Popen([sys.executable, str(ROOT / command[0]), *command[1:]], stdout=file,
@@ -246,6 +253,7 @@ def main() -> None:
         "--fast", action="store_true", help="a world of a few facts: shows the order, not the distances"
     )
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the script that is running ends too
     try:
         if not run(args.out, args.fast, args.seed):
             sys.exit(2)
