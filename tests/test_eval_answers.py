@@ -148,8 +148,7 @@ def test_the_prompts_of_the_project():
     texts = [messages[-1]["content"] for messages in prompts.values()]
     assert len(texts) >= 80
     assert len(set(texts)) == len(texts)
-    for text in texts:
-        assert not language.examine(text).mixed, text
+    assert sum(language.examine(text).mixed for text in texts) == 2  # one to translate, one to correct
 
 
 # --- judge ---------------------------------------------------------------------------------------------------------
