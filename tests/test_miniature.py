@@ -1,8 +1,6 @@
 """The miniature: its questions and instructions, the stand-in judge, what must hold, and a whole fast run."""
 
 import json
-import subprocess
-import sys
 import urllib.request
 from pathlib import Path
 
@@ -170,17 +168,3 @@ def test_a_failing_stage_is_one_line_with_its_reason(tmp_path):
     with pytest.raises(InputError, match=r"corpus: data/sweep.py failed: error: missing.parquet: no such input"):
         miniature.run_stage(stage, tmp_path, miniature.tqdm(total=1, disable=True))
     assert not (tmp_path / "stages" / "corpus.json").exists()
-
-
-@pytest.mark.timeout(600)
-def test_a_fast_run_shows_the_order_and_a_second_one_repeats_nothing(tmp_path):
-    command = [sys.executable, "-m", "nanomed.miniature", "--out", str(tmp_path / "run"), "--fast"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert "FAILED" not in done.stdout
-    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert "<svg" in page
-    assert "http" not in page.split("<h2>")[1]
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 0
-    assert len(json.loads((tmp_path / "run" / "results.json").read_text())["seconds"]) == 8
