@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, read_losses
+from conftest import ROOT, read_losses, run_train
 
 # train.py, whose rank 1 kills itself before the update of step 5, once.
 DIES_ONCE = """
@@ -30,8 +30,12 @@ train.main()
 """
 
 
-def test_two_nodes_train_as_one_whose_rank_dies(tiny, tmp_path):
-    """Two torchruns of one process each; and one torchrun of two, one of them killed, which goes on by itself."""
+def test_two_nodes_go_on_by_themselves_and_train_as_one(tiny, tmp_path):
+    """Two torchruns of one process each; one process is killed, both start anew: the losses of one node with two.
+
+    Without the variable in the environment processes that start anew get the store, and the addresses, of the dead ones
+    (torch 2.13; pytorch #135712).
+    """
     marker, script = tmp_path / "died", tmp_path / "dies.py"
     script.write_text(DIES_ONCE.format(root=str(ROOT), marker=str(marker)))
     same = dict(steps=7, checkpoint_every=2, val=None)
@@ -39,21 +43,21 @@ def test_two_nodes_train_as_one_whose_rank_dies(tiny, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
-    node = [*torchrun, "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}",
-            "--rdzv-id=test", "--local-addr=127.0.0.1", str(ROOT / "train.py"), *tiny.flags(tmp_path / "two", **same)]  # fmt: skip
-    alone = [*torchrun, "--standalone", "--nproc-per-node=2", "--max-restarts=1", str(script),
-             *tiny.flags(tmp_path / "one", **same)]  # fmt: skip
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    for commands in ([node, node], [alone]):
-        started = [subprocess.Popen(c, env=env, stderr=subprocess.PIPE, text=True) for c in commands]
-        try:
-            said = [process.communicate(timeout=120)[1] for process in started]
-        finally:
-            for process in started:
-                process.terminate()
-        assert [process.returncode for process in started] == [0] * len(started), said
+    node = [*torchrun, "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d",
+            f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test", "--local-addr=127.0.0.1",
+            str(script), *tiny.flags(tmp_path / "two", **same)]  # fmt: skip
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    nodes = [subprocess.Popen(node, env=env, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        said = [process.communicate(timeout=200)[1] for process in nodes]
+    finally:
+        for process in nodes:
+            process.terminate()
+    assert [process.returncode for process in nodes] == [0, 0], said
     assert marker.exists()
-    assert "resuming from" in said[0]
+    assert "resuming from" in "".join(said)
+    one = run_train(tiny.flags(tmp_path / "one", **same), nproc=2)
+    assert one.returncode == 0, one.stderr
     assert read_losses(tmp_path / "two") == read_losses(tmp_path / "one")
 
 

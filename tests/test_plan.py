@@ -206,7 +206,7 @@ def test_what_it_advises_leaves_five_gb(monkeypatch):
 
 
 def test_another_model_by_its_folder(tiny, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["plan", "--init", str(tiny.model), "--seq-len", "256", "--gpu", "rtx4090"])
+    monkeypatch.setattr(sys, "argv", ["plan", *f"--recipe smollm2-135m --init {tiny.model} --gpu rtx4090".split()])
     plan.main()
     out = capsys.readouterr().out
     assert "1 x RTX 4090 of 25.8 GB" in out
