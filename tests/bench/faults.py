@@ -25,6 +25,7 @@ import signal
 import socket
 import statistics
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
@@ -159,7 +160,8 @@ def inject(rank: int, bad: dict[int, Fault], fault: Fault | None, fired: Path, r
 
 def be_rank(rank: int, port: int, flags: list[str], log: Path, *injected) -> None:
     """Become a rank of train.py; never returns."""
-    status = 1
+    status, parent = 1, os.getppid()
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     try:
         with log.open("a") as file:
             os.dup2(file.fileno(), 1)
@@ -177,6 +179,13 @@ def be_rank(rank: int, port: int, flags: list[str], log: Path, *injected) -> Non
         traceback.print_exc()
     sys.stderr.flush()
     os._exit(status)
+
+
+def end_with(parent: int) -> None:
+    """End this process once its parent is gone: an interrupted bench must not leave a run behind that the next one meets."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
 
 
 # --- watching them -------------------------------------------------------------------------------------------------
