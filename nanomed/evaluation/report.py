@@ -1,0 +1,236 @@
+"""Report: the runs of an evaluation on one page, as Markdown and as HTML with its pictures inside.
+
+    python eval.py report runs/eval/* --out report
+
+Takes folders of knowledge, generate, judge and failures. Accuracy with the paper's numbers as marks, win rates, failures,
+all of them against t where a model's merge_report.json tells its t, and length against win. Every table names its runs,
+each linked to its raw samples, with commit and versions at the end.
+"""
+
+import argparse
+import html
+import os
+import re
+from pathlib import Path
+
+from nanomed import InputError
+from nanomed.evaluation.failures import LABELS, spell
+from nanomed.hf import read_json
+
+KINDS = ("knowledge", "generate", "judge", "failures")
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:960px;margin:2em auto;padding:0 1em;color:#222}
+table{border-collapse:collapse;margin:1em 0;font-size:13px}td,th{border-bottom:1px solid #ddd;padding:4px 10px;text-align:left}
+th{border-bottom:2px solid #888}svg{max-width:100%;height:auto}h2{margin-top:2em}a{color:#2f6f9f}"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="folders that the other commands wrote")
+    add("--out", type=Path, default=Path("report"), help="folder of report.md and report.html (default: %(default)s)")
+    add("--title", default="Evaluation", help="of the page")
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command; InputError for a folder that is no finished run."""
+    if args.out.is_file():
+        raise InputError(f"--out {args.out}: is a file, expected a folder")
+    runs = [read_run(path) for path in dict.fromkeys(args.runs)]
+    args.out.mkdir(parents=True, exist_ok=True)
+    sections = []
+    for kind, section in (("knowledge", knowledge), ("judge", judge), ("failures", failures), ("generate", generated)):
+        if mine := [r for r in runs if r["kind"] == kind]:
+            sections += section(mine, args.out)
+    sections += over_t(runs) + [provenance(runs, args.out)]
+    pictures = {block[1]: block[2] for _, blocks in sections for block in blocks if block[0] == "picture"}
+    for name, content in pictures.items():
+        (args.out / f"{name}.svg").write_text(content, encoding="utf-8")
+    for name, text in (("report.md", markdown(args.title, sections)), ("report.html", page(args.title, sections))):
+        tmp = args.out / f"{name}.tmp"
+        tmp.write_text(text, encoding="utf-8")
+        os.replace(tmp, args.out / name)
+    print(f"{args.out / 'report.html'}: {len(runs)} runs, {len(pictures)} pictures; also report.md")
+
+
+def read_run(path: Path) -> dict:
+    """run.json of the folder, with "results" and "path". InputError if it is no finished evaluation."""
+    if not (path / "run.json").is_file():
+        raise InputError(f"{path}: has no run.json; expected a folder that eval.py wrote")
+    about = read_json(path / "run.json")
+    if about.get("kind") not in KINDS:
+        raise InputError(f"{path}: is a run of {about.get('kind')!r}; {', '.join(KINDS)} are reported")
+    if not about.get("finished") or not (path / "results.json").is_file():
+        raise InputError(f"{path}: is not finished; run its command again, it goes on")
+    return about | {"results": read_json(path / "results.json"), "path": path}
+
+
+# --- sections: (title, [("text", t) | ("table", header, rows) | ("picture", name, svg)]) -----------------------------
+
+
+def knowledge(runs: list[dict], out: Path) -> list[tuple]:
+    """Accuracy of every model on every task."""
+    from nanomed.evaluation import pictures  # matplotlib, a second
+
+    rows, marks = [], []
+    for about in runs:
+        for model in about["results"]["models"]:
+            for task in model["tasks"]:
+                samples = link(task["n"], about["path"] / "samples" / model["name"] / f"{task['task']}.jsonl", out)
+                gap = task.get("difference")
+                change = f"{100 * gap['delta']:+.1f} [{100 * gap['ci'][0]:+.1f}, {100 * gap['ci'][1]:+.1f}], p = {gap['mcnemar_p']:.2g}" if gap else "–"  # fmt: skip
+                rows.append([model["name"], task["task"], str(task["shots"]), samples,
+                             rate(task["accuracy"], task["ci"]), change])  # fmt: skip
+                marks.append((f"{model['name']}, {task['task']}, {task['shots']} shots", task["accuracy"], task["ci"]))
+            group = model.get("group") or about["results"].get("group")
+            for entry in group if isinstance(group, list) else [group] if group and group.get("macro") else []:
+                if entry.get("model", model["name"]) == model["name"] and len(model["tasks"]) > 1:
+                    rows.append([model["name"], f"{entry['name']} (macro)", "", "", rate(entry["macro"], entry["ci"]), "–"])
+    header = ["model", "task", "shots", "questions", "accuracy", "to the first model, points"]
+    return [("Knowledge", [("picture", "accuracy", pictures.accuracy(marks)), ("table", header, rows)])]
+
+
+def judge(runs: list[dict], out: Path) -> list[tuple]:
+    """Win rates, how the judge behaves, and length against win."""
+    from nanomed.evaluation import pictures
+
+    rows, blocks = [], []
+    for number, about in enumerate(runs, 1):
+        r = about["results"]
+        label = f"{short(r['a'])} against {short(r['b'])}"
+        share = lambda value: "–" if value is None else f"{100 * value:.0f} %"  # noqa: E731
+        rows.append([label, short(r["judge"]), link(r["n"], about["path"] / r.get("samples", "games.jsonl"), out),
+                     " / ".join(share(r[key]) for key in ("win", "tie", "loss")), rate(r["win_rate"], r["ci"]),
+                     rate(r["length_controlled"], r["length_controlled_ci"]), share(r["consistency"]),
+                     share(r["first_position_rate"]), f"{r['unreadable']}"])  # fmt: skip
+        if r.get("points"):
+            blocks.append(("picture", f"length-{number}", pictures.length_and_win(label, r["points"])))
+    header = ["comparison", "judge", "prompts", "win / tie / loss", "win rate", "at equal lengths", "orders agree",
+              "first place wins", "unreadable"]  # fmt: skip
+    bars = pictures.win_rates([(row[0], about["results"]) for row, about in zip(rows, runs, strict=True)])
+    return [("Win rates", [("picture", "win-rates", bars), ("table", header, rows)]), ("Length against win", blocks)]
+
+
+def failures(runs: list[dict], out: Path) -> list[tuple]:
+    """One column a model, one line a figure."""
+    columns: dict[str, dict] = {}
+    for about in runs:
+        r = about["results"]
+        columns[short(r["a"])] = {"n": link(r["n"], about["path"] / "samples.jsonl", out), **r["language"], **r["verbosity"]}
+        if r.get("of_ref"):
+            columns.setdefault(short(r["ref"]), {"n": str(r["n"]), **r["of_ref"]["language"], **r["of_ref"]["verbosity"]})
+    names = [name for name in LABELS if any(name in column for column in columns.values())]
+    rows = [["answers", *(column["n"] for column in columns.values())]]
+    rows += [[LABELS[name], *(spell(name, column.get(name)) for column in columns.values())] for name in names]
+    units = ", ".join(sorted({about["results"]["unit"] for about in runs}))
+    return [("Failures", [("table", ["", *columns], rows), ("text", f"Lengths in {units}. Intervals: 95 %, prompts resampled.")])]
+
+
+def generated(runs: list[dict], out: Path) -> list[tuple]:
+    """The answers themselves, linked."""
+    rows = [[short(r["results"]["model"]), link(r["results"]["n"], r["path"].parent / r["results"]["answers"], out),
+             str(r["results"]["cut"]), f"{r['config']['max_new_tokens']}"] for r in runs]  # fmt: skip
+    return [("Answers", [("table", ["model", "answers", "cut", "tokens at most"], rows)])]
+
+
+def over_t(runs: list[dict]) -> list[tuple]:
+    """Accuracy, win rate and mixing over the share t of the continued model, where two or more models have a known t."""
+    from nanomed.evaluation import pictures
+
+    found: dict[str, dict[str, dict]] = {}  # curve → path of the model → {value, ci}
+    for about in runs:
+        r = about["results"]
+        if about["kind"] == "knowledge":
+            for model in r["models"]:
+                for task in model["tasks"]:
+                    label = f"accuracy, {task['task']}, {task['shots']} shots"
+                    found.setdefault(label, {})[model["path"]] = {"value": task["accuracy"], "ci": task["ci"]}
+        elif about["kind"] == "judge":
+            label = f"win rate against {short(r['b'])}"
+            found.setdefault(label, {})[r["a"]] = {"value": r["win_rate"], "ci": r["ci"]}
+        elif about["kind"] == "failures":
+            found.setdefault("answers that mix languages", {})[r["a"]] = r["language"]["mixed"]
+            if r.get("of_ref"):
+                found["answers that mix languages"].setdefault(r["ref"], r["of_ref"]["language"]["mixed"])
+    known = shares_of({path for models in found.values() for path in models})
+    curves = {label: [(known[path], figure) for path, figure in models.items() if path in known]
+              for label, models in found.items()}  # fmt: skip
+    curves = {label: points for label, points in curves.items() if len({t for t, _ in points}) > 1}
+    return [("Against t", [("picture", "against-t", pictures.against_t(curves))])] if curves else []
+
+
+def shares_of(models: set[str]) -> dict[str, float]:
+    """Model → its t, from the merge_report.json of merges with one t, which also names the two models at 0 and 1."""
+    place = lambda name: str(Path(name).resolve()).removesuffix("/hf")  # noqa: E731
+    shares: dict[str, float] = {}
+    for name in models:
+        path = Path(name) / "merge_report.json"
+        if path.is_file() and isinstance((record := read_json(path)).get("t"), int | float):
+            shares |= {place(record["base"]["name"]): 0.0, place(record["cpt"]["name"]): 1.0, place(name): record["t"]}
+    return {name: shares[place(name)] for name in models if place(name) in shares}
+
+
+def provenance(runs: list[dict], out: Path) -> tuple:
+    """Where every number comes from."""
+    rows = [[link(str(r["path"]), r["path"] / "run.json", out), r["kind"], (r.get("git_commit") or "–")[:12], r["created"],
+             ", ".join(f"{k} {v}" for k, v in r["versions"].items())] for r in runs]  # fmt: skip
+    return ("Runs", [("table", ["run", "kind", "commit", "begun", "versions"], rows)])
+
+
+# --- words ---------------------------------------------------------------------------------------------------------
+
+
+def rate(value: float, ci: list[float]) -> str:
+    """A share and its interval in per cent."""
+    return f"{100 * value:.1f} % [{100 * ci[0]:.1f}, {100 * ci[1]:.1f}]"
+
+
+def short(name: str) -> str:
+    """The last part of a path or hub id."""
+    return Path(name.removesuffix("/hf")).name or name
+
+
+def link(text: object, path: Path, out: Path) -> str:
+    """A Markdown link from the report's folder."""
+    target = os.path.relpath(path, out).replace(" ", "%20").replace(")", "%29")
+    return f"[{text}]({target})"
+
+
+def markdown(title: str, sections: list[tuple]) -> str:
+    """The page as Markdown; pictures are files beside it."""
+    lines = [f"# {title}", ""]
+    for heading, blocks in sections:
+        lines += [f"## {heading}", ""]
+        for block in blocks:
+            if block[0] == "table":
+                cells = [block[1], ["---"] * len(block[1]), *block[2]]
+                lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
+            else:
+                lines += [f"![{heading}]({block[1]}.svg)" if block[0] == "picture" else block[1]]
+            lines.append("")
+    return "\n".join(lines)
+
+
+def page(title: str, sections: list[tuple]) -> str:
+    """The page as one HTML file."""
+    parts = []
+    for heading, blocks in sections:
+        parts.append(f"<h2>{html.escape(heading)}</h2>")
+        for block in blocks:
+            if block[0] == "table":
+                rows = [f"<tr>{''.join(f'<{tag}>{inline(cell)}</{tag}>' for cell in row)}</tr>"
+                        for tag, row in [("th", block[1]), *(("td", row) for row in block[2])]]  # fmt: skip
+                parts.append(f"<table>{''.join(rows)}</table>")
+            else:
+                parts.append(f"<figure>{own_ids(block[1], block[2])}</figure>" if block[0] == "picture" else f"<p>{inline(block[1])}</p>")  # fmt: skip
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    return f"{head}\n<h1>{html.escape(title)}</h1>\n" + "\n".join(parts) + "\n"
+
+
+def own_ids(name: str, content: str) -> str:
+    """The SVG with its ids prefixed: several of them share one page."""
+    return re.sub(r'(\bid="|href="#|url\(#)', lambda match: f"{match[1]}{name}-", content)
+
+
+def inline(text: str) -> str:
+    """Escaped, with its Markdown links as links."""
+    return re.sub(r"\[([^\]]*)\]\(([^)]*)\)", r'<a href="\2">\1</a>', html.escape(text))
