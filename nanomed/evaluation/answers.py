@@ -98,7 +98,8 @@ def read_answers(path: Path) -> dict[str, Sample]:
 def read_pair(a: Path, b: Path) -> list[tuple[Sample, Sample]]:
     """The answers of both files to the same prompts, in A's order. InputError where one has a prompt the other lacks."""
     left, right = read_answers(a), read_answers(b)
-    if alone := [(name, a, b) for name in left if name not in right] + [(name, b, a) for name in right if name not in left]:  # fmt: skip
+    alone = [(name, a, b) for name in left if name not in right] + [(name, b, a) for name in right if name not in left]
+    if alone:
         name, has, lacks = alone[0]
         more = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
         raise InputError(f"prompt {name!r}{more} is in {has} but not in {lacks}; compare answers to the same prompts")

@@ -29,7 +29,11 @@ PROMPTS = Path(__file__).resolve().parents[2] / "data" / "tasks" / "prompts_de.j
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     add = parser.add_argument
-    add("source", metavar="MODEL|URL", help="folder, hub id, run folder of train.py; or an OpenAI-compatible URL with its /v1")
+    add(
+        "source",
+        metavar="MODEL|URL",
+        help="folder, hub id, run folder of train.py; or an OpenAI-compatible URL with its /v1",
+    )
     add("--model", metavar="NAME", help="at a URL: the model's name there, needed; else: how the answers name it")
     add("--prompts", type=Path, default=PROMPTS, help="JSONL of prompts (default: data/tasks/prompts_de.jsonl)")
     add("--out", type=Path, metavar="A.jsonl", required=True, help="the answers; A.run/ beside it holds how they came")
@@ -37,7 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=int, metavar="N", help="only the first N prompts")
     add("--batch", type=int, default=8, metavar="N", help="prompts at once, in this process (default: %(default)s)")
     add("--concurrency", type=int, default=64, metavar="N", help="requests in flight, at a URL (default: %(default)s)")
-    add("--timeout", type=float, default=600, metavar="S", help="seconds for one answer, at a URL (default: %(default)s)")
+    add(
+        "--timeout",
+        type=float,
+        default=600,
+        metavar="S",
+        help="seconds for one answer, at a URL (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -138,7 +148,9 @@ def keep_whole_batches(path: Path, batch: int, names: list[str]) -> int:
         os.truncate(path, sum(map(len, lines[:n_whole])))
     for (number, record), name in zip(read_jsonl(path) if n_whole else (), names, strict=False):
         if record.get("id") != name:
-            raise InputError(f"{path}: line {number} is of prompt {record.get('id')!r}, expected {name!r}; delete the file")
+            raise InputError(
+                f"{path}: line {number} is of prompt {record.get('id')!r}, expected {name!r}; delete the file"
+            )
     return n_whole
 
 

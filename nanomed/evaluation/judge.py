@@ -47,9 +47,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("a", type=Path, metavar="A.jsonl", help="answers of eval.py generate")
     add("b", type=Path, metavar="B.jsonl", help="answers to the same prompts by the model to compare with")
-    add("--url", required=True, help="of the judge's OpenAI-compatible endpoint, with its /v1; a key from OPENAI_API_KEY")
+    add(
+        "--url",
+        required=True,
+        help="of the judge's OpenAI-compatible endpoint, with its /v1; a key from OPENAI_API_KEY",
+    )
     add("--judge", required=True, metavar="NAME", help="the judge's name there")
-    add("--prompt", type=Path, default=PROMPT, metavar="TOML", help="the judge's prompt (default: data/tasks/judge-de-v1.toml)")
+    add(
+        "--prompt",
+        type=Path,
+        default=PROMPT,
+        metavar="TOML",
+        help="the judge's prompt (default: data/tasks/judge-de-v1.toml)",
+    )
     add("--out", type=Path, help="folder of the run (default: runs/eval/judge-A-B)")
     add("--max-tokens", type=int, default=256, metavar="N", help="of a verdict with its reasons (default: %(default)s)")
     add("--concurrency", type=int, default=64, metavar="N", help="requests in flight (default: %(default)s)")
@@ -135,7 +145,9 @@ def parse(reply: str) -> str | None:
 # --- the games -----------------------------------------------------------------------------------------------------
 
 
-def play(pairs: list[tuple[Sample, Sample]], prompt: Prompt, settings: dict, url: str, cache: Path, how: dict) -> list[dict]:  # fmt: skip
+def play(
+    pairs: list[tuple[Sample, Sample]], prompt: Prompt, settings: dict, url: str, cache: Path, how: dict
+) -> list[dict]:
     """Both games of every prompt, in order. Verdicts that cannot be read are asked for again, all in one round."""
     games = [{"id": a.id, "first": first, "messages": prompt.messages(a.question, *texts), "replies": []}
              for a, b in pairs
@@ -214,7 +226,8 @@ def print_results(r: dict) -> None:
     print(f"  win {r['win']:.1%}, tie {r['tie']:.1%}, loss {r['loss']:.1%}")
     print(f"  win rate           {show(r['win_rate'], r['ci'])}")
     print(f"  at equal lengths   {show(r['length_controlled'], r['length_controlled_ci'])}")
-    print(f"  win - loss         {100 * r['difference']:+.1f} points [{100 * r['difference_ci'][0]:+.1f}, {100 * r['difference_ci'][1]:+.1f}]")  # fmt: skip
+    low, high = (100 * x for x in r["difference_ci"])
+    print(f"  win - loss         {100 * r['difference']:+.1f} points [{low:+.1f}, {high:+.1f}]")
     print(f"  ratio              {r['ratio']:.2f}" if r["ratio"] is not None else "  ratio              B won nothing")
     rate = lambda value: "none" if value is None else f"{value:.1%}"  # noqa: E731
     print(f"  both orders agree  {rate(r['consistency'])}; the first place wins {rate(r['first_position_rate'])}; "

@@ -16,7 +16,9 @@ from pathlib import Path
 
 WORDS = Path(__file__).resolve().parents[2] / "data" / "tasks" / "words"
 WORD = re.compile(r"[^\W\d_]++(?:['’\-][^\W\d_]++)*+(?!-)")  # and not the half of "Be- oder Verarbeitung"
-SKIPPED = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+|„[^“”\"\n]{1,300}[“”\"]|\"[^\"\n]{1,300}\"|»[^«\n]{1,300}«", re.DOTALL)
+SKIPPED = re.compile(
+    r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+|„[^“”\"\n]{1,300}[“”\"]|\"[^\"\n]{1,300}\"|»[^«\n]{1,300}«", re.DOTALL
+)
 SENTENCE_END = re.compile(r"(?<=[.!?:;])\s+(?=[\w„\"])|\n+")
 LINE_WORDS = 5  # a shorter line is not judged, as in the Language Confusion Benchmark
 SCRIPTS = {

@@ -65,7 +65,8 @@ def win_rates(rows: list[tuple[str, dict]]) -> str:
     lines = []
     for label, r in rows:
         lines.append((label, 100 * r["win_rate"], [100 * x for x in r["ci"]], BLUE))
-        lines.append(("at equal lengths", 100 * r["length_controlled"], [100 * x for x in r["length_controlled_ci"]], GREY))  # fmt: skip
+        controlled = [100 * x for x in r["length_controlled_ci"]]
+        lines.append(("at equal lengths", 100 * r["length_controlled"], controlled, GREY))
     bars(axes, lines)
     axes.axvline(50, color="0.6", lw=1, ls="--", zorder=0)
     axes.set(xlim=(0, 110), xticks=range(0, 101, 20), xlabel="win rate, % (a tie is half a win)")

@@ -77,14 +77,17 @@ def knowledge(runs: list[dict], out: Path) -> list[tuple]:
             for task in model["tasks"]:
                 samples = link(task["n"], about["path"] / "samples" / model["name"] / f"{task['task']}.jsonl", out)
                 gap = task.get("difference")
-                change = f"{100 * gap['delta']:+.1f} [{100 * gap['ci'][0]:+.1f}, {100 * gap['ci'][1]:+.1f}], p = {gap['mcnemar_p']:.2g}" if gap else "–"  # fmt: skip
+                delta, low, high = (100 * x for x in (gap["delta"], *gap["ci"])) if gap else (0, 0, 0)
+                change = f"{delta:+.1f} [{low:+.1f}, {high:+.1f}], p = {gap['mcnemar_p']:.2g}" if gap else "–"
                 rows.append([model["name"], task["task"], str(task["shots"]), samples,
                              rate(task["accuracy"], task["ci"]), change])  # fmt: skip
                 marks.append((f"{model['name']}, {task['task']}, {task['shots']} shots", task["accuracy"], task["ci"]))
             group = model.get("group") or about["results"].get("group")
             for entry in group if isinstance(group, list) else [group] if group and group.get("macro") else []:
                 if entry.get("model", model["name"]) == model["name"] and len(model["tasks"]) > 1:
-                    rows.append([model["name"], f"{entry['name']} (macro)", "", "", rate(entry["macro"], entry["ci"]), "–"])
+                    rows.append(
+                        [model["name"], f"{entry['name']} (macro)", "", "", rate(entry["macro"], entry["ci"]), "–"]
+                    )
     header = ["model", "task", "shots", "questions", "accuracy", "to the first model, points"]
     return [("Knowledge", [("picture", "accuracy", pictures.accuracy(marks)), ("table", header, rows)])]
 
@@ -115,14 +118,25 @@ def failures(runs: list[dict], out: Path) -> list[tuple]:
     columns: dict[str, dict] = {}
     for about in runs:
         r = about["results"]
-        columns[short(r["a"])] = {"n": link(r["n"], about["path"] / "samples.jsonl", out), **r["language"], **r["verbosity"]}
+        columns[short(r["a"])] = {
+            "n": link(r["n"], about["path"] / "samples.jsonl", out),
+            **r["language"],
+            **r["verbosity"],
+        }
         if r.get("of_ref"):
-            columns.setdefault(short(r["ref"]), {"n": str(r["n"]), **r["of_ref"]["language"], **r["of_ref"]["verbosity"]})
+            columns.setdefault(
+                short(r["ref"]), {"n": str(r["n"]), **r["of_ref"]["language"], **r["of_ref"]["verbosity"]}
+            )
     names = [name for name in LABELS if any(name in column for column in columns.values())]
     rows = [["answers", *(column["n"] for column in columns.values())]]
     rows += [[LABELS[name], *(spell(name, column.get(name)) for column in columns.values())] for name in names]
     units = ", ".join(sorted({about["results"]["unit"] for about in runs}))
-    return [("Failures", [("table", ["", *columns], rows), ("text", f"Lengths in {units}. Intervals: 95 %, prompts resampled.")])]
+    return [
+        (
+            "Failures",
+            [("table", ["", *columns], rows), ("text", f"Lengths in {units}. Intervals: 95 %, prompts resampled.")],
+        )
+    ]
 
 
 def generated(runs: list[dict], out: Path) -> list[tuple]:
@@ -221,7 +235,10 @@ def page(title: str, sections: list[tuple]) -> str:
                         for tag, row in [("th", block[1]), *(("td", row) for row in block[2])]]  # fmt: skip
                 parts.append(f"<table>{''.join(rows)}</table>")
             else:
-                parts.append(f"<figure>{own_ids(block[1], block[2])}</figure>" if block[0] == "picture" else f"<p>{inline(block[1])}</p>")  # fmt: skip
+                is_picture = block[0] == "picture"
+                parts.append(
+                    f"<figure>{own_ids(block[1], block[2])}</figure>" if is_picture else f"<p>{inline(block[1])}</p>"
+                )
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
     return f"{head}\n<h1>{html.escape(title)}</h1>\n" + "\n".join(parts) + "\n"
 
