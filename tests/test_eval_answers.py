@@ -339,3 +339,34 @@ def test_failures_beside_a_reference(command, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
     assert len(rows) == 4
     assert rows[1]["wholly_english"]
+
+
+# --- report --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_has_every_run_and_holds_its_pictures(command, tmp_path):
+    a = answers(tmp_path / "a.jsonl", {f"q{i}": "Ruhe hilft hier sehr gut." for i in range(4)}, "m-a")
+    b = answers(tmp_path / "b.jsonl", {f"q{i}": "Ruhe." for i in range(4)}, "m-<b>")
+    with serving(lambda body, _: f"URTEIL: {1 if 'gut' in parts(body)[0] else 2}") as endpoint:
+        flags = ("--url", endpoint.url, "--judge", "richter", "--out", tmp_path / "judged")
+        assert command("judge", a, b, *flags)[0] == 0
+    assert command("failures", a, "--ref", b, "--out", tmp_path / "failures")[0] == 0
+    out = tmp_path / "report"
+    assert command("report", tmp_path / "judged", tmp_path / "failures", "--out", out)[0] == 0
+    page, markdown = (out / "report.html").read_text(), (out / "report.md").read_text()
+    assert "<svg" in page
+    assert "m-<b>" not in page  # names are escaped
+    assert "../judged/games.jsonl" in page
+    for text in ("richter", "100.0 %", "line pass rate"):
+        assert text in page
+        assert text in markdown
+    before = page
+    assert command("report", tmp_path / "judged", tmp_path / "failures", "--out", out)[0] == 0
+    assert (out / "report.html").read_text() == before  # the same runs, the same page
+
+
+def test_a_page_of_no_run_is_refused(command, tmp_path):
+    assert "has no run.json" in refused(command, "report", tmp_path, "--out", tmp_path / "r")
+    (tmp_path / "run.json").write_text(json.dumps({"kind": "judge", "finished": False}))
+    refused(command, "report", tmp_path, "--out", tmp_path / "r")
+    assert not (tmp_path / "r").exists()
