@@ -14,7 +14,6 @@ computed from. Peaks and speed on a GPU: not yet measured.
 """
 
 import argparse
-import functools
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,9 +24,10 @@ import torch
 from nanomed import InputError, devices, hf
 from nanomed.config import Config, parse_without_data
 from nanomed.devices import Gpu
+from nanomed.footprint import REGIMES, Regime, activation_bytes, kept_cast_bytes, moments, parameters
 from nanomed.hf import ModelConfig
 from nanomed.metrics import attention_flops, flops_per_token
-from nanomed.model import GPU_CHUNK, Decoder
+from nanomed.model import Decoder
 from nanomed.stream import open_sources
 
 MODELS = {  # what the models' own config.json say; the hub need not be asked
@@ -48,27 +48,6 @@ CORPUS_TOKENS = 5.1e9  # the paper's, one epoch
 SPARE_BYTES = 5e9  # that should stay free
 CONTEXT_BYTES, SLACK = 1.0e9, 0.05  # assumed: CUDA and its libraries; the allocator's gaps, of what comes and goes
 RECOMPUTE = ("none", "selective", "full")
-
-
-@dataclass(frozen=True)
-class Regime:
-    """A choice of precisions: bytes a parameter on the GPU."""
-
-    name: str
-    flags: str  # of train.py
-    weights: int
-    gradients: int
-    states: float
-
-
-REGIMES = (  # from the most exact to the leanest
-    Regime("fp32", "--optimizer-states fp32", 4, 4, 8),
-    Regime("bf16 states", "--optimizer-states bf16", 4, 4, 4),
-    Regime("bf16", "--precision pure-bf16 --optimizer-states bf16", 2, 2, 4),
-    Regime(
-        "bf16 + int8", "--precision pure-bf16 --optimizer-states int8", 2, 2, 2 + 8 / 256
-    ),  # a scale for 256 numbers
-)
 
 
 @dataclass(frozen=True)
@@ -103,56 +82,6 @@ class Job:
 # --- memory --------------------------------------------------------------------------------------------------------
 
 
-def activation_bytes(c: ModelConfig, n: int, recompute: str, element: int = 2) -> int:
-    """What the forward pass keeps for the backward, in bytes, without the loss; n tokens of `element` bytes a number.
-
-    A block keeps (D hidden, Q and K all query and key heads, F intermediate; numbers a token):
-        none        4 D (input, sum, two norms) + 2 Q + 2 K (attention's inputs and result) + 3 F (gate, up, product)
-                    and three rows of float32: two norms' 1 / rms, attention's log-sum-exp (that on GPUs only)
-        selective   D (input) + results of the products: 2 D + Q + 2 K + 2 F, and of attention: Q
-        full        D (input)
-    Beside the blocks: the last norm's input, RoPE's angles (4 head_dim bytes), tokens, labels and positions (24).
-    """
-    q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    block = {
-        "none": element * (4 * c.hidden_size + 2 * q + 2 * k + 3 * c.intermediate_size) + 8,
-        "selective": element * (3 * c.hidden_size + 2 * q + 2 * k + 2 * c.intermediate_size),
-        "full": element * c.hidden_size,
-    }[recompute]
-    return n * (c.num_hidden_layers * block + element * c.hidden_size + 4 * c.head_dim + 28)
-
-
-def kept_cast_bytes(c: ModelConfig, regime: Regime, shards: int, recompute: str) -> int:
-    """One GPU, float32 weights, nothing recomputed: autograd keeps the bf16 casts of the blocks' matrices as well."""
-    if shards > 1 or regime.weights == 2 or recompute != "none":
-        return 0
-    return 2 * c.num_hidden_layers * parameters(c)[1]
-
-
-def moments(c: ModelConfig, n: int, regime: Regime, shards: int, recompute: str) -> dict[str, int]:
-    """Bytes needed for a moment beyond weights, gradients, states and activations; the peak is in the largest.
-
-    With H = V D parameters in lm_head, B in a block, and n tokens in bf16:
-        loss            a chunk's logits, dW in float32 (4 H), hidden states and their gradient (2 · 2 n D), and lm_head
-                        in bf16 (2 H) unless it is there in bf16 already
-        head's sum      FSDP only: dW, and the float32 buffer in which the GPUs sum it (8 H); a block gathered ahead (2 B)
-        block backward  what is recomputed, and 2 n F more (SwiGLU's three gradients less the product no longer needed);
-                        FSDP: two blocks gathered, gradients (5 B), the head's buffer still there (4 H); one GPU: casts (2 B)
-    """
-    d, v, block = c.hidden_size, c.vocab_size, parameters(c)[1]
-    one = replace(c, num_hidden_layers=1)
-    again = activation_bytes(one, n, "none") - activation_bytes(one, n, recompute)
-    alone = shards == 1
-    in_bf16 = alone and regime.weights == 2
-    return {
-        "loss": 2 * min(n, GPU_CHUNK) * v + 4 * v * d + 4 * n * d + (0 if in_bf16 else 2 * v * d),
-        "head's sum": 0 if alone else 8 * v * d + 2 * block,
-        "block backward": again
-        + 4 * n * c.intermediate_size
-        + (0 if in_bf16 else 2 * block if alone else 4 * v * d + 5 * block),
-    }
-
-
 def memory(job: Job, regime: Regime, recompute: str) -> dict[str, float]:
     """Bytes on each GPU by part; their sum is the peak.
 
@@ -176,14 +105,6 @@ def memory(job: Job, regime: Regime, recompute: str) -> dict[str, float]:
 def peak(job: Job, regime: Regime, recompute: str) -> float:
     """Bytes on each GPU at the worst moment."""
     return sum(memory(job, regime, recompute).values())
-
-
-@functools.cache
-def parameters(c: ModelConfig) -> tuple[int, int]:
-    """(all, of one block)."""
-    with torch.device("meta"):
-        model = Decoder(c)
-    return tuple(sum(p.numel() for p in m.parameters()) for m in (model, model.model.layers[0]))
 
 
 # --- time and money ------------------------------------------------------------------------------------------------
@@ -229,7 +150,7 @@ def report(job: Job) -> str:
     rounds = "one pass" if job.rounds == 1 else f"{job.rounds} passes"
     lines = [
         f"{config.init}: {parameters(job.model)[0] / 1e9:.2f} B parameters on {job.n_gpus} x {job.gpu_name} of {gpu_gb:.1f} GB",
-        f"a step: {config.batch_tokens:,} tokens, {rounds} of {job.n:,} on each GPU; {job.shards} GPUs share a copy",
+        f"a step: {config.batch_tokens:,} tokens, {rounds} of {job.n:,} on each GPU; one copy of the weights on {job.shards}",
         "",
         *memory_table(job),
         "",
