@@ -99,7 +99,7 @@ def test_another_url_is_the_same_model_and_another_body_is_another_request(tmp_p
     changed = [(0, body("text 0") | {"temperature": 1}), (1, body("text 1") | {"model": "other"}), (2, body("text 2"))]
     with serving(echo) as two:
         collect(two, tmp_path / "cache", changed)
-    assert two.paid() == ["text 0", "text 1"]
+    assert sorted(two.paid()) == ["text 0", "text 1"]  # in any order: they are asked at once
 
 
 @pytest.mark.parametrize("concurrency", [1, 8])

@@ -30,6 +30,7 @@ REGIMES = {
     "lean": ["--precision", "pure-bf16", "--optimizer-states", "int8"],
     "nearest": ["--precision", "pure-bf16", "--optimizer-states", "int8"],
 }
+COLORS = dict(zip(REGIMES, ("0.6", "tab:green", "tab:blue", "tab:red"), strict=True))
 LAST = 10  # the final training loss is the mean over so many steps
 
 
@@ -61,14 +62,16 @@ def curves(out: Path) -> dict:
     }
 
 
-def measure(name: str, lrs: list[float], flags: list[str], work: Path, arithmetic: str) -> list[dict]:
-    """All regimes at all learning rates, one after the other; what is finished already is only read."""
+def measure(
+    name: str, regimes: list[str], lrs: list[float], flags: list[str], work: Path, arithmetic: str
+) -> list[dict]:
+    """The regimes at all learning rates, one after the other; what is finished already is only read."""
     results, context = [], mp.get_context("spawn")
     for lr in lrs:
-        for regime, its in REGIMES.items():
+        for regime in regimes:
             out = work / f"{name}-{lr:g}-{regime.replace(', ', '-').replace(' ', '-')}"
             if not (out / "hf").exists():
-                command = [*flags, *its, "--lr", f"{lr:g}", "--out", str(out)]
+                command = [*flags, *REGIMES[regime], "--lr", f"{lr:g}", "--out", str(out)]
                 process = context.Process(target=run, args=(regime, command, arithmetic))
                 process.start()
                 process.join()
@@ -93,12 +96,12 @@ def plot() -> Path:
     figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.8), layout="constrained", squeeze=False)
     for ax, (report, lr) in zip(axes[0], panels, strict=True):
         runs = {r["regime"]: np.array(r["loss"]) for r in report["results"] if r["lr"] == lr}
-        for (regime, loss), color in zip(runs.items(), ("0.6", "tab:green", "tab:blue", "tab:red"), strict=True):
+        for regime, loss in runs.items():
             gap = np.convolve(loss / runs["fp32"] - 1, np.ones(LAST) / LAST, "valid") * 100
             label = {"lean": "bf16, stochastic, int8 states", "nearest": "bf16, nearest, int8 states"}.get(
                 regime, regime
             )
-            ax.plot(np.arange(LAST, len(loss) + 1), gap, color=color, label=label, lw=1.4)
+            ax.plot(np.arange(LAST, len(loss) + 1), gap, color=COLORS[regime], label=label, lw=1.4)
         ax.axhspan(-0.5, 0.5, color="0.93", zorder=0)
         ax.set(title=f"{report['name']}, learning rate {lr:g}", xlabel="step", ylabel="training loss, % above fp32's")
         ax.set_yscale("symlog", linthresh=0.5)
@@ -120,6 +123,7 @@ def main() -> None:
         "name", nargs="?", default="miniature", help="recipe of that name, or of smollm2-135m with --init"
     )
     parser.add_argument("--lr", type=float, nargs="+", default=[3e-3])
+    parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=[*REGIMES], help="fp32 first")
     parser.add_argument("--work", type=Path, default=Path("runs/parity"))
     parser.add_argument("--bf16-arithmetic", action="store_true", help="also where bf16 products are emulated: slow")
     parser.add_argument("--plot", action="store_true")
@@ -128,7 +132,7 @@ def main() -> None:
         from nanomed.config import has_bf16_hardware
 
         arithmetic = "bf16" if has_bf16_hardware() or args.bf16_arithmetic else "fp32"
-        results = measure(args.name, args.lr, flags, args.work, arithmetic)
+        results = measure(args.name, args.regimes, args.lr, flags, args.work, arithmetic)
         import torchao
 
         report = {"name": args.name, "device": platform.processor() or platform.machine(), "arithmetic": arithmetic,
