@@ -20,7 +20,6 @@ import argparse
 import json
 import random
 import shutil
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +43,7 @@ from miniature_templates import (
     read_table,
     sheet,
 )
-from nanomed import InputError
+from nanomed import InputError, run_script
 
 SETS = ("med", "general", "val-med", "val-general")
 TABLES = {
@@ -213,17 +212,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to make; it must not exist, or be whole")
     parser.add_argument("--seed", type=int, default=0, help="another seed: the same facts in other words (default 0)")
     args = parser.parse_args()
-    try:
-        if check_existing(args.out, args.seed):
-            print(f"{args.out} is whole: nothing to do")
-            return
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        build(args.out, args.seed)
-        print(f"wrote {args.out}")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    if check_existing(args.out, args.seed):
+        print(f"{args.out} is whole: nothing to do")
+        return
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    build(args.out, args.seed)
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

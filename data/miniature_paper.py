@@ -24,7 +24,6 @@ import argparse
 import json
 import random
 import shutil
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -32,7 +31,7 @@ import miniature
 import miniature_exam as exam
 from documents import write_parquet
 from miniature_templates import Table
-from nanomed import InputError
+from nanomed import InputError, run_script
 
 CRAWL = dict.fromkeys(("id", "text", "url", "dump", "date"), "string")
 LABELS = dict.fromkeys(("id", "text", "label", "model", "prompt_sha256"), "string")
@@ -199,16 +198,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of all texts and choices (default 0)")
     parser.add_argument("--fast", action="store_true", help="a world of a few facts, for tests")
     args = parser.parse_args()
-    try:
-        if args.out.exists():
-            raise InputError(f"--out {args.out}: exists; choose another, or delete it")
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        build(args.out, FAST if args.fast else FULL, args.seed)
-        print(f"wrote {args.out}")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    if args.out.exists():
+        raise InputError(f"--out {args.out}: exists; choose another, or delete it")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    build(args.out, FAST if args.fast else FULL, args.seed)
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

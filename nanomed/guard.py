@@ -77,7 +77,7 @@ class Guard:
 def step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
     """The optimiser's step, or nothing at all where skip, () bool on the device, says so.
 
-    Fused AdamW decides on the device. An optimiser without `found_inf` (torchao's) costs the one wait for skip.
+    Fused AdamW decides on the device. An optimiser that knows no `found_inf` costs the one wait for skip.
     """
     if all(group.get("fused") for group in optimizer.param_groups):
         optimizer.found_inf = skip.float().to(optimizer.param_groups[0]["params"][0].device)

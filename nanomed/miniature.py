@@ -36,6 +36,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanomed import InputError
+from nanomed.evaluation.record import read_jsonl, write_json
 from nanomed.hf import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -176,20 +177,13 @@ def run_stage(stage: Stage, out: Path, bar: tqdm) -> None:
                 raise InputError(f"{stage.name}: {command[0]} failed: {last_line(log)}; all of it is in {log}")
     bar.n = start + stage.seconds
     done = {"seconds": time.perf_counter() - begun, "commands": [["python", *command] for command in commands]}
-    write_whole(out / "stages" / f"{stage.name}.json", json.dumps(done, indent=1))
+    write_json(out / "stages" / f"{stage.name}.json", done)
 
 
 def last_line(log: Path) -> str:
     """What a script said last, of a progress bar only its last state."""
     lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").strip().splitlines()
     return lines[-1] if lines else "no output"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file with this text, or no file of this name."""
-    tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(text, encoding="utf-8")
-    os.replace(tmp, path)
 
 
 def claim(out: Path, recipe: Recipe, fast: bool, seed: int) -> None:
@@ -207,7 +201,7 @@ def claim(out: Path, recipe: Recipe, fast: bool, seed: int) -> None:
         raise InputError(f"--out {out}: is not empty and not a miniature; choose another")
     for name in ("logs", "stages", "eval", "answers", "bins"):
         (out / name).mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(about, indent=1))
+    write_json(path, about)
 
 
 def run(out: Path, fast: bool, seed: int) -> bool:
@@ -219,8 +213,8 @@ def run(out: Path, fast: bool, seed: int) -> bool:
     with ExitStack() as stack:
 
         def judge_url() -> str:
-            asked = miniature_results.read_jsonl(out / "world" / "prompts.jsonl")
-            return stack.enter_context(miniature_judge.serving({record["prompt"]: record for record in asked}))
+            asked = {record["prompt"]: record for _, record in read_jsonl(out / "world" / "prompts.jsonl")}
+            return stack.enter_context(miniature_judge.serving(asked))
 
         stages = plan(out, recipe, fast, seed, judge_url)
         with tqdm(total=sum(s.seconds for s in stages), unit="s", bar_format="{desc:<12}{percentage:3.0f}%|{bar}| {elapsed}",
@@ -231,11 +225,11 @@ def run(out: Path, fast: bool, seed: int) -> bool:
                     bar.update(stage.seconds)
                 else:
                     run_stage(stage, out, bar)
-    results = miniature_results.measure(out, recipe.ts)
+    results = miniature_results.measure(out, recipe.ts, [stage.name for stage in stages])
     results |= {"fast": fast, "peak_gb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * KIB / 1e9}
     expected = miniature_results.expectations(results, fast)
     results["expectations"] = [asdict(e) for e in expected]
-    write_whole(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False))
+    write_json(out / "results.json", results)
     miniature_report.write(out, results)
     print(miniature_report.table(results["expectations"]))
     print(f"{out / 'report.html'}: {time.perf_counter() - begun:.0f} s, largest process {results['peak_gb']:.1f} GB")

@@ -16,8 +16,8 @@ NOTES = """The paper (arXiv 2604.19394) continues 7B and 24B instruct models on 
 them back by SLERP: the domain's accuracy rises, instruction following suffers in between, and the merge recovers it. Its
 own figures are not repeated here: models, questions and judge differ, and a number of one says nothing about the other.
 
-What carries over: the order of the stages and their commands; that continuing on plain text teaches facts and wears
-away the form of answers; that interpolating brings the form back. What does not: sizes (2.6 million parameters, facts
+What should carry over, and the table of expectations says whether it did: continuing on plain text teaches facts and
+wears away the form of answers; interpolating brings the form back. What does not: sizes (2.6 million parameters, facts
 from a table, templates for prose), the learning rate and t, every percentage. The base has read half of the table's
 diseases, since an instruct model knows the language of medicine; the other half is what it is continued on and asked
 about. The judge is a stand-in that compares facts and form. The t is chosen on the questions it is reported on."""

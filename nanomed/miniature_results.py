@@ -5,19 +5,14 @@
 fails one of them by name (tests/bench/miniature_broken.py breaks four of them on purpose).
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanomed.evaluation.record import read_jsonl
 from nanomed.hf import read_json
 from nanomed.miniature_judge import follows, points
 
 TASK = "miniature_medizin"
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The records of a JSONL file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def knowledge(out: Path) -> dict[str, dict]:
@@ -28,8 +23,8 @@ def knowledge(out: Path) -> dict[str, dict]:
 
 def following(out: Path, name: str) -> dict[str, float]:
     """Shares of a model's answers: `following` (exact), `medical` (right fact in the right form), `cut` (no end)."""
-    asked = {record["id"]: record for record in read_jsonl(out / "world" / "prompts.jsonl")}
-    answers = {a["id"]: a for a in read_jsonl(out / "answers" / f"{name}.jsonl")}
+    asked = {record["id"]: record for _, record in read_jsonl(out / "world" / "prompts.jsonl")}
+    answers = {a["id"]: a for _, a in read_jsonl(out / "answers" / f"{name}.jsonl")}
     general = [i for i, record in asked.items() if record["kind"] == "following"]
     medical = [i for i, record in asked.items() if record["kind"] == "medical"]
     return {
@@ -80,14 +75,14 @@ def corpus(out: Path) -> dict:
 
 def meter(out: Path) -> dict[str, list[float]]:
     """Bits per byte of both validation sets at every evaluation of the continued run."""
-    rows = [row for row in read_jsonl(out / "continued" / "metrics.jsonl") if "val_med_bpb" in row]
+    rows = [row for _, row in read_jsonl(out / "continued" / "metrics.jsonl") if "val_med_bpb" in row]
     return {"step": [row["step"] for row in rows]} | {
         name: [row[f"val_{name}_bpb"] for row in rows] for name in ("med", "general")
     }
 
 
-def measure(out: Path, ts: tuple[float, ...]) -> dict:
-    """Everything the report says."""
+def measure(out: Path, ts: tuple[float, ...], stages: list[str]) -> dict:
+    """Everything the report says. stages: their names, in order."""
     from nanomed import miniature_check  # torch
 
     judged = [read_json(path) for path in sorted((out / "eval").glob("judge-*/results.json"))]
@@ -95,7 +90,7 @@ def measure(out: Path, ts: tuple[float, ...]) -> dict:
     check = miniature_check.losses(out) | {
         "way": {f"t-{t:.12g}": miniature_check.way_gone(out, f"t-{t:.12g}") for t in ts}
     }
-    seconds = {path.stem: read_json(path)["seconds"] for path in (out / "stages").glob("*.json")}
+    seconds = {stage: read_json(out / "stages" / f"{stage}.json")["seconds"] for stage in stages}
     return {"models": models(out, ts), "best": f"t-{best_merge(out, ts):.12g}", "corpus": corpus(out), "meter": meter(out),
             "judged": judged, "failures": failures, "check": check, "seconds": seconds}  # fmt: skip
 

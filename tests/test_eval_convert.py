@@ -15,6 +15,7 @@ from conftest import ROOT
 from nanomed import InputError
 from nanomed.evaluation import convert
 from nanomed.evaluation.convert import SUBJECTS
+from nanomed.evaluation.knowledge import read_samples, write_samples
 from nanomed.evaluation.questions import read_questions
 
 OPTIONS = ["die Leber", "die Milz", "das Herz", "die Niere"]
@@ -147,3 +148,13 @@ def test_the_command_line(tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {tmp_path}/nowhere: no such file or folder")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_text_may_hold_any_character_that_is_no_line_feed(tmp_path):
+    """U+2028, U+0085 and a form feed end a line for str.splitlines, not in JSONL; questions from PDFs have them."""
+    question = {"id": "q", "question": "Erste\u2028Zeile\x85?", "options": ["ja\u2029", "nein\f"], "answer": 0}
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps(question, ensure_ascii=False) + "\n\n", encoding="utf-8")
+    assert read_questions(path) == [question]
+    write_samples(path, [question, question])
+    assert read_samples(path) == [question, question]

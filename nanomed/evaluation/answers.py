@@ -7,11 +7,11 @@ finish_reason is "stop" where the model ended its answer, "length" where it was 
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nanomed import InputError
+from nanomed.evaluation.record import read_jsonl
 
 
 @dataclass(frozen=True)
@@ -33,23 +33,6 @@ class Sample:
     def line(self) -> str:
         """The line of the JSONL file."""
         return json.dumps(asdict(self), ensure_ascii=False) + "\n"
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
-    """(number of the line from 1, object) of every line that is not blank. InputError naming the line that is none."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: a text may hold U+2028
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start})") from None
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{path}: line {number} is not JSON ({error})") from None
-            if not isinstance(record, dict):
-                raise InputError(f"{path}: line {number} is not a JSON object")
-            yield number, record
 
 
 def read_prompts(path: Path) -> dict[str, list[dict]]:

@@ -131,7 +131,8 @@ def made(name: object, question: str, options: list[str], answer: int | str) -> 
 
 def json_lines(path: Path) -> Iterator[dict]:
     """The objects of a JSONL file."""
-    return (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: a text may hold U+2028
+    return (json.loads(line) for line in lines if line.strip())
 
 
 # --- the command ---------------------------------------------------------------------------------------------------

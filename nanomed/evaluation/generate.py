@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nanomed import InputError
-from nanomed.evaluation.answers import Sample, model_name, read_answers, read_jsonl, read_prompts
-from nanomed.evaluation.record import finish_run, open_run
+from nanomed.evaluation.answers import Sample, model_name, read_answers, read_prompts
+from nanomed.evaluation.record import finish_run, open_run, read_jsonl
 
 PROMPTS = Path(__file__).resolve().parents[2] / "data" / "tasks" / "prompts_de.jsonl"
 

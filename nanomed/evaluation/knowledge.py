@@ -243,7 +243,7 @@ def write_samples(path: Path, lines: list[dict]) -> None:
 
 def read_samples(path: Path) -> list[dict]:
     """The lines of write_samples."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line for _, line in record.read_jsonl(path)]
 
 
 def command(path: Path, out: Path, args: argparse.Namespace, dtype: str, wanted: list[Task]) -> str:

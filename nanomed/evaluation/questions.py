@@ -4,10 +4,10 @@ lm-eval meets a damaged question with a stack trace or, worse, with a number: an
 an empty option is easily avoided. So files are checked whole before the first token is scored.
 """
 
-import json
 from pathlib import Path
 
 from nanomed import InputError
+from nanomed.evaluation.record import read_jsonl
 
 FIELDS = {"id": str, "question": str, "options": list, "answer": int}
 
@@ -15,17 +15,12 @@ FIELDS = {"id": str, "question": str, "options": list, "answer": int}
 def read_questions(path: Path) -> list[dict]:
     """Every question of a JSONL file. InputError naming the first line that is none, and what is wrong with it."""
     questions, ids = [], set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            question = json.loads(line)
-            if wrong := fault(question):
-                raise ValueError(wrong)
-            if question["id"] in ids:
-                raise ValueError(f"id {question['id']!r} stands there twice")
-        except ValueError as error:
-            raise InputError(f"{path}: line {number}: {error}") from None
+    for number, question in read_jsonl(path):
+        wrong = fault(question)
+        if wrong is None and question["id"] in ids:
+            wrong = f"id {question['id']!r} stands there twice"
+        if wrong:
+            raise InputError(f"{path}: line {number}: {wrong}")
         ids.add(question["id"])
         questions.append(question)
     if not questions:

@@ -15,6 +15,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -68,6 +69,23 @@ def write_json(path: Path, content: dict) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(tmp, path)
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
+    """(number of the line from 1, object) of every line that is not blank. InputError naming the line that is none."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: a text may hold U+2028
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start})") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{path}: line {number} is not JSON ({error})") from None
+            if not isinstance(record, dict):
+                raise InputError(f"{path}: line {number} is not a JSON object")
+            yield number, record
 
 
 def sha256(path: Path) -> str:

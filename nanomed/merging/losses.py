@@ -138,7 +138,7 @@ def end_tokens(folder: Path) -> set[int]:
 def read_prompts(path: Path) -> list[list[dict]]:
     """Messages of every line. InputError naming the line that is none."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # a text may hold U+2028
     except OSError as error:
         raise InputError(f"--chat {path}: cannot be read ({error.strerror})") from None
     conversations = []

@@ -31,6 +31,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from machine import cpu_name
+
 ROOT = Path(__file__).resolve().parents[2]
 DATATROVE = """
 import sys
@@ -151,7 +153,6 @@ def largest_of_session(session: int) -> int:
 
 def save(name: str, result: dict) -> None:
     """Print, and write to tests/bench/results/data-NAME.json, with the device and the versions."""
-    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     packages = ("datatrove", "tokenizers", "gigatoken", "torch", "transformers", "datasets", "pyarrow")
     versions = {}
     for package in packages:
@@ -159,7 +160,7 @@ def save(name: str, result: dict) -> None:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    about = {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version(), "versions": versions}
+    about = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version(), "versions": versions}
     path = ROOT / f"tests/bench/results/data-{name}.json"
     path.write_text(json.dumps(about | result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

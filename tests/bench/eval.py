@@ -21,6 +21,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from machine import cpu_name
+
 START = time.perf_counter()
 ROOT = Path(__file__).resolve().parents[2]
 BATCH_SIZES = (1, 4, 16)
@@ -158,16 +160,6 @@ def main() -> None:
     path = Path(__file__).parent / "results" / f"eval-{args.task}.json"
     path.write_text(json.dumps(record | result | weights, indent=1) + "\n")
     print(json.dumps(result | weights, indent=1), path, sep="\n")
-
-
-def cpu_name() -> str:
-    """The processor as Linux names it."""
-    info = Path("/proc/cpuinfo")
-    return (
-        info.read_text().split("model name")[1].split(":")[1].split("\n")[0].strip()
-        if info.exists()
-        else platform.processor()
-    )
 
 
 if __name__ == "__main__":

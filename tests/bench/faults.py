@@ -38,6 +38,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch  # noqa: E402
 import torch.distributed.checkpoint.filesystem as filesystem  # noqa: E402
+from machine import cpu_name  # noqa: E402
 
 import train  # noqa: E402
 from conftest import make_tiny  # noqa: E402
@@ -342,7 +343,7 @@ def main() -> None:
     total = [sum(column) for column in zip(*result.values(), strict=True)]
     print(f"{'all':32} {total[0]} of {total[1]}; {n_steps} losses and the model bit-identical: {same}")
     report = {
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "device": cpu_name(), "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "ranks": N_RANKS, "backend": "gloo", "seed": args.seed, "steps": n_steps, "launches": len(lines),
         "median_seconds_a_launch": statistics.median(line["seconds"] for line in lines),
         "killed_after_20_s": sum(line["forced"] for line in lines),

@@ -25,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from machine import cpu_name
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = {
@@ -246,16 +247,6 @@ def main() -> None:
     path = Path(__file__).parent / "results" / f"merge-{args.shape}.json"
     path.write_text(json.dumps(record | result, indent=1) + "\n")
     print(json.dumps(result, indent=1), path, sep="\n")
-
-
-def cpu_name() -> str:
-    """The processor as Linux names it."""
-    info = Path("/proc/cpuinfo")
-    return (
-        info.read_text().split("model name")[1].split(":")[1].split("\n")[0].strip()
-        if info.exists()
-        else platform.processor()
-    )
 
 
 if __name__ == "__main__":

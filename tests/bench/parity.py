@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 import torch
+from machine import cpu_name
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -135,7 +136,7 @@ def main() -> None:
         results = measure(args.name, args.regimes, args.lr, flags, args.work, arithmetic)
         import torchao
 
-        report = {"name": args.name, "device": platform.processor() or platform.machine(), "arithmetic": arithmetic,
+        report = {"name": args.name, "device": cpu_name(), "arithmetic": arithmetic,
                   "versions": {"torch": torch.__version__, "torchao": torchao.__version__, "python": platform.python_version()},
                   "flags": flags, "results": results}  # fmt: skip
         (RESULTS / f"parity-{args.name}.json").write_text(json.dumps(report) + "\n")
