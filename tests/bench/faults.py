@@ -93,8 +93,9 @@ def inject(rank: int, bad: dict[int, Fault], fault: Fault | None, fired: Path, r
     now = {"step": 0, "done": False}
 
     def is_time(phase: str) -> bool:
-        here = fault and not now["done"] and fault.phase == phase and now["step"] >= fault.step
-        return bool(here)
+        if not fault or fault.kind == "disk full":  # that happens in the next writing, whatever the phase
+            return False
+        return not now["done"] and fault.phase == phase and now["step"] >= fault.step
 
     def fire() -> None:
         now["done"] = True
