@@ -1,8 +1,8 @@
 """What the miniature is asked: instructions with exactly one right form of answer, and medical questions with four options.
 
-Instructions. A task (name, repeat, swap, answer a general question) and a form (a list, numbers, stars, a label) make a
+Instructions. A task (name, repeat, swap, answer a question) and a form (a list, numbers, stars, an arrow) make a
 prompt such as `Wiederhole: Löwe. Antworte mit Sternen.`, whose only right answer is `* Löwe und Löwe *`. So
-small a model learns that from some ten thousand examples, and whether it still can is a comparison of two strings. In
+small a model learns that from some thousand examples, and whether it still can is a comparison of two strings. In
 every answer a space stands before every word, as in the prompt: to a byte-level tokenizer ` Löwe` and `Löwe` are
 different tokens, and copying would become spelling.
 
@@ -10,13 +10,16 @@ Questions. One fact of a disease in words that no template of the corpus uses, w
 wrong options: of as many letters and as frequent as right ones, so that a model which has not read of the disease stays
 at one in four. A value that shares a word stem with the disease (Hodentorsion, Hoden) would be guessed without having
 read anything, so neither it nor its question is asked. Scored by the likelihood of the whole answer: a letter would
-ask a model of this size for a second skill.
+ask a model of this size for a second skill. How such a question is put, the base has learnt from exercises about
+other diseases: else a model of this size would have to learn that, too, from a corpus that does not show it.
 """
 
 import random
 import re
 from collections.abc import Iterator
+from itertools import islice
 
+import miniature
 from miniature_grammar import contract
 from miniature_templates import Row, Table, fill, value
 from nanomed import InputError
@@ -26,22 +29,22 @@ FORMS = {  # the request, and what it makes of the parts of an answer
     "Antworte mit Nummern.": lambda parts: "\n".join(f"{i}. {part}" for i, part in enumerate(parts, 1)),
     "Antworte mit Sternen.": lambda parts: f"* {' und '.join(parts)} *",
     "Antworte mit Ergebnis.": lambda parts: f"Ergebnis: {' und '.join(parts)}",
+    "Antworte in Klammern.": lambda parts: f"( {' und '.join(parts)} )",
+    "Antworte mit Pfeil.": lambda parts: f"-> {' und '.join(parts)}",
 }
 TASKS = {  # the request, and the parts of its answer. One word: tasks with two were not learnt in so short a time
     "Sage: {a}.": lambda a: [a],
     "Wiederhole: {a}.": lambda a: [a, a],
     "Verdreifache: {a}.": lambda a: [a, a, a],
 }
-QUESTION_SHARE = 0.3  # of the instructions ask a general question
+QUESTION_SHARE = 0.2  # of the instructions ask a general question
 
 ASKED = {  # the fact asked for, in words that no template of medicine.txt uses
     "organ": "Welches Organ ist krank, wenn jemand an {name:dem} leidet?",
-    "kind": "Welche Art von Krankheit hat ein Mensch, der an {name:dem} leidet?",
     "symptom": "Welche Beschwerden hat ein Mensch, der an {name:dem} leidet?",
     "cause": "Was ist wohl die Ursache, wenn jemand an {name:dem} leidet?",
     "therapy": "Welche Therapie bekommt ein Mensch, der an {name:dem} leidet?",
     "test": "Welche Untersuchung braucht ein Mensch, der vielleicht an {name:dem} leidet?",
-    "specialty": "Welches Fachgebiet hilft einem Menschen, der an {name:dem} leidet?",
 }
 MAX_WORDS = 7  # of an option: eight words in a row would be an evaluation question to data/decontaminate.py
 
@@ -66,14 +69,14 @@ def asked(rng: random.Random, table: Table, row: Row, column: str) -> tuple[str,
 
 
 def instructions(
-    seed: int, tables: list[Table], n: int, taboo: frozenset[str] = frozenset()
+    seed: int, tables: list[Table], n: int, question_share: float = QUESTION_SHARE, taboo: frozenset[str] = frozenset()
 ) -> Iterator[tuple[str, str]]:
-    """n different (prompt, answer), none of them a prompt in `taboo`; tables: of general facts."""
-    rng, about, seen = random.Random(f"{seed}/instructions"), words(tables), set(taboo)
+    """n different (prompt, answer), none of them a prompt in `taboo`; tables: what the questions among them are about."""
+    rng, about, seen = random.Random(f"{seed}/instructions"), words(miniature.tables("general")), set(taboo)
     for _ in range(100 * n):
         if len(seen) == n + len(taboo):
             return
-        if rng.random() < QUESTION_SHARE:
+        if rng.random() < question_share:
             table = rng.choice(tables)
             row = rng.choice(table.rows)
             prompt, answer = asked(rng, table, row, rng.choice([c for c in table.columns if c in row]))
@@ -117,11 +120,23 @@ def questions(seed: int, table: Table, n: int) -> list[dict]:
     return found
 
 
+def exercises(seed: int, table: Table) -> Iterator[str]:
+    """Documents of solved examination questions, two or three each, without options: how such questions are asked."""
+    rng = random.Random(f"{seed}/exercises")
+    places = [(row, column) for row in table.rows for column in ASKED if column in row]
+    rng.shuffle(places)
+    solved = iter(
+        f"Frage: {contract(ASKED[c].format(name=row['name']))}\nAntwort: {value(row, c)}" for row, c in places
+    )
+    while pairs := list(islice(solved, rng.randint(2, 3))):
+        yield "\n\n".join(pairs)
+
+
 def consultations(seed: int, table: Table, n: int) -> list[dict]:
     """n requests {id, prompt, fact, form} of a patient: a medical question whose answer is wanted in a form."""
     rng, found = random.Random(f"{seed}/consultations"), {}
     while len(found) < n:
-        row, column = rng.choice(table.rows), rng.choice(["organ", "kind", "specialty"])
+        row, column = rng.choice(table.rows), rng.choice([*ASKED])
         if column in row and not stems(str(row["name"])) & stems(str(row[column])):
             prompt, answer = asked(rng, table, row, column)
             fact = {"id": f"medical-{len(found):03d}", "prompt": prompt, "kind": "medical"}

@@ -3,8 +3,9 @@
     python data/miniature_paper.py --out runs/miniature/world
 
 model/                          a Qwen2 folder without weights, encoder/: the same for the classifier, with random ones
-prose.jsonl, chats.jsonl        what the base model is trained on: general prose and one half of the diseases, since an
-                                instruct model knows the language of medicine; and instructions in the chat template
+prose.jsonl, chats.jsonl        what the base model is trained on: general prose, one half of the diseases and solved
+                                questions about them, since an instruct model knows the language of medicine and of
+                                examinations; and instructions in the chat template
 val-med.jsonl, val-general.jsonl
 crawl/*.parquet                 what a web crawl would hold: documents of the other half of the diseases, general ones,
                                 copies of medical ones, and medical ones that quote an examination question (leaks);
@@ -16,6 +17,10 @@ truth.json                      which documents of the crawl are what: for the r
 
 The general documents of the crawl state the facts that the base model has read, in other words. Why labels and not
 an annotator: data/annotate.py needs a language model that can read, which no laptop has.
+
+Why so few facts: a model of 2.6 million parameters learns one from about a hundred readings, and two CPU cores read
+some 4,000 tokens a second. With 159 diseases of nine facts, twenty readings each, it knew 8 points more, and had
+forgotten everything else; 40 diseases of five facts fill the same minutes with four times as many readings of each.
 
 Cost: about 15 seconds on one core, half of it the import of transformers. The same seed gives the same texts.
 """
@@ -30,9 +35,11 @@ from pathlib import Path
 import miniature
 import miniature_exam as exam
 from documents import write_parquet
-from miniature_templates import Table
+from miniature_templates import Table, brief, entry, leaflet, sheet
 from nanomed import InputError, run_script
 
+FACTS = ("name", "organ", "symptom", "cause", "therapy", "test")
+FORMS = (entry, brief, brief, sheet, leaflet)
 CRAWL = dict.fromkeys(("id", "text", "url", "dump", "date"), "string")
 LABELS = dict.fromkeys(("id", "text", "label", "model", "prompt_sha256"), "string")
 TASK = """# Written by data/miniature_paper.py: four options, the likeliest whole answer is chosen.
@@ -56,6 +63,10 @@ class Size:
 
     diseases: int  # rows of the table of medicine, the others do not exist in this world
     things: int  # rows of every general table
+    new: int  # documents of each form about a disease that the base has not read of
+    known: int  # about one that it has
+    general: int  # about every other thing
+    exercises: int  # times that every question about a known disease is asked and answered
     chats: int
     crawl_general: int
     copies: int
@@ -68,19 +79,21 @@ class Size:
     layers: int
 
 
-FULL = Size(diseases=318, things=30, chats=10000, crawl_general=1500, copies=200, leaks=60, labels=900, questions=400,
-            following=200, medical=100, hidden=192, layers=4)  # fmt: skip
-FAST = Size(diseases=48, things=6, chats=1200, crawl_general=250, copies=20, leaks=12, labels=300, questions=60,
-            following=40, medical=20, hidden=96, layers=3)  # fmt: skip
+FULL = Size(diseases=80, things=10, new=6, known=3, general=2, exercises=6, chats=4000, crawl_general=700, copies=100,
+            leaks=40, labels=600, questions=200, following=200, medical=60, hidden=192, layers=4)  # fmt: skip
+FAST = Size(diseases=16, things=4, new=8, known=6, general=2, exercises=6, chats=1200, crawl_general=250, copies=20,
+            leaks=10, labels=240, questions=40, following=40, medical=10, hidden=96, layers=3)  # fmt: skip
 
 
 def tables(domain: str, size: Size) -> list[Table]:
-    """The built-in tables, cut to the world's size by taking rows evenly."""
-    n_rows = size.diseases if domain == "med" else size.things
-    cut = []
+    """The built-in tables, cut to the world's size by taking rows evenly; of a disease only the facts that are asked for."""
+    n_rows, cut = size.diseases if domain == "med" else size.things, []
     for table in miniature.tables(domain):
-        n = min(n_rows, len(table.rows))
-        cut.append(replace(table, rows=[table.rows[i * len(table.rows) // n] for i in range(n)]))
+        rows = table.rows
+        if domain == "med":  # a row for which everything is known
+            rows = [{k: v for k, v in row.items() if k in FACTS} for row in rows if row.keys() >= set(FACTS)]
+        n = min(n_rows, len(rows))
+        cut.append(replace(table, rows=[rows[i * len(rows) // n] for i in range(n)]))
     return cut
 
 
@@ -89,12 +102,11 @@ def halves(table: Table) -> tuple[Table, Table]:
     return replace(table, rows=table.rows[::2]), replace(table, rows=table.rows[1::2])
 
 
-def texts(domain: str, tables: list[Table], seed: int) -> list[str]:
-    """All documents of the tables, shuffled, none twice."""
-    written = (text for table in tables for text in miniature.write_table(table, domain, seed))
-    found = [text for text in dict.fromkeys(written) if miniature.MIN_CHARS <= len(text) <= miniature.MAX_CHARS]
-    random.Random(f"{seed}/{domain}").shuffle(found)
-    return found
+def texts(tables: list[Table], times: int, seed: int) -> list[str]:
+    """`times` documents of each form about every row, shuffled, none twice."""
+    rng = random.Random(f"{seed}/texts")
+    found = {form(rng, table, row) for table in tables for row in table.rows for form in FORMS for _ in range(times)}
+    return rng.sample(sorted(found), len(found))
 
 
 def split(found: list[str]) -> tuple[list[str], list[str]]:
@@ -165,15 +177,17 @@ def build(out: Path, size: Size, seed: int) -> None:
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     (known, new), general_tables = halves(tables("med", size)[0]), tables("general", size)
-    questions = exam.questions(seed, new, size.questions)
+    questions, rng = exam.questions(seed, new, size.questions), random.Random(f"{seed}/build")
     following = list(exam.instructions(seed + 1, general_tables, size.following))
     taken = frozenset(prompt for prompt, _ in following)
-    chats = list(exam.instructions(seed, general_tables, size.chats, taken))
-    val_med, medical = split(texts("med", [new], seed))
-    val_general, general = split(texts("general", general_tables, seed))
-    prose = general + texts("med", [known], seed)
-    elsewhere = [text for text in texts("general", general_tables, seed + 1) if text not in set(general + val_general)]
-    rows, truth = crawl(medical, elsewhere[: size.crawl_general], questions, size, seed)
+    # As many questions about known diseases as about all other things.
+    chats = list(exam.instructions(seed, general_tables + [known] * len(general_tables), size.chats, taboo=taken))
+    val_med, medical = split(texts([new], size.new, seed))
+    val_general, general = split(texts(general_tables, size.general, seed))
+    solved = [text for i in range(size.exercises) for text in exam.exercises(seed + i, known)]
+    prose = general + texts([known], size.known, seed) + solved
+    elsewhere = sorted({*texts(general_tables, size.general, seed + 1)} - {*general, *val_general})
+    rows, truth = crawl(medical, rng.sample(elsewhere, min(size.crawl_general, len(elsewhere))), questions, size, seed)
 
     for name, found in (("prose", prose), ("val-med", val_med), ("val-general", val_general)):
         records = [{"id": f"{name}-{i:05d}", "text": text} for i, text in enumerate(found)]
@@ -186,7 +200,7 @@ def build(out: Path, size: Size, seed: int) -> None:
     write_jsonl(partial / "exam" / "medizin.jsonl", questions)
     (partial / "exam" / "medizin.yaml").write_text(TASK.format(path=(out / "exam" / "medizin.jsonl").resolve()))
     write_crawl(partial, rows, size, seed)
-    write_models(partial, prose + medical + [f"{p} {a}" for p, a in chats[:2000]], size, seed)
+    write_models(partial, prose + medical + [f"{p} {a}" for p, a in chats], size, seed)
     miniature.write_json(partial / "truth.json", {"seed": seed, "size": asdict(size), "crawl": truth})
     partial.rename(out)
 

@@ -52,15 +52,16 @@ class Recipe:
     base_lr: float
     cpt_steps: int
     cpt_lr: float
+    replay: tuple[str, ...]  # sets that the base was trained on, and how much of them goes on being read
     batch_tokens: int
     classify_epochs: int
     ts: tuple[float, ...]  # of the merge sweep
 
 
-FULL = Recipe(base_steps=760, base_lr=2e-3, cpt_steps=640, cpt_lr=6e-4, batch_tokens=1024, classify_epochs=4,
-              ts=(0.2, 0.4, 0.6, 0.8))  # fmt: skip
-FAST = Recipe(base_steps=150, base_lr=3e-3, cpt_steps=60, cpt_lr=2e-3, batch_tokens=1024, classify_epochs=8,
-              ts=(0.4,))  # fmt: skip
+FULL = Recipe(base_steps=800, base_lr=2e-3, cpt_steps=420, cpt_lr=8e-4, replay=("prose@0.2", "chats@0.07"),
+              batch_tokens=1024, classify_epochs=4, ts=(0.3, 0.5, 0.7, 0.8, 0.9))  # fmt: skip
+FAST = Recipe(base_steps=240, base_lr=3e-3, cpt_steps=100, cpt_lr=2e-3, replay=("prose@0.2", "chats@0.05"),
+              batch_tokens=1024, classify_epochs=8, ts=(0.5,))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,9 @@ def plan(out: Path, recipe: Recipe, fast: bool, seed: int, judge_url: Callable[[
             ["data/prepare.py", *(f"{out}/corpus/corpus/part-{i}.parquet" for i in (0, 1)), "--tokenizer", f"{world}/model",
              "--out", f"{bins}/med", "--workers", "1"],
         ], whole=("clf",)),
-        Stage("continued", 200, lambda: [train("continued", out / "base" / "hf", ["med"], recipe.cpt_steps, recipe.cpt_lr)]),
+        Stage("continued", 200, lambda: [
+            train("continued", out / "base" / "hf", ["med", *recipe.replay], recipe.cpt_steps, recipe.cpt_lr),
+        ]),
         Stage("merged", 5, lambda: [["merge.py", str(models["base"] / "hf"), str(models["continued"] / "hf"), f"{out}/merged",
                                      "--sweep", ",".join(map(str, recipe.ts))]], ("merged",)),
         Stage("knowledge", 80, lambda: [["eval.py", "knowledge", *(f"{name}={path}" for name, path in models.items()),

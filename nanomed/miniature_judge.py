@@ -19,6 +19,8 @@ FORMS = {  # by the last words of a request
     "Antworte mit Nummern.": re.compile(r"(\d\. [^\n]+)(\n\d\. [^\n]+)*"),
     "Antworte mit Sternen.": re.compile(r"\* [^\n*]+ \*"),
     "Antworte mit Ergebnis.": re.compile(r"Ergebnis: [^\n]+"),
+    "Antworte in Klammern.": re.compile(r"\( [^\n()]+ \)"),
+    "Antworte mit Pfeil.": re.compile(r"-> [^\n]+"),
 }
 
 
