@@ -8,8 +8,12 @@ import pytest
 
 import miniature_exam as exam
 import miniature_paper as paper
-from nanomed import InputError, miniature, miniature_judge, miniature_results
-from nanomed.miniature_judge import follows, has_form, points, verdict
+from nanomed import InputError
+from nanomed.miniature import __main__ as miniature
+from nanomed.miniature import judge
+from nanomed.miniature.judge import follows, has_form, points, verdict
+from nanomed.miniature.results import expectations, kept
+from nanomed.miniature.stages import FAST, Stage
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,8 +27,8 @@ def table():
 
 
 def test_questions_cannot_be_guessed_without_reading(table):
-    found = exam.questions(0, table, 300)
-    assert len({q["id"] for q in found}) == len(found) == 300
+    found = exam.questions(0, table, 150)
+    assert len({q["id"] for q in found}) == len(found) == 150
     rows = {str(row["name"]): row for row in table.rows}
     for q in found:
         right = q["options"][q["answer"]]
@@ -34,7 +38,7 @@ def test_questions_cannot_be_guessed_without_reading(table):
         assert not exam.stems(q["name"]) & exam.stems(right)
         assert len(q["question"].split()) >= 8  # fewer words could not be kept out of a corpus
     places = [q["answer"] for q in found]
-    assert all(45 <= places.count(i) <= 110 for i in range(4))
+    assert all(22 <= places.count(i) <= 56 for i in range(4))
     shortest = sum(min(q["options"], key=len) == q["options"][q["answer"]] for q in found) / len(found)
     assert shortest < 0.4, "the shortest option is right too often"
 
@@ -56,7 +60,7 @@ def test_instructions_have_one_right_answer_and_its_form():
     assert all(has_form(prompt, answer) for prompt, answer in found)
     assert all(follows({"prompt": prompt, "right": answer}, answer) for prompt, answer in found)
     taken = frozenset(prompt for prompt, _ in found[:100])
-    assert not taken & {prompt for prompt, _ in exam.instructions(0, tables, 200, taken)}
+    assert not taken & {prompt for prompt, _ in exam.instructions(0, tables, 200, taboo=taken)}
 
 
 # --- the stand-in judge --------------------------------------------------------------------------------------------
@@ -91,7 +95,7 @@ def test_the_verdict_is_read_from_the_prompt_that_judge_sends():
 def test_the_endpoint_answers_as_one():
     content = "<<<ANFRAGE\n{}\nANFRAGE>>>\n<<<ANTWORT 1\n* Neurologie *\nANTWORT 1>>>\n<<<ANTWORT 2\n\nANTWORT 2>>>"
     body = {"model": "stand-in", "messages": [{"role": "user", "content": content.format(ASKED["prompt"])}]}
-    with miniature_judge.serving({ASKED["prompt"]: ASKED}) as url:
+    with judge.serving({ASKED["prompt"]: ASKED}) as url:
         data, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{url}/chat/completions", data, kind)
         with urllib.request.urlopen(request, timeout=10) as reply:
@@ -131,40 +135,38 @@ BROKEN = {
 
 def test_every_expectation_holds_of_good_results():
     for fast in (False, True):
-        assert all(e.holds for e in miniature_results.expectations(results(), fast))
+        assert all(e.holds for e in expectations(results(), fast))
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_is_broken_is_named(name):
     broken = results()
     BROKEN[name](broken)
-    assert name in {e.name for e in miniature_results.expectations(broken, False) if not e.holds}
+    assert name in {e.name for e in expectations(broken, False) if not e.holds}
 
 
 def test_the_best_merge_keeps_most_of_both():
     found = results()["models"]
-    assert miniature_results.kept(found, "t-0.6") == pytest.approx((0.75, 0.95 / 0.96))
+    assert kept(found, "t-0.6") == pytest.approx((0.75, 0.95 / 0.96))
 
 
 # --- the run -------------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
-    miniature.claim(tmp_path / "run", miniature.FAST, True, 0)
-    miniature.claim(tmp_path / "run", miniature.FAST, True, 0)
+    miniature.claim(tmp_path / "run", FAST, True, 0)
+    miniature.claim(tmp_path / "run", FAST, True, 0)
     with pytest.raises(InputError, match="made with seed = 0, not 1"):
-        miniature.claim(tmp_path / "run", miniature.FAST, True, 1)
+        miniature.claim(tmp_path / "run", FAST, True, 1)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     with pytest.raises(InputError, match="not empty and not a miniature"):
-        miniature.claim(tmp_path / "mine", miniature.FAST, True, 0)
+        miniature.claim(tmp_path / "mine", FAST, True, 0)
 
 
 def test_a_failing_stage_is_one_line_with_its_reason(tmp_path):
-    miniature.claim(tmp_path, miniature.FAST, True, 0)
-    stage = miniature.Stage(
-        "corpus", 1, lambda: [["data/sweep.py", "missing.parquet", "--classifier", "clf", "--out", "o"]]
-    )
+    miniature.claim(tmp_path, FAST, True, 0)
+    stage = Stage("corpus", 1, lambda: [["data/sweep.py", "missing.parquet", "--classifier", "clf", "--out", "o"]])
     with pytest.raises(InputError, match=r"corpus: data/sweep.py failed: error: missing.parquet: no such input"):
         miniature.run_stage(stage, tmp_path, miniature.tqdm(total=1, disable=True))
     assert not (tmp_path / "stages" / "corpus.json").exists()

@@ -18,9 +18,9 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[2]
 BREAKS = [  # (what, file, old, new, the expectation that must fail)
     ("nothing", "train.py", "", "", None),
-    ("documents unfiltered", "nanomed/miniature.py", '"--source", "built-in"', '"--source", "built-in", "--threshold", "0"',
+    ("documents unfiltered", "nanomed/miniature/stages.py", '"--source", "built-in"', '"--source", "built-in", "--threshold", "0"',
      "the corpus is medical"),
-    ("t reversed", "nanomed/miniature.py", 'str(models["base"] / "hf"), str(models["continued"] / "hf")',
+    ("t reversed", "nanomed/miniature/stages.py", 'str(models["base"] / "hf"), str(models["continued"] / "hf")',
      'str(models["continued"] / "hf"), str(models["base"] / "hf")', "t goes from base to continued"),
     ("labels shifted by one", "nanomed/batches.py", "= text[1:]", "= np.append(text[2:], text[-1])",
      "the loss is of the next token"),

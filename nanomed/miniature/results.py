@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nanomed.evaluation.record import read_jsonl
 from nanomed.hf import read_json
-from nanomed.miniature_judge import follows, points
+from nanomed.miniature.judge import follows, points
 
 TASK = "miniature_medizin"
 
@@ -83,13 +83,11 @@ def meter(out: Path) -> dict[str, list[float]]:
 
 def measure(out: Path, ts: tuple[float, ...], stages: list[str]) -> dict:
     """Everything the report says. stages: their names, in order."""
-    from nanomed import miniature_check  # torch
+    from nanomed.miniature import check as checks  # torch
 
     judged = [read_json(path) for path in sorted((out / "eval").glob("judge-*/results.json"))]
     failures = [read_json(path) for path in sorted((out / "eval").glob("failures-*/results.json"))]
-    check = miniature_check.losses(out) | {
-        "way": {f"t-{t:.12g}": miniature_check.way_gone(out, f"t-{t:.12g}") for t in ts}
-    }
+    check = checks.losses(out) | {"way": {f"t-{t:.12g}": checks.way_gone(out, f"t-{t:.12g}") for t in ts}}
     seconds = {stage: read_json(out / "stages" / f"{stage}.json")["seconds"] for stage in stages}
     return {"models": models(out, ts), "best": f"t-{best_merge(out, ts):.12g}", "corpus": corpus(out), "meter": meter(out),
             "judged": judged, "failures": failures, "check": check, "seconds": seconds}  # fmt: skip

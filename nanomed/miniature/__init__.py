@@ -1,0 +1,1 @@
+"""The paper in miniature: `python -m nanomed.miniature` (see __main__.py)."""
