@@ -1,6 +1,10 @@
 """The miniature: its questions and instructions, the stand-in judge, what must hold, and a whole fast run."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -170,3 +174,25 @@ def test_a_failing_stage_is_one_line_with_its_reason(tmp_path):
     with pytest.raises(InputError, match=r"corpus: data/sweep.py failed: error: missing.parquet: no such input"):
         miniature.run_stage(stage, tmp_path, miniature.tqdm(total=1, disable=True))
     assert not (tmp_path / "stages" / "corpus.json").exists()
+
+
+def test_a_fast_run_shows_the_order_and_goes_on_where_it_was_killed(tmp_path):
+    """Every stage by its own script: continued above base, a merge between, no leak; killed once on the way."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "nanomed.miniature", "--fast", "--out", str(out)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) as first:
+        while not (out / "stages" / "base.json").exists():
+            assert first.poll() is None, first.stderr.read().decode()
+            time.sleep(0.1)
+        first.send_signal(signal.SIGTERM)
+        assert first.wait() == 130
+    whole = (out / "stages" / "base.json").read_bytes()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((out / "results.json").read_text())
+    assert whole == (out / "stages" / "base.json").read_bytes()  # not run again
+    assert results["models"]["continued"]["accuracy"] > results["models"]["base"]["accuracy"]
+    assert results["corpus"]["leaks"] > 0 == results["corpus"]["leaks_kept"]
+    page = (out / "report.html").read_text()
+    assert "<svg" in page
+    assert "stand-in" in page
