@@ -93,8 +93,15 @@ def rows(results: dict) -> dict[str, list[list[str]]]:
         ("Qwen2.5-7B-Instruct", "DeFineMed-Qwen2.5-7B"),
     ):
         paper.append([f"the paper: {a}, {b}", f"{PAPER[a]:.1f} %", f"{PAPER[b]:.1f} %", gain(PAPER[a], PAPER[b])])
-    return {"Models": models, "Beside the paper: four-option medical questions, of quite other kinds": paper, "Corpus": corpus, "Compared by the stand-in judge": judged, "Failure modes": failures,
-            "Expectations": expected, "Time": seconds}  # fmt: skip
+    return {
+        "Models": models,
+        "Beside the paper: four-option medical questions, of quite another kind": paper,
+        "Corpus": corpus,
+        "Compared by the stand-in judge": judged,
+        "Failure modes": failures,
+        "Expectations": expected,
+        "Time": seconds,
+    }
 
 
 def markdown(table: list[list[str]]) -> str:
