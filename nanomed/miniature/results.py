@@ -141,8 +141,8 @@ def expectations(r: dict, fast: bool) -> list[Expectation]:
         ("base guesses", "within 8 points of 25 %", percent(base["accuracy"]), abs(base["accuracy"] - 0.25) <= 0.08),
         ("base follows", "90 % or more", percent(base["following"]), base["following"] >= 0.9),
         ("continued knows far more", "30 points or more above base", f"{100 * gain:+.0f} points", gain >= 0.3),
-        ("continued forgets to follow", "10 points or more below base",
-         f"{percent(base['following'])} to {percent(top['following'])}", base["following"] - top["following"] >= 0.1),
+        ("continued forgets to follow", "8 points or more below base",
+         f"{percent(base['following'])} to {percent(top['following'])}", base["following"] - top["following"] >= 0.08),
         ("a merge keeps both", "70 % of the gain, 90 % of base's following",
          f"{best}: {percent(share[0])}, {percent(share[1])}", share[0] >= 0.7 and share[1] >= 0.9),
     ]  # fmt: skip
