@@ -5,7 +5,8 @@ steps, changes nothing: fused AdamW gets the verdict as its `found_inf`, a numbe
 for it. Its step count stays too; the learning rate, a function of the step's number, goes on. Loss and norm are already
 sums over all ranks, so all decide alike. The window is part of every checkpoint: a resumed run decides as the
 undisturbed one. Judging takes some twenty kernels on 256 numbers. (The rule is OLMo's SkipStepOptimizer's, but what was
-skipped does not enter the window here: ten spikes in a row must not make the eleventh look normal.)
+skipped does not enter the window here: ten spikes in a row must not make the eleventh look normal. And a gradient norm
+must be 4 times the mean as well: in small batches norms of 2 times are ordinary, 6 sigma or not, and clipping is enough.)
 
 **StopSignal.** SIGTERM, SIGINT or SIGUSR1 on any rank: all ranks leave the loop before the same micro-batch, the step
 in progress is dropped, the last whole one saved. They agree through the process group's key-value store, over the
@@ -30,6 +31,7 @@ from nanomed.parallel import START_TIMEOUT, World
 WINDOW = 128  # accepted steps that a new one is compared with
 MIN_STEPS = WINDOW // 2  # before so many nothing is called a spike
 SIGMAS = 6.0
+LEAST = (0.0, 4.0)  # nor is a loss or gradient norm below so many times the window's mean
 MAX_SKIPS = 10  # in a row; from then on every step is skipped until the next log step ends the run
 
 
@@ -40,6 +42,7 @@ class Guard:
         self.window = torch.zeros(WINDOW, 2, dtype=torch.float64, device=device)  # a ring of (loss, gradient norm)
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # steps accepted, steps skipped in a row
         self._slots = torch.arange(WINDOW, device=device)
+        self._least = torch.tensor(LEAST, dtype=torch.float64, device=device)
 
     def state(self) -> dict[str, Tensor]:
         """What belongs into a checkpoint; shares the live memory."""
@@ -58,7 +61,8 @@ class Guard:
         filled = (self._slots < n)[:, None]
         mean = (self.window * filled).sum(0) / n
         deviation = (((self.window - mean) * filled).square().sum(0) / (n - 1)).sqrt()
-        limits = torch.where(n >= MIN_STEPS, mean + SIGMAS * deviation, torch.inf)
+        limits = torch.maximum(mean + SIGMAS * deviation, self._least * mean)
+        limits = torch.where(n >= MIN_STEPS, limits, torch.inf)
         skip = ~(new.isfinite() & (new <= limits)).all() | (in_a_row >= MAX_SKIPS)
         at = ((self._slots == accepted % WINDOW) & ~skip)[:, None]
         self.window.copy_(torch.where(at, new, self.window))
@@ -89,11 +93,12 @@ def step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
 def reason(row: dict, limits: tuple[float, float]) -> str:
     """Why a step was skipped, from its row of metrics.jsonl and the limits of loss and gradient norm."""
     found = []
-    for key, name, limit in (("loss", "loss", limits[0]), ("grad_norm", "gradient norm", limits[1])):
+    rules = (f"{SIGMAS:g} sigma over", f"{SIGMAS:g} sigma over and {LEAST[1]:g} times")
+    for key, name, limit, rule in zip(("loss", "grad_norm"), ("loss", "gradient norm"), limits, rules, strict=True):
         if row[key] is None:
             found.append(f"{name} is not finite")
         elif row[key] > limit:
-            found.append(f"{name} {row[key]:.4g} is above {limit:.4g}, {SIGMAS:g} sigma over the last {WINDOW} steps")
+            found.append(f"{name} {row[key]:.4g} is above {limit:.4g}, {rule} the last {WINDOW} steps")
     return " and ".join(found) or f"{MAX_SKIPS} steps in a row were skipped before it"
 
 

@@ -78,28 +78,37 @@ class Job:
         """GPUs that share one copy of weights, gradients and states."""
         return self.n_gpus // self.config.replicas
 
+    @property
+    def fsdp_shards(self) -> int:
+        """1 only where FSDP is not used; with --offload one GPU uses it too, and gathers blocks as one of several does."""
+        return max(2, self.shards) if self.config.offload else self.shards
+
 
 # --- memory --------------------------------------------------------------------------------------------------------
+
+
+def held(job: Job, regime: Regime) -> dict[str, float]:
+    """Bytes a GPU of what stays throughout: on the GPU, with --offload in the CPU's memory."""
+    n_params = parameters(job.model)[0] / job.shards
+    sizes = {"weights": regime.weights, "gradients": regime.gradients, "optimiser states": regime.states}
+    return {part: size * n_params for part, size in sizes.items()}
 
 
 def memory(job: Job, regime: Regime, recompute: str) -> dict[str, float]:
     """Bytes on each GPU by part; their sum is the peak.
 
     It stands in the second forward and backward pass of a step or a later one, when the gradients of the first are there;
-    where a step has one pass only the sum is an upper bound.
+    where a step has one pass only the sum is an upper bound. With --offload a block's weights pass through in their own
+    precision as well: what it takes is a formula not yet held to a measurement.
     """
-    c = job.model
-    n_params = parameters(c)[0]
-    held = {
-        "weights": regime.weights * n_params / job.shards,
-        "gradients": regime.gradients * n_params / job.shards,
-        "optimiser states": regime.states * n_params / job.shards,
-    }
+    c, shards = job.model, job.fsdp_shards
+    on_gpu = {part: 0.0 if job.config.offload else size for part, size in held(job, regime).items()}
     passing = {
-        "activations": activation_bytes(c, job.n, recompute) + kept_cast_bytes(c, regime, job.shards, recompute),
-        "moment": max(moments(c, job.n, regime, job.shards, recompute).values()),
+        "activations": activation_bytes(c, job.n, recompute) + kept_cast_bytes(c, regime, shards, recompute),
+        "moment": max(moments(c, job.n, regime, shards, recompute).values())
+        + (regime.weights * parameters(c)[1] / job.shards if job.config.offload else 0),
     }
-    return held | passing | {"context and slack": CONTEXT_BYTES + SLACK * sum(passing.values())}
+    return on_gpu | passing | {"context and slack": CONTEXT_BYTES + SLACK * sum(passing.values())}
 
 
 def peak(job: Job, regime: Regime, recompute: str) -> float:
@@ -137,8 +146,20 @@ def advice(job: Job) -> str:
     for n_gpus in (2, 4, 8, 16, 32, 64, 128):
         more = replace(job, n_gpus=n_gpus, config=replace(job.config, replicas=1))
         if n_gpus > job.n_gpus and peak(more, REGIMES[-1], "full") <= limit:
-            return f"does not fit {job.n_gpus}; the leanest regime with --recompute full fits {n_gpus} {job.gpu_name}"
+            return (
+                f"does not fit {job.n_gpus}; the leanest regime with --recompute full fits {n_gpus} {job.gpu_name}"
+                + offload_advice(job, limit)
+            )
     return f"fits no number of {job.gpu_name}: a forward pass of {job.n:,} tokens is too large; lower --micro-batch"
+
+
+def offload_advice(job: Job, limit: float) -> str:
+    """The other way: the CPU's memory, if it is enough that weights and states lie there."""
+    offloaded = replace(job, config=replace(job.config, offload=True))
+    if job.config.offload or peak(offloaded, REGIMES[0], "full") > limit:
+        return ""
+    n_bytes = sum(held(job, REGIMES[0]).values()) * job.n_gpus
+    return f", or --offload --recompute full, slow, these {job.n_gpus} and {n_bytes / 1e9:.0f} GB of the CPUs' memory"
 
 
 # --- what people see -----------------------------------------------------------------------------------------------
@@ -162,6 +183,8 @@ def report(job: Job) -> str:
         lines.append(
             f"{'--recompute ' + recompute:34}{tok_s:14,.0f}{hours:14,.1f}{hours * job.n_gpus * job.price:14,.0f}"
         )
+    if config.offload:
+        lines.append("without the time that --offload's traffic over the bus takes: not yet measured")
     lines += [
         f"for {job.n_tokens / 1e9:.2f} B tokens at {job.price:g} dollars for a GPU hour; on a GPU: not yet measured",
         "",
@@ -180,15 +203,17 @@ def memory_table(job: Job) -> list[str]:
         return [row(f"{label}, {mode}", partial(of, mode)) for mode in RECOMPUTE]
 
     def moment(name: str, mode: str, regime: Regime) -> int:
-        return moments(job.model, job.n, regime, job.shards, mode)[name]
+        return moments(job.model, job.n, regime, job.fsdp_shards, mode)[name]
 
     lines = [f"{'GB on each GPU':34}" + "".join(f"{regime.name:>14}" for regime in REGIMES)]
     for part in ("weights", "gradients", "optimiser states"):
         lines.append(row(part, lambda regime, part=part: memory(job, regime, "none")[part]))
+    if job.config.offload:
+        lines.append(row("these three, in the CPU's memory", lambda regime: sum(held(job, regime).values())))
     lines += modes("activations", lambda mode, regime: memory(job, regime, mode)["activations"])
     lines.append("of these the largest:")
     lines.append(row("  loss, logits in chunks", partial(moment, "loss", "none")))
-    if job.shards > 1:
+    if job.fsdp_shards > 1:
         lines.append(row("  head's gradient summed", partial(moment, "head's sum", "none")))
     lines += modes("  a block's backward", partial(moment, "block backward"))
     lines += modes("context and slack (assumed)", lambda mode, regime: memory(job, regime, mode)["context and slack"])

@@ -10,10 +10,6 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
 from nanomed import InputError
@@ -28,12 +24,15 @@ def read_metrics(path: Path) -> list[dict]:
 
 def plot_curves(run: Path) -> Path:
     """Write RUN/curves.svg from RUN/metrics.jsonl; its path."""
+    import matplotlib  # only when a run ends: half a second that its start can do without
+    from matplotlib.figure import Figure
+
     rows = read_metrics(run / "metrics.jsonl")
     train = [r for r in rows if "loss" in r and not r.get("skipped")]
     skipped = [r["tokens"] / 1e6 for r in rows if r.get("skipped") is True]
     names = list(dict.fromkeys(k[4:-4] for r in rows for k in r if k.startswith("val_") and k.endswith("_bpb")))
-    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "nanomed"})  # text stays text, same input same bytes
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     if train:
         tokens, loss = np.array([r["tokens"] / 1e6 for r in train]), np.array([r["loss"] for r in train])
         left.plot(tokens, loss, lw=0.6, color="0.85")
@@ -56,8 +55,8 @@ def plot_curves(run: Path) -> Path:
         if axes.get_legend_handles_labels()[1]:
             axes.legend(frameon=False)
     path = run / "curves.svg"
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nanomed"}):  # text stays text, same bytes
+        figure.savefig(path, metadata={"Date": None})
     return path
 
 

@@ -186,7 +186,8 @@ def test_tokens_come_from_the_bins_or_the_steps(tmp_path):
         ("--recipe mistral-small-24b --gpus 8", "--optimizer-states fp32"),
         (
             "--recipe mistral-small-24b --gpu a100",
-            "does not fit 1; the leanest regime with --recompute full fits 4 A100",
+            "does not fit 1; the leanest regime with --recompute full fits 4 A100, or --offload --recompute full, slow, "
+            "these 1 and 377 GB of the CPUs' memory",
         ),
         ("--recipe qwen2.5-7b --micro-batch 256", "fits no number of H100"),
     ],
@@ -195,6 +196,21 @@ def test_advice(flags, says):
     job = plan.parse(flags.split())
     assert says in plan.advice(job)
     assert says in plan.report(job).splitlines()[-1]
+
+
+def test_offloading_moves_what_is_held_to_the_cpu():
+    """16 bytes a parameter leave the GPU; FSDP's buffers come, on one GPU too, and a block in float32 passes through."""
+    plain, offloaded = (plan.parse(["--recipe", "mistral-7b", *flags]) for flags in ([], ["--offload"]))
+    n_params, block = plan.parameters(plain.model)
+    assert sum(plan.held(offloaded, FP32).values()) == 16 * n_params
+    before, after = (plan.memory(job, FP32, "full") for job in (plain, offloaded))
+    assert after["weights"] == after["gradients"] == after["optimiser states"] == 0
+    assert before["weights"] == 4 * n_params
+    assert after["moment"] == max(plan.moments(plain.model, 4096, FP32, 2, "full").values()) + 4 * block
+    rows = [line.split() for line in plan.report(offloaded).splitlines()]
+    assert next(row for row in rows if row[:1] == ["weights"])[1:] == ["0.0"] * 4
+    assert f"{16 * n_params / 1e9:.1f}" == next(row for row in rows if row[:2] == ["these", "three,"])[6]
+    assert not any(row[:2] == ["these", "three,"] for row in map(str.split, plan.report(plain).splitlines()))
 
 
 def test_what_it_advises_leaves_five_gb(monkeypatch):
