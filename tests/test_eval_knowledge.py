@@ -102,6 +102,26 @@ def test_a_run_of_two_models(world, tmp_path, monkeypatch, capsys):
     run(monkeypatch, *argv)
     assert "finished already" in capsys.readouterr().out
     assert (out / "results.json").stat().st_mtime_ns == before
+    the_page_of(out, found, tmp_path, monkeypatch)
+
+
+def the_page_of(out, found, tmp_path, monkeypatch):
+    """The report of a run of knowledge: a row a task and model, the group, a picture; a folder named twice counts once."""
+    (tmp_path / "link").symlink_to(out)
+    (tmp_path / "answers.jsonl").write_text("")  # beside a run; RUN/* names it too
+    argv = [out, tmp_path / "link", tmp_path / "answers.jsonl", "--out", tmp_path / "report"]
+    monkeypatch.setattr(sys, "argv", ["eval.py", "report", *map(str, argv)])
+    command_line.main()
+    rows = [line.split(" | ") for line in (tmp_path / "report/report.md").read_text().splitlines() if line[:2] == "| "]
+    named = [(row[0][2:], row[2]) for row in rows]
+    wanted = [(task, model) for task in ("one", "two", "both, macro") for model in "ab"]
+    assert [pair for pair in named if pair[1] in "ab"] == wanted
+    for task, row in zip(found["models"][1]["tasks"], rows[3:7:2], strict=True):
+        assert row[4].startswith(f"{100 * task['accuracy']:.1f} %")
+        assert row[5].startswith(f"{100 * task['difference']['delta']:+.1f} [")
+    page = (tmp_path / "report/report.html").read_text()
+    assert page.count("<svg") == 1
+    assert "DeFineMed-Qwen2.5-7B" in page
 
 
 def test_a_run_goes_on_and_only_as_itself(world, tmp_path, monkeypatch, capsys):

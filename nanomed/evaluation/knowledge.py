@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
     results["lm_eval"] = [command(path, out, args, dtype, group.tasks()) for path in models.values()]
     from nanomed.evaluation import figure  # matplotlib, a second
 
-    figure.draw(results, out / "accuracy.svg")
+    (out / "accuracy.svg").write_text(figure.draw(results), encoding="utf-8")
     record.finish_run(out, results)
     print(accuracy.table(results), f"{out}: results.json, accuracy.svg, samples/", "the same by lm-eval:", sep="\n")
     print(*results["lm_eval"], sep="\n")
