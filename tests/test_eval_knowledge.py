@@ -3,6 +3,8 @@
 import json
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -263,6 +265,23 @@ def test_bad_command_lines_end_in_one_line(world, tmp_path, monkeypatch):
         assert stop.value.code.startswith("error: ")
         assert "\n" not in stop.value.code
         assert not out.exists()
+
+
+def test_a_task_of_another_layout_is_lm_eval_s_alone(world, tmp_path, monkeypatch):
+    rows = [{"goal": q["question"], "sol": q["options"][:2], "label": q["answer"] % 2} for q in QUESTIONS]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "goals.parquet")
+    config = {"task": "goals", "dataset_path": "parquet", "test_split": "test", "output_type": "multiple_choice",
+              "dataset_kwargs": {"data_files": {"test": str(tmp_path / "goals.parquet")}}, "doc_to_text": "{{goal}}",
+              "doc_to_choice": "{{sol}}", "doc_to_target": "label", "fewshot_split": "test"}  # fmt: skip
+    (tmp_path / "goals.yaml").write_text(yaml.safe_dump(config))
+    argv = ("--tasks", "goals", "--task-path", tmp_path, "--shots", 1)
+    run(monkeypatch, world / "a", *argv, "--out", tmp_path / "out")
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    assert found["models"][0]["tasks"][0]["n"] == len(QUESTIONS)
+    assert f"--include_path {tmp_path} --tasks goals" in found["lm_eval"][0]
+    (tmp_path / "goals.parquet").unlink()
+    with pytest.raises(SystemExit, match=r"goals\.parquet"):
+        run(monkeypatch, world / "a", *argv, "--out", tmp_path / "none")
 
 
 def test_through_a_chat_template(world, tmp_path, monkeypatch):
