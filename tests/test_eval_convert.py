@@ -124,7 +124,7 @@ def test_bad_sources_end_in_one_line(tmp_path):
 
     faults = {
         "1 of 8 questions are damaged, .* option 0 is empty": ('"A": "die Leber"', '"A": " "'),
-        "is not in list": ('"answer_idx": "A"', '"answer_idx": "E"'),
+        "answer -1 is none of its options": ('"answer_idx": "A"', '"answer_idx": "E"'),
         "KeyError: 'options'": ('"options"', '"choices"'), "not as published": ("{", ""),
     }  # fmt: skip
     for message, (old, new) in faults.items():
@@ -147,13 +147,16 @@ def test_bad_sources_end_in_one_line(tmp_path):
 def test_a_question_that_translation_broke_is_left_out_and_named(tmp_path, capsys):
     mmlux(tmp_path / "m")
     path = tmp_path / "m" / "hendrycks_anatomy_DE_test.jsonl"
-    lines = [{"question": f"{i}?", "choices": OPTIONS, "answer": 0, "id": f"anatomy/test/{i}"} for i in range(20)]
+    lines = [{"question": f"{i}?", "choices": OPTIONS, "answer": 0, "id": f"anatomy/test/{i}"} for i in range(40)]
     lines[7] |= {"choices": [OPTIONS[1], *OPTIONS[1:]]}
+    lines[8] |= {"choices": OPTIONS[:3]}
     write_lines(path, lines)
     convert.run(Namespace(source="mmlux", src=str(tmp_path / "m"), out=tmp_path / "out"))
-    assert "left out anatomy/test/7: two options are the same" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "left out anatomy/test/7: two options are the same" in said
+    assert "left out anatomy/test/8: has 3 options, expected 4" in said
     found = read_questions(tmp_path / "out" / "mmlu_de_mmlux_anatomy.jsonl")
-    assert [q["question"] for q in found] == [f"{i}?" for i in range(20) if i != 7]
+    assert [q["question"] for q in found] == [f"{i}?" for i in range(40) if i not in (7, 8)]
 
 
 def test_the_command_line(tmp_path):

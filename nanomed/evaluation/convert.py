@@ -15,7 +15,7 @@ first 5 of every task are taken out of the test and said so. Questions already t
     medqa          MedQA's own layout, translated: phrases_no_exclude_{test,train}.jsonl
 
 A machine translation may turn two options into the same word, or lose one. Such a question has no right answer any more:
-it is left out and named. More than one in 20 of a file, and the file is refused.
+it is left out and named. Where more than one in 20 of a file are so, the file is refused.
 """
 
 import argparse
@@ -91,18 +91,20 @@ def read_bioinstructqa(path: Path) -> Rows:
         rows = json.loads(path.read_text(encoding="utf-8"))
     for row in rows:
         if row["corpus_name"] == "MedQA":
-            options = row["options_translated"]
-            answer = list(options).index(row["correct_answer_letter"])
-            yield "test", "", made(row["identifier"], row["question_translated"], list(options.values()), answer)
+            options, answer = row["options_translated"], row["correct_answer_letter"]
+            yield (
+                "test",
+                "",
+                made(row["identifier"], row["question_translated"], [*options.values()], place(options, answer)),
+            )
 
 
 def read_medqa(path: Path) -> Rows:
     """question, options {letter: text}, answer_idx (a letter)."""
     split = "test" if "test" in path.stem else "dev"
     for number, row in enumerate(json_lines(path)):
-        options = row["options"]
-        answer = list(options).index(row["answer_idx"])
-        yield split, "", made(f"{path.stem}/{number}", row["question"], list(options.values()), answer)
+        options, answer = row["options"], row["answer_idx"]
+        yield split, "", made(f"{path.stem}/{number}", row["question"], [*options.values()], place(options, answer))
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,11 @@ def made(name: object, question: str, options: list[str], answer: int | str) -> 
         "options": [str(o).strip() for o in options],
         "answer": place,
     }
+
+
+def place(options: dict[str, str], letter: str) -> int:
+    """Where the letter stands among the options; -1 where it is none of them."""
+    return list(options).index(letter) if letter in options else -1
 
 
 def json_lines(path: Path) -> Iterator[dict]:
@@ -206,7 +213,8 @@ def checked(path: Path, read: Callable[[Path], Rows]) -> Rows:
     try:
         for split, subject, question in read(path):
             number += 1
-            if wrong := fault(question):
+            n_options = len(question["options"])
+            if wrong := fault(question) or (n_options != 4 and f"has {n_options} options, expected 4"):
                 damaged.append(f"{question['id']}: {wrong}")
             else:
                 yield split, subject, question
