@@ -195,6 +195,7 @@ def test_both_orders_ties_and_verdicts_that_cannot_be_read(command, tmp_path):
         assert results["cut"] == {"a": 0, "b": 5}
         assert "5 of 5 answers of model-b are cut" in said
         assert "2 of 10 verdicts cannot be read" in said
+        assert "at equal lengths   - (one side is nearly always the longer)" in said
         assert "0 of its 16 replies being cut at --max-tokens 256" in said
         games = [json.loads(line) for line in (tmp_path / "run/games.jsonl").read_text().splitlines()]
         assert [(g["id"], g["first"]) for g in games[:2]] == [("q1", "a"), ("q1", "b")]
@@ -276,6 +277,8 @@ def test_the_length_controlled_rate_takes_length_out():
     assert found["length_controlled"] == pytest.approx(0.5, abs=0.06)
     low, high = found["length_controlled_ci"]
     assert low < 0.5 < high
+    found = win_rate.summarise(worth, length_b + 1200, length_b)  # always longer: nothing was seen at equal lengths
+    assert found["length_controlled"] is found["length_controlled_ci"] is None
 
 
 def test_intervals_resample_prompts():
@@ -366,6 +369,8 @@ def test_the_page_has_every_run_and_holds_its_pictures(command, tmp_path):
         flags = ("--url", endpoint.url, "--judge", "richter", "--out", tmp_path / "judged")
         assert command("judge", a, b, *flags)[0] == 0
     assert command("failures", a, "--ref", b, "--out", tmp_path / "failures")[0] == 0
+    results = json.loads((tmp_path / "judged/results.json").read_text())
+    assert results["length_controlled"] == 1  # every prompt was won, whatever the lengths
     out = tmp_path / "report"
     assert command("report", tmp_path / "judged", tmp_path / "failures", "--out", out)[0] == 0
     page, markdown = (out / "report.html").read_text(), (out / "report.md").read_text()

@@ -74,6 +74,7 @@ def _letters(axes, models: list[dict]) -> None:
         x = np.arange(n) + (i - (len(shown) - 1) / 2) * width
         axes.bar(x, 100 * total / total.sum(), 0.92 * width, color=colour, label=label)
     axes.set(title="Letter chosen", ylabel="% of questions", xticks=range(n), xticklabels="ABCDEFGHIJ"[:n])
+    axes.margins(y=0.35)  # for the legend
     axes.legend(frameon=False, fontsize=8)
 
 

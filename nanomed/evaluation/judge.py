@@ -236,11 +236,12 @@ def warnings(pairs: list[tuple[Sample, Sample]], a: str, b: str, judge: str) -> 
 
 def print_results(r: dict) -> None:
     """Rates and their difference, and only then the ratio."""
-    show = lambda value, ci: f"{value:.1%} [{ci[0]:.1%}, {ci[1]:.1%}]"  # noqa: E731
+    show = lambda value, ci: "-" if value is None else f"{value:.1%} [{ci[0]:.1%}, {ci[1]:.1%}]"  # noqa: E731
     print(f"{r['a']} against {r['b']}, {r['n']} prompts, judged by {r['judge']} in both orders")
     print(f"  win {r['win']:.1%}, tie {r['tie']:.1%}, loss {r['loss']:.1%}")
     print(f"  win rate           {show(r['win_rate'], r['ci'])}")
-    print(f"  at equal lengths   {show(r['length_controlled'], r['length_controlled_ci'])}")
+    why = " (one side is nearly always the longer)" if r["length_controlled"] is None else ""
+    print(f"  at equal lengths   {show(r['length_controlled'], r['length_controlled_ci'])}{why}")
     low, high = (100 * x for x in r["difference_ci"])
     print(f"  win - loss         {100 * r['difference']:+.1f} points [{low:+.1f}, {high:+.1f}]")
     print(f"  ratio              {r['ratio']:.2f}" if r["ratio"] is not None else "  ratio              B won nothing")

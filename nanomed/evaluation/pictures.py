@@ -45,8 +45,9 @@ def win_rates(rows: list[tuple[str, dict]]) -> str:
     lines = []
     for label, r in rows:
         lines.append((label, 100 * r["win_rate"], [100 * x for x in r["ci"]], BLUE))
-        controlled = [100 * x for x in r["length_controlled_ci"]]
-        lines.append(("at equal lengths", 100 * r["length_controlled"], controlled, GREY))
+        if r["length_controlled"] is not None:
+            controlled = [100 * x for x in r["length_controlled_ci"]]
+            lines.append(("at equal lengths", 100 * r["length_controlled"], controlled, GREY))
     bars(axes, lines)
     axes.axvline(50, color="0.6", lw=1, ls="--", zorder=0)
     axes.set(xlim=(0, 110), xticks=range(0, 101, 20), xlabel="win rate, % (a tie is half a win)")
@@ -63,8 +64,7 @@ def length_and_win(label: str, points: list[dict]) -> str:
     theta, gamma = fit(worth, np.tanh(difference / scale), np.ones((1, len(points))))
     jitter = 0.04 * np.sin(12.9898 * np.arange(len(points)))  # points on one another part; always the same way
     axes.plot(difference, worth + jitter, "o", ms=4, alpha=0.5, color=BLUE, mew=0)
-    edge = max(np.abs(difference).max(), 1.0)
-    x = np.linspace(-edge, edge, 200)
+    x = np.linspace(min(difference.min(), 0), max(difference.max(), 0), 200)
     axes.plot(x, 1 / (1 + np.exp(-(theta + gamma * np.tanh(x / scale)))), color=RED, lw=1.2)
     axes.axvline(0, color="0.8", lw=1, zorder=0)
     axes.set_yticks([0, 0.5, 1], ["lost", "tie", "won"])

@@ -112,7 +112,8 @@ def judge(runs: list[dict], out: Path) -> list[tuple]:
         share = lambda value: "–" if value is None else f"{100 * value:.0f} %"  # noqa: E731
         rows.append([label, short(r["judge"]), link(r["n"], about["path"] / r.get("samples", "games.jsonl"), out),
                      " / ".join(share(r[key]) for key in ("win", "tie", "loss")), rate(r["win_rate"], r["ci"]),
-                     rate(r["length_controlled"], r["length_controlled_ci"]), share(r["consistency"]),
+                     "–" if r["length_controlled"] is None else rate(r["length_controlled"], r["length_controlled_ci"]),
+                     share(r["consistency"]),
                      share(r["first_position_rate"]), f"{r['unreadable']}"])  # fmt: skip
         if r.get("points"):
             blocks.append(("picture", f"length-{number}", pictures.length_and_win(label, r["points"])))
