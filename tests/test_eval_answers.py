@@ -194,6 +194,9 @@ def test_both_orders_ties_and_verdicts_that_cannot_be_read(command, tmp_path):
         assert results["first_position_rate"] == pytest.approx(4 / 6)
         assert results["cut"] == {"a": 0, "b": 5}
         assert "5 of 5 answers of model-b are cut" in said
+        assert "2 of 10 verdicts cannot be read" in said
+        assert "at equal lengths   - (one side is nearly always the longer)" in said
+        assert "0 of its 16 replies being cut at --max-tokens 256" in said
         games = [json.loads(line) for line in (tmp_path / "run/games.jsonl").read_text().splitlines()]
         assert [(g["id"], g["first"]) for g in games[:2]] == [("q1", "a"), ("q1", "b")]
         (tmp_path / "run/results.json").unlink()
@@ -218,6 +221,16 @@ def test_a_judge_that_fails_is_one_line_and_nothing_is_lost(command, tmp_path):
     assert not (tmp_path / "run/results.json").exists()
     with serving(lambda body, number: "URTEIL: GLEICH") as endpoint:
         assert command("judge", a, b, "--url", endpoint.url, *flags)[0] == 0
+
+
+def test_a_judge_of_no_readable_verdict_gives_no_rate(command, tmp_path):
+    a, b = (answers(tmp_path / f"{n}.jsonl", {"q": n, "r": n}, n) for n in "ab")
+    with serving(lambda body, number: completion("<think>Erstens", "length")) as endpoint:
+        said = refused(command, "judge", a, b, "--url", endpoint.url, "--judge", "r", "--out", tmp_path / "run")
+    assert "no verdict that can be read, 12 of its 12 replies being cut at --max-tokens 256" in said
+    assert not (tmp_path / "run/results.json").exists()
+    games = [json.loads(line) for line in (tmp_path / "run/games.jsonl").read_text().splitlines()]
+    assert [g["replies"] for g in games] == [["<think>Erstens"] * 3] * 4
 
 
 def test_different_prompts_are_not_compared(command, tmp_path):
@@ -264,6 +277,8 @@ def test_the_length_controlled_rate_takes_length_out():
     assert found["length_controlled"] == pytest.approx(0.5, abs=0.06)
     low, high = found["length_controlled_ci"]
     assert low < 0.5 < high
+    found = win_rate.summarise(worth, length_b + 1200, length_b)  # always longer: nothing was seen at equal lengths
+    assert found["length_controlled"] is found["length_controlled_ci"] is None
 
 
 def test_intervals_resample_prompts():
@@ -272,6 +287,9 @@ def test_intervals_resample_prompts():
     error = 1.96 * worth.std() / len(worth) ** 0.5
     assert (low, high) == pytest.approx((0.5 - error, 0.5 + error), abs=0.01)
     assert win_rate.mean_interval(np.ones(12)) == [pytest.approx(0.025 ** (1 / 12)), 1.0]
+    ties = win_rate.summarise([0.5] * 12, list(range(12)), [5] * 12)
+    half = (1 - 0.025 ** (1 / 12)) / 2  # as many prompts as may not be ties, all won or all lost
+    assert ties["ci"] == ties["length_controlled_ci"] == [pytest.approx(0.5 - half), pytest.approx(0.5 + half)]
     assert win_rate.geometric_ratio([2, 8], [1, 2])["value"] == pytest.approx(8**0.5)
 
 
@@ -351,6 +369,8 @@ def test_the_page_has_every_run_and_holds_its_pictures(command, tmp_path):
         flags = ("--url", endpoint.url, "--judge", "richter", "--out", tmp_path / "judged")
         assert command("judge", a, b, *flags)[0] == 0
     assert command("failures", a, "--ref", b, "--out", tmp_path / "failures")[0] == 0
+    results = json.loads((tmp_path / "judged/results.json").read_text())
+    assert results["length_controlled"] == 1  # every prompt was won, whatever the lengths
     out = tmp_path / "report"
     assert command("report", tmp_path / "judged", tmp_path / "failures", "--out", out)[0] == 0
     page, markdown = (out / "report.html").read_text(), (out / "report.md").read_text()

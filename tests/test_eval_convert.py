@@ -36,9 +36,10 @@ def mmlux(folder):
         for name in (*SUBJECTS, "astronomy"):
             mine = [(i, q, a) for s, i, q, a in rows(n) if s == name]
             lines = [{"question": q, "choices": OPTIONS, "answer": a, "id": f"{name}/{split}/{i}"} for i, q, a in mine]
-            write_lines(folder / f"{name}_DE_{split}.jsonl", lines)
-    french = {"question": "?", "choices": OPTIONS, "answer": 0, "id": "anatomy/test/0"}
-    write_lines(folder / "anatomy_FR_test.jsonl", [french])
+            write_lines(folder / f"hendrycks_{name}_DE_{split}.jsonl", lines)
+    other = {"question": "?", "choices": OPTIONS, "answer": 0, "id": "anatomy/test/0"}
+    write_lines(folder / "hendrycks_anatomy_FR_test.jsonl", [other])
+    write_lines(folder / "hendrycks_anatomy_DE_validation.jsonl", [other])
 
 
 def mmmlu(folder):
@@ -122,7 +123,8 @@ def test_bad_sources_end_in_one_line(tmp_path):
         convert.run(Namespace(source=source, src=str(src), out=tmp_path / "out"))
 
     faults = {
-        "option 0 is empty": ('"A": "die Leber"', '"A": " "'), "is not in list": ('"answer_idx": "A"', '"answer_idx": "E"'),
+        "1 of 8 questions are damaged, .* option 0 is empty": ('"A": "die Leber"', '"A": " "'),
+        "answer -1 is none of its options": ('"answer_idx": "A"', '"answer_idx": "E"'),
         "KeyError: 'options'": ('"options"', '"choices"'), "not as published": ("{", ""),
     }  # fmt: skip
     for message, (old, new) in faults.items():
@@ -140,6 +142,21 @@ def test_bad_sources_end_in_one_line(tmp_path):
         run("mmlux", path)
     with pytest.raises(InputError, match=r"has none of \*mmlu_DE-DE.csv"):
         run("mmmlu")
+
+
+def test_a_question_that_translation_broke_is_left_out_and_named(tmp_path, capsys):
+    mmlux(tmp_path / "m")
+    path = tmp_path / "m" / "hendrycks_anatomy_DE_test.jsonl"
+    lines = [{"question": f"{i}?", "choices": OPTIONS, "answer": 0, "id": f"anatomy/test/{i}"} for i in range(40)]
+    lines[7] |= {"choices": [OPTIONS[1], *OPTIONS[1:]]}
+    lines[8] |= {"choices": OPTIONS[:3]}
+    write_lines(path, lines)
+    convert.run(Namespace(source="mmlux", src=str(tmp_path / "m"), out=tmp_path / "out"))
+    said = capsys.readouterr().err
+    assert "left out anatomy/test/7: two options are the same" in said
+    assert "left out anatomy/test/8: has 3 options, expected 4" in said
+    found = read_questions(tmp_path / "out" / "mmlu_de_mmlux_anatomy.jsonl")
+    assert [q["question"] for q in found] == [f"{i}?" for i in range(40) if i not in (7, 8)]
 
 
 def test_the_command_line(tmp_path):

@@ -3,6 +3,8 @@
 import json
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -102,6 +104,26 @@ def test_a_run_of_two_models(world, tmp_path, monkeypatch, capsys):
     run(monkeypatch, *argv)
     assert "finished already" in capsys.readouterr().out
     assert (out / "results.json").stat().st_mtime_ns == before
+    the_page_of(out, found, tmp_path, monkeypatch)
+
+
+def the_page_of(out, found, tmp_path, monkeypatch):
+    """The report of a run of knowledge: a row a task and model, the group, a picture; a folder named twice counts once."""
+    (tmp_path / "link").symlink_to(out)
+    (tmp_path / "answers.jsonl").write_text("")  # beside a run; RUN/* names it too
+    argv = [out, tmp_path / "link", tmp_path / "answers.jsonl", "--out", tmp_path / "report"]
+    monkeypatch.setattr(sys, "argv", ["eval.py", "report", *map(str, argv)])
+    command_line.main()
+    rows = [line.split(" | ") for line in (tmp_path / "report/report.md").read_text().splitlines() if line[:2] == "| "]
+    named = [(row[0][2:], row[2]) for row in rows]
+    wanted = [(task, model) for task in ("one", "two", "both, macro") for model in "ab"]
+    assert [pair for pair in named if pair[1] in "ab"] == wanted
+    for task, row in zip(found["models"][1]["tasks"], rows[3:7:2], strict=True):
+        assert row[4].startswith(f"{100 * task['accuracy']:.1f} %")
+        assert row[5].startswith(f"{100 * task['difference']['delta']:+.1f} [")
+    page = (tmp_path / "report/report.html").read_text()
+    assert page.count("<svg") == 1
+    assert "DeFineMed-Qwen2.5-7B" in page
 
 
 def test_a_run_goes_on_and_only_as_itself(world, tmp_path, monkeypatch, capsys):
@@ -243,6 +265,23 @@ def test_bad_command_lines_end_in_one_line(world, tmp_path, monkeypatch):
         assert stop.value.code.startswith("error: ")
         assert "\n" not in stop.value.code
         assert not out.exists()
+
+
+def test_a_task_of_another_layout_is_lm_eval_s_alone(world, tmp_path, monkeypatch):
+    rows = [{"goal": q["question"], "sol": q["options"][:2], "label": q["answer"] % 2} for q in QUESTIONS]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "goals.parquet")
+    config = {"task": "goals", "dataset_path": "parquet", "test_split": "test", "output_type": "multiple_choice",
+              "dataset_kwargs": {"data_files": {"test": str(tmp_path / "goals.parquet")}}, "doc_to_text": "{{goal}}",
+              "doc_to_choice": "{{sol}}", "doc_to_target": "label", "fewshot_split": "test"}  # fmt: skip
+    (tmp_path / "goals.yaml").write_text(yaml.safe_dump(config))
+    argv = ("--tasks", "goals", "--task-path", tmp_path, "--shots", 1)
+    run(monkeypatch, world / "a", *argv, "--out", tmp_path / "out")
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    assert found["models"][0]["tasks"][0]["n"] == len(QUESTIONS)
+    assert f"--include_path {tmp_path} --tasks goals" in found["lm_eval"][0]
+    (tmp_path / "goals.parquet").unlink()
+    with pytest.raises(SystemExit, match=r"goals\.parquet"):
+        run(monkeypatch, world / "a", *argv, "--out", tmp_path / "none")
 
 
 def test_through_a_chat_template(world, tmp_path, monkeypatch):

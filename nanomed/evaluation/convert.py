@@ -8,17 +8,21 @@ of one exam differ, and so do the numbers: the source is part of every file's an
 Per task two files: NAME.jsonl and NAME.dev.jsonl, whose questions serve as shots. Where a source has no dev questions, the
 first 5 of every task are taken out of the test and said so. Questions already there are not written over.
 
-    mmlux          openGPT-X/mmlux: MMLU by DeepL; *_DE*_{test,dev}.jsonl
+    mmlux          openGPT-X/mmlux (now Eurolingua/mmlux): MMLU by DeepL; hendrycks_SUBJECT_DE_{test,dev}.jsonl
     mmmlu          openai/MMMLU: MMLU by human translators; test/mmlu_DE-DE.csv
     global-mmlu    CohereForAI/Global-MMLU: de/{test,dev}*.parquet (needs pyarrow)
     bioinstructqa  BioMistral/BioInstructQA: German-full.json of its data.zip, or the zip; its MedQA with four options
     medqa          MedQA's own layout, translated: phrases_no_exclude_{test,train}.jsonl
+
+A machine translation may turn two options into the same word, or lose one. Such a question has no right answer any more:
+it is left out and named. Where more than one in 20 of a file are so, the file is refused.
 """
 
 import argparse
 import csv
 import json
 import os
+import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -36,6 +40,7 @@ SUBJECTS = (
     "college_medicine",
 )
 N_DEV = 5
+DAMAGED = 0.05  # share of a file's questions that may be left out
 LETTERS = "ABCDE"
 Rows = Iterator[tuple[str, str, dict]]  # (split, subject, question); subject "" where a source has only one
 
@@ -86,18 +91,20 @@ def read_bioinstructqa(path: Path) -> Rows:
         rows = json.loads(path.read_text(encoding="utf-8"))
     for row in rows:
         if row["corpus_name"] == "MedQA":
-            options = row["options_translated"]
-            answer = list(options).index(row["correct_answer_letter"])
-            yield "test", "", made(row["identifier"], row["question_translated"], list(options.values()), answer)
+            options, answer = row["options_translated"], row["correct_answer_letter"]
+            yield (
+                "test",
+                "",
+                made(row["identifier"], row["question_translated"], [*options.values()], place(options, answer)),
+            )
 
 
 def read_medqa(path: Path) -> Rows:
     """question, options {letter: text}, answer_idx (a letter)."""
     split = "test" if "test" in path.stem else "dev"
     for number, row in enumerate(json_lines(path)):
-        options = row["options"]
-        answer = list(options).index(row["answer_idx"])
-        yield split, "", made(f"{path.stem}/{number}", row["question"], list(options.values()), answer)
+        options, answer = row["options"], row["answer_idx"]
+        yield split, "", made(f"{path.stem}/{number}", row["question"], [*options.values()], place(options, answer))
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,11 @@ def made(name: object, question: str, options: list[str], answer: int | str) -> 
         "options": [str(o).strip() for o in options],
         "answer": place,
     }
+
+
+def place(options: dict[str, str], letter: str) -> int:
+    """Where the letter stands among the options; -1 where it is none of them."""
+    return list(options).index(letter) if letter in options else -1
 
 
 def json_lines(path: Path) -> Iterator[dict]:
@@ -196,18 +208,24 @@ def download(name: str, patterns: list[str]) -> Path:
 
 
 def checked(path: Path, read: Callable[[Path], Rows]) -> Rows:
-    """The rows of a file. InputError naming the question that is damaged, or the file of another layout."""
-    number = 0
+    """The sound questions of a file; the others are named. InputError where they are many, or the layout is another."""
+    number, damaged = 0, []
     try:
         for split, subject, question in read(path):
             number += 1
-            if wrong := fault(question):
-                raise InputError(f"{path}: question {number} ({question['id']}): {wrong}")
-            yield split, subject, question
+            n_options = len(question["options"])
+            if wrong := fault(question) or (n_options != 4 and f"has {n_options} options, expected 4"):
+                damaged.append(f"{question['id']}: {wrong}")
+            else:
+                yield split, subject, question
     except (KeyError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise InputError(
             f"{path}: after question {number}: not as published ({type(error).__name__}: {error})"
         ) from None
+    if len(damaged) > number * DAMAGED:
+        raise InputError(f"{path}: {len(damaged)} of {number} questions are damaged, the first {damaged[0]}")
+    for what in damaged:
+        print(f"{path}: left out {what}", file=sys.stderr)
 
 
 def write_task(out: Path, name: str, splits: dict[str, list[dict]]) -> None:

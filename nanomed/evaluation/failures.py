@@ -101,13 +101,14 @@ def sample_line(side: str, sample: Sample, spoken: language.Language, sized: ver
 
 
 def spell(name: str, figure: dict | None) -> str:
-    """A figure with its interval, as people write it."""
+    """A figure with its interval, as people write it; without one where no resample differs, for that shows nothing."""
     if figure is None:
         return "–"
     scale, unit = (1, "") if name in PLAIN else (100, " %")
     low, high = figure["ci"]
     digits = 2 if name == "ratio_to_ref" else 1
-    return f"{scale * figure['value']:.{digits}f}{unit} [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
+    spread = f" [{scale * low:.{digits}f}, {scale * high:.{digits}f}]" if low < high else ""
+    return f"{scale * figure['value']:.{digits}f}{unit}{spread}"
 
 
 def print_results(r: dict) -> None:

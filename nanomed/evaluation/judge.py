@@ -33,6 +33,7 @@ from nanomed.evaluation.record import finish_run, open_run
 from nanomed.evaluation.win_rate import summarise
 
 PROMPT = Path(__file__).resolve().parents[2] / "data" / "tasks" / "judge-de-v1.toml"
+UNREADABLE = 0.1  # share of verdicts from which on a warning is due
 N_AGAIN = 2  # times that an unreadable verdict is asked for again
 VERDICT = re.compile(r"URTEIL\W{0,8}(1|2|GLEICH)(?!\w)", re.IGNORECASE)
 FAMILIES = {  # a part of the name, in lower case → who trained it
@@ -84,16 +85,29 @@ def run(args: argparse.Namespace) -> None:
     games = play(pairs, prompt, settings, args.url, out / "answers.sqlite", how)
     worth = [decide(first["winner"], second["winner"]) for first, second in zip(games[::2], games[1::2], strict=True)]
     write_games(out / "games.jsonl", games)
+    behaviour = orders(games)
+    if behaviour["unreadable"] == len(games):
+        raise InputError(f"the judge {args.judge} gave no verdict that can be read, {cut_replies(behaviour, args)}; its words "
+                         f"are in {out / 'games.jsonl'}; take a stronger judge, and another --out")  # fmt: skip
     results = {"a": a, "b": b, "judge": args.judge, "prompt": prompt.version}
     lengths = [[len(pair[i].answer) for pair in pairs] for i in (0, 1)]
-    results |= summarise(worth, *lengths) | orders(games)
+    results |= summarise(worth, *lengths) | behaviour
     results["points"] = [{"id": pair[0].id, "worth": w, "length_a": la, "length_b": lb}
                          for pair, w, la, lb in zip(pairs, worth, *lengths, strict=True)]  # fmt: skip
     results |= {"cut": {key: sum(pair[i].finish_reason == "length" for pair in pairs) for i, key in enumerate("ab")},
                 "samples": "games.jsonl"}  # fmt: skip
     finish_run(out, results)
     print_results(results)
+    if behaviour["unreadable"] > len(games) * UNREADABLE:
+        print(f"warning: {behaviour['unreadable']} of {len(games)} verdicts cannot be read and count as no decision, "
+              f"{cut_replies(behaviour, args)}: these rates say little", file=sys.stderr)  # fmt: skip
     print(f"{out}: every verdict is in games.jsonl")
+
+
+def cut_replies(behaviour: dict, args: argparse.Namespace) -> str:
+    """The commonest reason why verdicts cannot be read, in words."""
+    n_replies = behaviour["games"] + behaviour["asked_again"]
+    return f"{behaviour['replies_cut']} of its {n_replies} replies being cut at --max-tokens {args.max_tokens}"
 
 
 # --- the prompt ----------------------------------------------------------------------------------------------------
@@ -149,7 +163,7 @@ def play(
     pairs: list[tuple[Sample, Sample]], prompt: Prompt, settings: dict, url: str, cache: Path, how: dict
 ) -> list[dict]:
     """Both games of every prompt, in order. Verdicts that cannot be read are asked for again, all in one round."""
-    games = [{"id": a.id, "first": first, "messages": prompt.messages(a.question, *texts), "replies": []}
+    games = [{"id": a.id, "first": first, "messages": prompt.messages(a.question, *texts), "replies": [], "cut": 0}
              for a, b in pairs
              for first, texts in (("a", (a.answer, b.answer)), ("b", (b.answer, a.answer)))]  # fmt: skip
     todo = list(range(len(games)))
@@ -159,6 +173,7 @@ def play(
         answers: dict[int, Answer] = dict(ask(requests, url, cache, len(todo), desc=desc, **how))
         for i in todo:
             games[i]["replies"].append(answers[i].text)
+            games[i]["cut"] += answers[i].finish_reason == "length"
         todo = [i for i in todo if parse(games[i]["replies"][-1]) is None]
         if not todo:
             break
@@ -190,7 +205,7 @@ def orders(games: list[dict]) -> dict:
         "consistency": sum(x == y for x, y in read) / len(read) if read else None,
         "first_position_rate": sum(g["winner"] == g["first"] for g in decided) / len(decided) if decided else None,
         "unreadable": sum(game["winner"] is None for game in games), "games": len(games),
-        "asked_again": sum(len(game["replies"]) - 1 for game in games),
+        "asked_again": sum(len(game["replies"]) - 1 for game in games), "replies_cut": sum(game["cut"] for game in games),
     }  # fmt: skip
 
 
@@ -221,11 +236,12 @@ def warnings(pairs: list[tuple[Sample, Sample]], a: str, b: str, judge: str) -> 
 
 def print_results(r: dict) -> None:
     """Rates and their difference, and only then the ratio."""
-    show = lambda value, ci: f"{value:.1%} [{ci[0]:.1%}, {ci[1]:.1%}]"  # noqa: E731
+    show = lambda value, ci: "-" if value is None else f"{value:.1%} [{ci[0]:.1%}, {ci[1]:.1%}]"  # noqa: E731
     print(f"{r['a']} against {r['b']}, {r['n']} prompts, judged by {r['judge']} in both orders")
     print(f"  win {r['win']:.1%}, tie {r['tie']:.1%}, loss {r['loss']:.1%}")
     print(f"  win rate           {show(r['win_rate'], r['ci'])}")
-    print(f"  at equal lengths   {show(r['length_controlled'], r['length_controlled_ci'])}")
+    why = " (one side is nearly always the longer)" if r["length_controlled"] is None else ""
+    print(f"  at equal lengths   {show(r['length_controlled'], r['length_controlled_ci'])}{why}")
     low, high = (100 * x for x in r["difference_ci"])
     print(f"  win - loss         {100 * r['difference']:+.1f} points [{low:+.1f}, {high:+.1f}]")
     print(f"  ratio              {r['ratio']:.2f}" if r["ratio"] is not None else "  ratio              B won nothing")

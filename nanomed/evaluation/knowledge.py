@@ -91,7 +91,8 @@ def run(args: argparse.Namespace) -> None:
     models = named_models(args.models)
     out = args.out or Path("runs/eval") / f"knowledge-{next(iter(models))}"
     folders = [tasks.FOLDER] if tasks.FOLDER.is_dir() else []
-    group = tasks.find_tasks(args.tasks.split(","), [*folders, *args.task_path], args.include_defaults)
+    args.task_path = [*folders, *args.task_path]
+    group = tasks.find_tasks(args.tasks.split(","), args.task_path, args.include_defaults)
     seeds = list(range(args.seeds if args.shots else 1))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
@@ -122,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
     results["lm_eval"] = [command(path, out, args, dtype, group.tasks()) for path in models.values()]
     from nanomed.evaluation import figure  # matplotlib, a second
 
-    figure.draw(results, out / "accuracy.svg")
+    (out / "accuracy.svg").write_text(figure.draw(results), encoding="utf-8")
     record.finish_run(out, results)
     print(accuracy.table(results), f"{out}: results.json, accuracy.svg, samples/", "the same by lm-eval:", sep="\n")
     print(*results["lm_eval"], sep="\n")
@@ -183,8 +184,14 @@ def score(lm: DecoderLM, task: Task, out: Path, seeds: list[int], args: argparse
     lines = []
     for seed in seeds:
         print(f"{lm.folder}: {task.name}, shots {args.shots}, seed {seed}", file=sys.stderr)
-        manager = TaskManager(include_path=out / "tasks" / f"seed-{seed}", include_defaults=task.test is None)
-        loaded = manager.load([task.name])
+        if task.test:  # as this run has prepared it
+            manager = TaskManager(include_path=out / "tasks" / f"seed-{seed}", include_defaults=False)
+        else:
+            manager = tasks.manager(tuple(args.task_path), args.include_defaults)
+        try:
+            loaded = manager.load([task.name])
+        except (ImportError, KeyError, ValueError) as error:  # OSError, as without a network, speaks for itself
+            raise InputError(f"{task.name}: lm-eval cannot load it ({_first_line(error)})") from error
         (leaf,) = loaded["tasks"].values()
         if (
             task.test is None and leaf.get_config("num_fewshot") != 0
@@ -207,6 +214,10 @@ def score(lm: DecoderLM, task: Task, out: Path, seeds: list[int], args: argparse
         )
         lm.cut.clear()
     return lines
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def sample_line(lm: DecoderLM, name: str, sample: dict, seed: int) -> dict:
@@ -252,7 +263,8 @@ def command(path: Path, out: Path, args: argparse.Namespace, dtype: str, wanted:
     flags = f" --num_fewshot {args.shots}" if any(task.test is None for task in wanted) else ""
     flags += " --apply_chat_template --fewshot_as_multiturn" if args.chat else ""
     flags += f" --limit {args.limit}" if args.limit else ""
+    folder = out / "tasks" / "seed-0" if any(task.test for task in wanted) else args.task_path[-1]
     return (
-        f"lm-eval run --model hf --model_args pretrained={path},dtype={dtype} --include_path {out / 'tasks' / 'seed-0'} "
+        f"lm-eval run --model hf --model_args pretrained={path},dtype={dtype} --include_path {folder} "
         f"--tasks {names} --batch_size 8{flags}"
     )

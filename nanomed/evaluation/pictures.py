@@ -1,6 +1,7 @@
 """The report's pictures, each an SVG string: same numbers, same bytes."""
 
 import io
+from itertools import cycle
 
 import matplotlib
 import numpy as np
@@ -9,10 +10,6 @@ from matplotlib.figure import Figure
 
 from nanomed.evaluation.win_rate import fit
 
-PAPER = {  # arXiv 2604.19394: mean of MMLU-de (medical) and MedQA-de, in per cent; other models than those of the runs
-    "BioMistral-7B": 43.55, "BioMistral-7B-SLERP": 48.22, "Mistral-7B-Instruct": 49.73,
-    "DeFineMed-Mistral-7B-SLERP": 56.46, "Qwen2.5-7B-Instruct": 59.08, "DeFineMed-Qwen2.5-7B": 64.91,
-}  # fmt: skip
 BLUE, GREY, RED = "#2f6f9f", "#999999", "#b5523b"
 
 
@@ -42,31 +39,15 @@ def bars(axes, rows: list[tuple[str, float, list[float], str]]) -> None:
     axes.set_yticks(range(len(rows)), [label for label, *_ in rows], size=8)
 
 
-def accuracy(rows: list[tuple[str, float, list[float]]]) -> str:
-    """Bars of (model and task, accuracy, interval), and below them the paper's numbers as marks."""
-    figure, axes = canvas(9, 1.3 + 0.28 * (len(rows) + len(PAPER)))
-    bars(axes, [(label, 100 * value, [100 * x for x in ci], BLUE) for label, value, ci in rows])
-    ys = range(len(rows) + 1, len(rows) + 1 + len(PAPER))
-    axes.plot([*PAPER.values()], ys, "D", color=RED, ms=5)
-    for y, value in zip(ys, PAPER.values(), strict=True):
-        axes.text(value + 1.5, y, f"{value:.1f}", va="center", size=8, color=RED)
-    labels = [label for label, *_ in rows] + [f"the paper's {name}" for name in PAPER]
-    axes.set_yticks([*range(len(rows)), *ys], labels, size=8)
-    axes.set(xlim=(0, 105), xlabel="accuracy, %")
-    axes.invert_yaxis()
-    axes.set_title("Accuracy with 95 % interval. Red: the paper's averages of MMLU-de (medical) and MedQA-de,\n"
-                   "of other models: a mark to orient by, not a comparison", size=9, loc="left")  # fmt: skip
-    return svg(figure)
-
-
 def win_rates(rows: list[tuple[str, dict]]) -> str:
     """For each comparison (label, results of judge) the rate and the rate at equal lengths."""
     figure, axes = canvas(9, 1.2 + 0.6 * len(rows))
     lines = []
     for label, r in rows:
         lines.append((label, 100 * r["win_rate"], [100 * x for x in r["ci"]], BLUE))
-        controlled = [100 * x for x in r["length_controlled_ci"]]
-        lines.append(("at equal lengths", 100 * r["length_controlled"], controlled, GREY))
+        if r["length_controlled"] is not None:
+            controlled = [100 * x for x in r["length_controlled_ci"]]
+            lines.append(("at equal lengths", 100 * r["length_controlled"], controlled, GREY))
     bars(axes, lines)
     axes.axvline(50, color="0.6", lw=1, ls="--", zorder=0)
     axes.set(xlim=(0, 110), xticks=range(0, 101, 20), xlabel="win rate, % (a tie is half a win)")
@@ -83,8 +64,7 @@ def length_and_win(label: str, points: list[dict]) -> str:
     theta, gamma = fit(worth, np.tanh(difference / scale), np.ones((1, len(points))))
     jitter = 0.04 * np.sin(12.9898 * np.arange(len(points)))  # points on one another part; always the same way
     axes.plot(difference, worth + jitter, "o", ms=4, alpha=0.5, color=BLUE, mew=0)
-    edge = max(np.abs(difference).max(), 1.0)
-    x = np.linspace(-edge, edge, 200)
+    x = np.linspace(min(difference.min(), 0), max(difference.max(), 0), 200)
     axes.plot(x, 1 / (1 + np.exp(-(theta + gamma * np.tanh(x / scale)))), color=RED, lw=1.2)
     axes.axvline(0, color="0.8", lw=1, zorder=0)
     axes.set_yticks([0, 0.5, 1], ["lost", "tie", "won"])
@@ -96,7 +76,7 @@ def length_and_win(label: str, points: list[dict]) -> str:
 def against_t(curves: dict[str, list[tuple[float, dict]]]) -> str:
     """One curve for each figure: (t, {value, ci}) of the models whose t is known."""
     figure, axes = canvas(7, 3.4)
-    for (label, points), style in zip(curves.items(), ("o-", "s--", "^:", "D-."), strict=False):
+    for (label, points), style in zip(curves.items(), cycle(("o-", "s--", "^:", "D-.")), strict=False):
         t, found = zip(*sorted(points, key=lambda point: point[0]), strict=True)
         value = 100 * np.array([f["value"] for f in found])
         low, high = (np.abs(100 * np.array([f["ci"][i] for f in found]) - value) for i in (0, 1))

@@ -18,9 +18,9 @@ from nanomed.evaluation.failures import LABELS, spell
 from nanomed.hf import read_json
 
 KINDS = ("knowledge", "generate", "judge", "failures")
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:960px;margin:2em auto;padding:0 1em;color:#222}
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0;font-size:13px}td,th{border-bottom:1px solid #ddd;padding:4px 10px;text-align:left}
-th{border-bottom:2px solid #888}svg{max-width:100%;height:auto}h2{margin-top:2em}a{color:#2f6f9f}"""
+th{border-bottom:2px solid #888}figure{margin:1em 0}svg{max-width:100%;height:auto}h2{margin-top:2em}a{color:#2f6f9f}"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,10 @@ def run(args: argparse.Namespace) -> None:
     """The command; InputError for a folder that is no finished run."""
     if args.out.is_file():
         raise InputError(f"--out {args.out}: is a file, expected a folder")
-    runs = [read_run(path) for path in dict.fromkeys(args.runs)]
+    folders = {path.resolve(): path for path in args.runs if not path.is_file()}  # RUN/* holds files of answers too
+    runs = [read_run(path) for path in folders.values()]
+    if not runs:
+        raise InputError(f"{args.runs[0]}: is a file, expected a folder that eval.py wrote")
     args.out.mkdir(parents=True, exist_ok=True)
     sections = []
     for kind, section in (("knowledge", knowledge), ("judge", judge), ("failures", failures), ("generate", generated)):
@@ -68,28 +71,34 @@ def read_run(path: Path) -> dict:
 
 
 def knowledge(runs: list[dict], out: Path) -> list[tuple]:
-    """Accuracy of every model on every task."""
-    from nanomed.evaluation import pictures  # matplotlib, a second
+    """Accuracy of every model on every task: a picture a run, and one table."""
+    from nanomed.evaluation import figure  # matplotlib, a second
 
-    rows, marks = [], []
-    for about in runs:
-        for model in about["results"]["models"]:
-            for task in model["tasks"]:
-                samples = link(task["n"], about["path"] / "samples" / model["name"] / f"{task['task']}.jsonl", out)
-                gap = task.get("difference")
-                delta, low, high = (100 * x for x in (gap["delta"], *gap["ci"])) if gap else (0, 0, 0)
-                change = f"{delta:+.1f} [{low:+.1f}, {high:+.1f}], p = {gap['mcnemar_p']:.2g}" if gap else "–"
-                rows.append([model["name"], task["task"], str(task["shots"]), samples,
-                             rate(task["accuracy"], task["ci"]), change])  # fmt: skip
-                marks.append((f"{model['name']}, {task['task']}, {task['shots']} shots", task["accuracy"], task["ci"]))
-            group = model.get("group") or about["results"].get("group")
-            for entry in group if isinstance(group, list) else [group] if group and group.get("macro") else []:
-                if entry.get("model", model["name"]) == model["name"] and len(model["tasks"]) > 1:
-                    rows.append(
-                        [model["name"], f"{entry['name']} (macro)", "", "", rate(entry["macro"], entry["ci"]), "–"]
-                    )
-    header = ["model", "task", "shots", "questions", "accuracy", "to the first model, points"]
-    return [("Knowledge", [("picture", "accuracy", pictures.accuracy(marks)), ("table", header, rows)])]
+    rows, pictures = [], []
+    for number, about in enumerate(runs, 1):
+        models, path, shots = about["results"]["models"], about["path"], str(about["config"]["shots"])
+        pictures += [("text", f"{path.name}, {shots} shots:")]
+        pictures += [("picture", f"accuracy-{number}", figure.draw(about["results"], paper=True))]
+        for same in zip(*(model["tasks"] for model in models), strict=True):  # a task, by every model
+            for model, task in zip(models, same, strict=True):
+                questions = link(task["n"], path / "samples" / model["name"] / f"{task['task']}.jsonl", out)
+                rows.append([task["task"], shots, model["name"], questions, *compared(task["accuracy"], task)])
+        for model in models:
+            if group := model["group"]:
+                rows.append([f"{group['name']}, macro", shots, model["name"], "", *compared(group["macro"], group)])
+    header = ["task", "shots", "model", "questions", "accuracy", "to the first model, points"]
+    note = ("text", "Intervals: 95 %; p: McNemar's exact test on the same questions. The paper's averages of MMLU-de (medical) "
+            "and MedQA-de are of other models and questions: marks to orient by, not a comparison.")  # fmt: skip
+    return [("Knowledge", [*pictures, ("table", header, rows), note])]
+
+
+def compared(value: float, entry: dict) -> tuple[str, str]:
+    """An accuracy with its interval, and its difference to the first model."""
+    if not (gap := entry["difference"]):
+        return rate(value, entry["ci"]), "–"
+    delta, low, high = (100 * x for x in (gap["delta"], *gap["ci"]))
+    p = f", p = {gap['mcnemar_p']:.2g}" if "mcnemar_p" in gap else ""
+    return rate(value, entry["ci"]), f"{delta:+.1f} [{low:+.1f}, {high:+.1f}]{p}"
 
 
 def judge(runs: list[dict], out: Path) -> list[tuple]:
@@ -103,7 +112,8 @@ def judge(runs: list[dict], out: Path) -> list[tuple]:
         share = lambda value: "–" if value is None else f"{100 * value:.0f} %"  # noqa: E731
         rows.append([label, short(r["judge"]), link(r["n"], about["path"] / r.get("samples", "games.jsonl"), out),
                      " / ".join(share(r[key]) for key in ("win", "tie", "loss")), rate(r["win_rate"], r["ci"]),
-                     rate(r["length_controlled"], r["length_controlled_ci"]), share(r["consistency"]),
+                     "–" if r["length_controlled"] is None else rate(r["length_controlled"], r["length_controlled_ci"]),
+                     share(r["consistency"]),
                      share(r["first_position_rate"]), f"{r['unreadable']}"])  # fmt: skip
         if r.get("points"):
             blocks.append(("picture", f"length-{number}", pictures.length_and_win(label, r["points"])))
@@ -114,19 +124,14 @@ def judge(runs: list[dict], out: Path) -> list[tuple]:
 
 
 def failures(runs: list[dict], out: Path) -> list[tuple]:
-    """One column a model, one line a figure."""
+    """One column a model, references before what was compared with them; one line a figure."""
     columns: dict[str, dict] = {}
     for about in runs:
-        r = about["results"]
-        columns[short(r["a"])] = {
-            "n": link(r["n"], about["path"] / "samples.jsonl", out),
-            **r["language"],
-            **r["verbosity"],
-        }
-        if r.get("of_ref"):
-            columns.setdefault(
-                short(r["ref"]), {"n": str(r["n"]), **r["of_ref"]["language"], **r["of_ref"]["verbosity"]}
-            )
+        r, n = about["results"], link(about["results"]["n"], about["path"] / "samples.jsonl", out)
+        if r["ref"]:
+            columns.setdefault(short(r["ref"]), {"n": n, **r["of_ref"]["language"], **r["of_ref"]["verbosity"]})
+        name = short(r["a"]) if short(r["a"]) not in columns else f"{short(r['a'])} ({about['path'].name})"
+        columns[name] = {"n": n, **r["language"], **r["verbosity"]}
     names = [name for name in LABELS if any(name in column for column in columns.values())]
     rows = [["answers", *(column["n"] for column in columns.values())]]
     rows += [[LABELS[name], *(spell(name, column.get(name)) for column in columns.values())] for name in names]
@@ -142,8 +147,8 @@ def failures(runs: list[dict], out: Path) -> list[tuple]:
 def generated(runs: list[dict], out: Path) -> list[tuple]:
     """The answers themselves, linked."""
     rows = [[short(r["results"]["model"]), link(r["results"]["n"], r["path"].parent / r["results"]["answers"], out),
-             str(r["results"]["cut"]), f"{r['config']['max_new_tokens']}"] for r in runs]  # fmt: skip
-    return [("Answers", [("table", ["model", "answers", "cut", "tokens at most"], rows)])]
+             r["config"]["where"], str(r["results"]["cut"]), f"{r['config']['max_new_tokens']}"] for r in runs]  # fmt: skip
+    return [("Answers", [("table", ["model", "answers", "where", "cut", "tokens at most"], rows)])]
 
 
 def over_t(runs: list[dict]) -> list[tuple]:
@@ -185,9 +190,12 @@ def shares_of(models: set[str]) -> dict[str, float]:
 
 def provenance(runs: list[dict], out: Path) -> tuple:
     """Where every number comes from."""
-    rows = [[link(str(r["path"]), r["path"] / "run.json", out), r["kind"], (r.get("git_commit") or "–")[:12], r["created"],
-             ", ".join(f"{k} {v}" for k, v in r["versions"].items())] for r in runs]  # fmt: skip
-    return ("Runs", [("table", ["run", "kind", "commit", "begun", "versions"], rows)])
+    rows = []
+    for r in runs:
+        versions = ", ".join(f"{name} {version}" for name, version in r["versions"].items())
+        commit, begun = (r.get("git_commit") or "–")[:12], r["created"][:16].replace("T", " ")
+        rows.append([link(str(r["path"]), r["path"] / "run.json", out), r["kind"], commit, begun, versions])
+    return ("Runs", [("table", ["run", "kind", "commit", "begun, UTC", "versions"], rows)])
 
 
 # --- words ---------------------------------------------------------------------------------------------------------

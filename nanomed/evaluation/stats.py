@@ -38,8 +38,12 @@ def interval(means: np.ndarray) -> tuple[float, float]:
 
 
 def paired_bootstrap(a: np.ndarray, b: np.ndarray) -> tuple[float, tuple[float, float]]:  # (n,) twice
-    """mean(a) - mean(b) on the same questions, and its 95 % interval."""
+    """mean(a) - mean(b) on the same questions, and its 95 % interval. Where no question tells them apart, resampling
+    shows no spread, and the exact binomial bound on how many may stands in."""
     difference = np.asarray(a, float) - np.asarray(b, float)
+    if not difference.any():
+        others = 1 - 0.025 ** (1 / len(difference))
+        return 0.0, (-others, others)
     return float(difference.mean()), interval(resampled_means(difference))
 
 

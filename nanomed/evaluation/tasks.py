@@ -8,6 +8,7 @@ run's own: absolute paths, the shots written out, the cue as asked. It lies in t
 
 import random
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -54,15 +55,21 @@ class Group:
         return [t for c in self.children for t in (c.tasks() if isinstance(c, Group) else [c])]
 
 
+@cache
+def manager(folders: tuple[Path, ...], defaults: bool) -> TaskManager:
+    """lm-eval's index of the tasks in the folders, and with defaults of its own 14,000 (9 seconds, hence kept)."""
+    return TaskManager(include_path=list(folders), include_defaults=defaults)
+
+
 def find_tasks(names: list[str], folders: list[Path], defaults: bool) -> Group:
     """The wanted tasks and groups as one group: the one that was asked for, or one without a name.
 
-    defaults: also lm-eval's own 14,000 (9 seconds). InputError for an unknown name.
+    defaults: also lm-eval's own. InputError for an unknown name.
     """
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"--task-path {folder}: no such folder")
-    index = TaskManager(include_path=folders, include_defaults=defaults).task_index
+    index = manager(tuple(folders), defaults).task_index
     found = [_find(name, index) for name in names]
     group = found[0] if len(found) == 1 and isinstance(found[0], Group) else Group("", tuple(found), False)
     leaves = [task.name for task in group.tasks()]

@@ -9,7 +9,7 @@ arXiv 2404.04475), without its term for the prompt's difficulty, which needs man
 
     P(A wins) = sigmoid(theta + gamma tanh((length_a - length_b) / s)),  s the standard deviation of the differences
 
-fitted to the prompts' worths; the rate is sigmoid(theta), read where the difference is 0.
+fitted to the prompts' worths; the rate is sigmoid(theta), read where the difference is 0, if both sides of it were seen.
 """
 
 from collections.abc import Callable
@@ -34,12 +34,12 @@ def interval(statistic: Callable[[np.ndarray], np.ndarray], n: int) -> list[floa
 
 
 def mean_interval(values: np.ndarray) -> list[float]:
-    """Of the mean of numbers in [0, 1]. Where all are 0 or all are 1 no resample differs, and the exact binomial bound
-    stands in: with 12 prompts won out of 12 the rate may well be 0.74."""
-    n = len(values)
-    if np.ptp(values) == 0 and values[0] in (0, 1):
-        bound = ((1 - LEVEL) / 2) ** (1 / n)
-        return [bound, 1.0] if values[0] == 1 else [0.0, 1 - bound]
+    """Of the mean of numbers in [0, 1]. Where all are alike no resample differs, and the exact binomial bound on how many
+    others there may be stands in: with 12 prompts won out of 12 the rate may well be 0.74."""
+    n, value = len(values), float(values[0])
+    if np.ptp(values) == 0:
+        others = 1 - ((1 - LEVEL) / 2) ** (1 / n)
+        return [value - others * value, value + others * (1 - value)]
     return interval(lambda weights: weights @ values / n, n)
 
 
@@ -69,9 +69,16 @@ def geometric_ratio(top: list[float], bottom: list[float]) -> dict:
     return {"value": float(np.exp(found["value"])), "ci": [float(x) for x in np.exp(found["ci"])]}
 
 
-def length_controlled(worth: np.ndarray, length_a: np.ndarray, length_b: np.ndarray) -> tuple[float, list[float]]:
-    """(rate at equal lengths, its interval). worth: 1, 0.5 or 0 for each prompt; lengths in characters."""
+def length_controlled(
+    worth: np.ndarray, length_a: np.ndarray, length_b: np.ndarray
+) -> tuple[float | None, list[float] | None]:
+    """(rate at equal lengths, its interval). worth: 1, 0.5 or 0 for each prompt; lengths in characters. (None, None) where
+    one side is longer in more than 19 of 20 prompts: equal lengths are then outside of what was seen."""
+    if np.ptp(worth) == 0:  # length explains nothing
+        return float(worth[0]), mean_interval(worth)
     difference = np.asarray(length_a, dtype=np.float64) - length_b
+    if max((difference > 0).mean(), (difference < 0).mean()) > 0.95:
+        return None, None
     x = np.tanh(difference / (difference.std() or 1.0))
     rate = lambda weights: 1 / (1 + np.exp(-fit(worth, x, weights)[0]))  # noqa: E731
     return float(rate(np.ones((1, len(x))))[0]), interval(rate, len(x))
