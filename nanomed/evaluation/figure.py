@@ -75,6 +75,7 @@ def _letters(axes, models: list[dict]) -> None:
         axes.bar(x, 100 * total / total.sum(), 0.92 * width, color=colour, label=label)
     axes.set(title="Letter chosen", ylabel="% of questions", xticks=range(n), xticklabels="ABCDEFGHIJ"[:n])
     axes.margins(y=0.35)  # for the legend
+    axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= 100])
     axes.legend(frameon=False, fontsize=8)
 
 
