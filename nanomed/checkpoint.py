@@ -19,10 +19,8 @@ import json
 import math
 import os
 import shutil
-import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -70,7 +68,7 @@ class Checkpointer:
         # Its own group: the writing threads must not mix their messages with the training's.
         self._group = dist.new_group(backend="gloo", timeout=SLOW_TIMEOUT)
         self._pending: tuple[Path, Future] | None = None
-        self._sealer = ThreadPoolExecutor(1, initializer=_give_way)
+        self._sealer = ThreadPoolExecutor(1)
 
     def _state(self) -> dict:
         """Everything that is saved, by parameter name; tensors share the live memory."""
@@ -146,9 +144,7 @@ class Checkpointer:
             path.mkdir(parents=True)
             write_durably(path / "state.json", json.dumps({"step": step}))
         dist.barrier(group=self._group)
-        # From that thread, for the one that torch writes in inherits its low priority. Here the copying is waited for.
-        begin = partial(dcp.async_save, self._state(), checkpoint_id=path, process_group=self._group)
-        written = self._sealer.submit(begin).result()
+        written = dcp.async_save(self._state(), checkpoint_id=path, process_group=self._group)
         self._pending = path, self._sealer.submit(self._digests, path, written)
         self.step = step
 
@@ -208,12 +204,6 @@ class Checkpointer:
                 )  # first, so that a kill half-way leaves nothing that looks whole
                 # In a thread: removing 100 GB takes a while, and the other ranks already wait in the next step.
                 threading.Thread(target=shutil.rmtree, args=(path,), kwargs={"ignore_errors": True}).start()
-
-
-def _give_way() -> None:
-    """Of this thread and those it starts: the training's own threads come first. (Elsewhere it would slow the process.)"""
-    if sys.platform == "linux":
-        os.nice(19)
 
 
 def _sha256(path: Path) -> str:

@@ -9,11 +9,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
 
+import gc
 import importlib.util
 import json
 import random
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+import train
 from nanomed.batches import Batch
 from nanomed.bins import ShardWriter, settings_of, tokenizer_sha256, write_manifest
 from nanomed.kernels.linear_cross_entropy import IGNORED
@@ -180,3 +183,41 @@ def read_losses(out: Path) -> list[float]:
     rows = [r for r in rows if "loss" in r]
     assert [r["step"] for r in rows] == list(range(1, len(rows) + 1))
     return [r["loss"] for r in rows]
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """train.py's main in this process; False if it ended with exit status 1."""
+
+    def run(flags: list[str]) -> bool:
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+        status = 0
+        try:
+            train.main()
+        except SystemExit as exit_:
+            status = exit_.code
+        assert gc.isenabled()
+        assert status in (0, 1)
+        return status == 0
+
+    return run
+
+
+def rows_of(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tiny, tmp_path_factory):
+    """A whole run; its folder."""
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *tiny.flags(out)])
+        train.main()
+    return out
+
+
+def send(number: int) -> None:
+    """To this process; and time for the thread that notes it."""
+    os.kill(os.getpid(), number)
+    time.sleep(0.05)

@@ -1,0 +1,52 @@
+"""Damaged checkpoints."""
+
+import os
+import shutil
+
+import pytest
+
+from conftest import read_losses
+from nanomed.checkpoint import whole
+
+
+def flip(path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "a bit of the weights": lambda folder: flip(next(folder.glob("*.distcp"))),
+    "half a file": lambda folder: os.truncate(next(folder.glob("*.distcp")), 20_000),
+    "no index": lambda folder: (folder / ".metadata").unlink(),
+    "DONE": lambda folder: (folder / "DONE").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over(how, tiny, run, undisturbed, tmp_path, capsys):
+    """Said in one line; it counts no longer, so that it rotates no sound one out; and the run ends as if nothing had been."""
+    out = shutil.copytree(undisturbed, tmp_path / "run")
+    shutil.rmtree(out / "hf")
+    older, newest = (path for _, path in whole(out / "checkpoints"))
+    DAMAGE[how](newest)
+    assert run(tiny.flags(out, keep=1, checkpoint_every=18))
+    stderr = capsys.readouterr().err
+    assert len([line for line in stderr.splitlines() if f"{newest}: cannot be read (" in line]) == 1
+    assert f"resuming from {older}" in stderr
+    assert read_losses(out) == read_losses(undisturbed)
+    assert (out / "hf" / "model.safetensors").read_bytes() == (undisturbed / "hf" / "model.safetensors").read_bytes()
+    assert [step for step, _ in whole(out / "checkpoints")] == [20]
+
+
+def test_no_sound_checkpoint_at_all(tiny, run, undisturbed, tmp_path, capsys):
+    """Not the beginning of a new run in its place."""
+    out = shutil.copytree(undisturbed, tmp_path / "run")
+    shutil.rmtree(out / "hf")
+    for _, path in whole(out / "checkpoints"):
+        flip(next(path.glob("*.distcp")))
+    metrics = (out / "metrics.jsonl").read_text()
+    assert not run(tiny.flags(out))
+    assert f"error: {out}/checkpoints: none of its 2 checkpoints can be read" in capsys.readouterr().err
+    assert (out / "metrics.jsonl").read_text() == metrics
+    assert len(whole(out / "checkpoints")) == 2
