@@ -19,7 +19,7 @@ The general documents of the crawl state the facts that the base model has read,
 an annotator: data/annotate.py needs a language model that can read, which no laptop has.
 
 Why so few facts: a model of 2.6 million parameters learns one from about a hundred readings, and two CPU cores read
-some 4,000 tokens a second. With 159 diseases of nine facts, twenty readings each, it knew 8 points more, and had
+some 4,000 tokens a second. With 80 diseases of nine facts to learn, some twenty readings each, it knew 8 points more, and had
 forgotten everything else; 40 diseases of five facts fill the same minutes with four times as many readings of each.
 
 Cost: about 15 seconds on one core, half of it the import of transformers. The same seed gives the same texts.
