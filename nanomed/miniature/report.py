@@ -44,7 +44,7 @@ def draw(results: dict, path: Path) -> None:
     left.text(0.02, 26, "chance", ha="left", color="0.4", fontsize=8)
     best = models[results["best"]]["t"]
     left.axvline(best, color="0.85", lw=6, zorder=0)
-    left.set_xticks(ts, ["base" if t == 0 else "continued" if t == 1 else f"{t:g}" for t in ts])
+    left.set_xticks(ts, ["base" if t == 0 else "\ncontinued" if t == 1 else f"{t:g}" for t in ts])
     left.set(title="Merged at t", xlabel=f"t (best: {best:g})", ylabel="%", ylim=(0, 103))
     meter = results["meter"]
     for name, label in (("med", "medicine, held out"), ("general", "general text")):
