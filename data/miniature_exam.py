@@ -37,7 +37,7 @@ TASKS = {  # the request, and the parts of its answer. One word: tasks with two 
     "Wiederhole: {a}.": lambda a: [a, a],
     "Verdreifache: {a}.": lambda a: [a, a, a],
 }
-QUESTION_SHARE = 0.2  # of the instructions ask a general question
+QUESTION_SHARE = 0.2  # of the instructions ask a question
 
 ASKED = {  # the fact asked for, in words that no template of medicine.txt uses
     "organ": "Welches Organ ist krank, wenn jemand an {name:dem} leidet?",
@@ -69,14 +69,14 @@ def asked(rng: random.Random, table: Table, row: Row, column: str) -> tuple[str,
 
 
 def instructions(
-    seed: int, tables: list[Table], n: int, question_share: float = QUESTION_SHARE, taboo: frozenset[str] = frozenset()
+    seed: int, tables: list[Table], n: int, taboo: frozenset[str] = frozenset()
 ) -> Iterator[tuple[str, str]]:
     """n different (prompt, answer), none of them a prompt in `taboo`; tables: what the questions among them are about."""
     rng, about, seen = random.Random(f"{seed}/instructions"), words(miniature.tables("general")), set(taboo)
     for _ in range(100 * n):
         if len(seen) == n + len(taboo):
             return
-        if rng.random() < question_share:
+        if rng.random() < QUESTION_SHARE:
             table = rng.choice(tables)
             row = rng.choice(table.rows)
             prompt, answer = asked(rng, table, row, rng.choice([c for c in table.columns if c in row]))

@@ -25,7 +25,6 @@ from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-import train
 from nanomed.batches import Batch
 from nanomed.bins import ShardWriter, settings_of, tokenizer_sha256, write_manifest
 from nanomed.kernels.linear_cross_entropy import IGNORED
@@ -188,6 +187,7 @@ def read_losses(out: Path) -> list[float]:
 @pytest.fixture
 def run(monkeypatch):
     """train.py's main in this process; False if it ended with exit status 1."""
+    import train  # seconds, which tests of other parts do without
 
     def run(flags: list[str]) -> bool:
         monkeypatch.setattr(sys, "argv", ["train.py", *flags])
@@ -210,6 +210,8 @@ def rows_of(out) -> list[dict]:
 @pytest.fixture(scope="session")
 def undisturbed(tiny, tmp_path_factory):
     """A whole run; its folder."""
+    import train
+
     out = tmp_path_factory.mktemp("runs") / "undisturbed"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *tiny.flags(out)])

@@ -7,12 +7,10 @@ model, the merges by t, and the continued model; beside it what forgetting costs
 import html
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from nanomed.evaluation.figure import PAPER
+from nanomed.evaluation.pictures import svg
 
 NOTES = """The paper (arXiv 2604.19394) continues 7B and 24B instruct models on 7.3 million medical web documents and merges
 them back by SLERP: the domain's accuracy rises, instruction following suffers in between, and the merge recovers it.
@@ -29,10 +27,10 @@ The base has read half of the diseases, since an instruct model knows the langua
 and asked about that. The judge is a stand-in that compares facts and form. The t is chosen on the questions it is reported on."""
 
 
-def draw(results: dict, path: Path) -> None:
-    """figure.svg."""
-    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "nanomed"})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+def draw(results: dict) -> str:
+    """The figure's <svg>."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
     models = results["models"]
     ts = [m["t"] for m in models.values()]
     known = [100 * m["accuracy"] for m in models.values()]
@@ -53,8 +51,7 @@ def draw(results: dict, path: Path) -> None:
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=9)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    return svg(figure)
 
 
 def rows(results: dict) -> dict[str, list[list[str]]]:
@@ -125,18 +122,15 @@ def table(expectations: list[dict]) -> str:
 
 def write(out: Path, results: dict) -> None:
     """figure.svg, report.md and report.html in OUT."""
-    draw(results, out / "figure.svg")
-    tables, title = (
-        rows(results),
-        "The paper in miniature" + (" (fast: too small to learn much)" if results["fast"] else ""),
-    )
+    picture, tables = draw(results), rows(results)
+    title = "The paper in miniature" + (" (fast: too small to learn much)" if results["fast"] else "")
+    (out / "figure.svg").write_text(picture, encoding="utf-8")
     sections = "\n\n".join(f"## {name}\n\n{markdown(t)}" for name, t in tables.items())
     (out / "report.md").write_text(f"# {title}\n\n![](figure.svg)\n\n{NOTES}\n\n{sections}\n", encoding="utf-8")
-    svg = (out / "figure.svg").read_text(encoding="utf-8")
     body = "".join(f"<h2>{name}</h2>{as_html(t)}" for name, t in tables.items())
     notes = "".join(f"<p>{html.escape(part)}</p>" for part in NOTES.split("\n\n"))
     style = ("body{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
              "td,th{padding:.25em .8em;border-bottom:1px solid #ddd;text-align:left}svg{max-width:100%;height:auto}")  # fmt: skip
     head = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{style}</style><h1>{title}</h1>"
-    page = head + svg[svg.index("<svg") :] + notes + body
+    page = head + picture + notes + body
     (out / "report.html").write_text(page + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ from pathlib import Path
 from nanomed.evaluation.record import read_jsonl
 from nanomed.hf import read_json
 from nanomed.miniature.judge import follows, points
+from nanomed.miniature.stages import name_of
 
 TASK = "miniature_medizin"
 
@@ -37,7 +38,7 @@ def following(out: Path, name: str) -> dict[str, float]:
 def models(out: Path, ts: tuple[float, ...]) -> dict[str, dict]:
     """t, knowledge and following of base, every merge, and the continued model, in this order."""
     known = knowledge(out)
-    names = {"base": 0.0, **{f"t-{t:.12g}": t for t in ts}, "continued": 1.0}
+    names = {"base": 0.0, **{name_of(t): t for t in ts}, "continued": 1.0}
     return {name: {"t": t} | known[name] | following(out, name) for name, t in names.items()}
 
 
@@ -52,7 +53,7 @@ def kept(found: dict[str, dict], name: str) -> tuple[float, float]:
 def best_merge(out: Path, ts: tuple[float, ...]) -> float:
     """The t whose merge keeps most of both: the largest sum of the two shares, each counted up to 1."""
     found = models(out, ts)
-    return max(ts, key=lambda t: sum(min(1.0, share) for share in kept(found, f"t-{t:.12g}")))
+    return max(ts, key=lambda t: sum(min(1.0, share) for share in kept(found, name_of(t))))
 
 
 def corpus(out: Path) -> dict:
@@ -86,10 +87,13 @@ def measure(out: Path, ts: tuple[float, ...], stages: list[str]) -> dict:
     from nanomed.miniature import check as checks  # torch
 
     judged = [read_json(path) for path in sorted((out / "eval").glob("judge-*/results.json"))]
+    judged = [
+        {key: value for key, value in j.items() if key != "points"} for j in judged
+    ]  # every prompt: the folder has it
     failures = [read_json(path) for path in sorted((out / "eval").glob("failures-*/results.json"))]
-    check = checks.losses(out) | {"way": {f"t-{t:.12g}": checks.way_gone(out, f"t-{t:.12g}") for t in ts}}
+    check = checks.losses(out) | {"way": {name_of(t): checks.way_gone(out, name_of(t)) for t in ts}}
     seconds = {stage: read_json(out / "stages" / f"{stage}.json")["seconds"] for stage in stages}
-    return {"models": models(out, ts), "best": f"t-{best_merge(out, ts):.12g}", "corpus": corpus(out), "meter": meter(out),
+    return {"models": models(out, ts), "best": name_of(best_merge(out, ts)), "corpus": corpus(out), "meter": meter(out),
             "judged": judged, "failures": failures, "check": check, "seconds": seconds}  # fmt: skip
 
 
@@ -141,8 +145,8 @@ def expectations(r: dict, fast: bool) -> list[Expectation]:
         ("base guesses", "within 8 points of 25 %", percent(base["accuracy"]), abs(base["accuracy"] - 0.25) <= 0.08),
         ("base follows", "90 % or more", percent(base["following"]), base["following"] >= 0.9),
         ("continued knows far more", "30 points or more above base", f"{100 * gain:+.0f} points", gain >= 0.3),
-        ("continued forgets to follow", "8 points or more below base",
-         f"{percent(base['following'])} to {percent(top['following'])}", base["following"] - top["following"] >= 0.08),
+        ("continued forgets to follow", "10 points or more below base",
+         f"{percent(base['following'])} to {percent(top['following'])}", base["following"] - top["following"] >= 0.1),
         ("a merge keeps both", "70 % of the gain, 90 % of base's following",
          f"{best}: {percent(share[0])}, {percent(share[1])}", share[0] >= 0.7 and share[1] >= 0.9),
     ]  # fmt: skip
