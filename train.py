@@ -105,6 +105,9 @@ def train(config: Config, world: World) -> None:
         parallel.reshard(model)
         checkpoints.ensure(step)
         return print0(f"stopped by {signal} after step {step}; the same command goes on from there")
+    except InputError:
+        checkpoints.wait()  # or the one being written, perhaps the newest sound one, would never be marked whole
+        raise
     finally:
         loader.close()
         metrics.close()

@@ -3,6 +3,7 @@
 import copy
 import math
 import statistics
+import time
 
 import pytest
 import torch
@@ -184,7 +185,9 @@ def test_documents_of_several_sets(tiny):
 
 
 def test_too_many_in_a_row_end_the_run(tiny, run, tmp_path, monkeypatch, capsys):
-    """With exit status 1 and one line; checkpoints of before the trouble stay, and hold its model."""
+    """With exit status 1 and one line; checkpoints of before the trouble stay, the one still being written too."""
+    digests = checkpoint.Checkpointer._digests
+    monkeypatch.setattr(checkpoint.Checkpointer, "_digests", lambda *args: time.sleep(0.5) or digests(*args))
     poison(monkeypatch, dict.fromkeys(range(8, 99), math.nan), tiny)
     assert not run(tiny.flags(tmp_path / "run", keep=5, log_every=6))
     assert "error: step 18: 10 steps in a row were skipped" in capsys.readouterr().err

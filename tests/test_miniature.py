@@ -1,6 +1,7 @@
 """The miniature: its questions and instructions, the stand-in judge, what must hold, and a whole fast run."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -176,18 +177,19 @@ def test_a_failing_stage_is_one_line_with_its_reason(tmp_path):
     assert not (tmp_path / "stages" / "corpus.json").exists()
 
 
+@pytest.mark.timeout(900)  # three minutes alone on two cores; here every core has a worker's test already
 def test_a_fast_run_shows_the_order_and_goes_on_where_it_was_killed(tmp_path):
     """Every stage by its own script: continued above base, a merge between, no leak; killed once on the way."""
-    out = tmp_path / "run"
+    out, env = tmp_path / "run", os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "nanomed.miniature", "--fast", "--out", str(out)]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) as first:
+    with subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE) as first:
         while not (out / "stages" / "base.json").exists():
             assert first.poll() is None, first.stderr.read().decode()
             time.sleep(0.1)
         first.send_signal(signal.SIGTERM)
         assert first.wait() == 130
     whole = (out / "stages" / "base.json").read_bytes()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((out / "results.json").read_text())
     assert whole == (out / "stages" / "base.json").read_bytes()  # not run again

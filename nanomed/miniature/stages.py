@@ -33,7 +33,7 @@ class Recipe:
 
 
 FULL = Recipe(base_steps=800, base_lr=2e-3, cpt_steps=500, cpt_lr=8e-4, replay=("prose@0.2", "chats@0.06"),
-              batch_tokens=1024, classify_epochs=4, ts=(0.3, 0.5, 0.7, 0.8, 0.9))  # fmt: skip
+              batch_tokens=1024, classify_epochs=4, ts=(0.4, 0.6, 0.8, 0.85, 0.9))  # fmt: skip
 FAST = Recipe(base_steps=240, base_lr=3e-3, cpt_steps=200, cpt_lr=2e-3, replay=("prose@0.2", "chats@0.05"),
               batch_tokens=1024, classify_epochs=8, ts=(0.6,))  # fmt: skip
 
