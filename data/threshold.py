@@ -49,7 +49,7 @@ def curve(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def choose(scores: np.ndarray, labels: np.ndarray, target_precision: float) -> float:
-    """The threshold of the highest recall at a precision of the target or more; of equal ones the highest. InputError if none is."""
+    """The highest threshold of the highest recall at a precision of the target or more. InputError if none reaches it."""
     thresholds, precisions, recalls = curve(scores, labels)
     enough = np.flatnonzero(precisions >= target_precision)
     if enough.size == 0:
