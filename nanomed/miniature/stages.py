@@ -32,7 +32,7 @@ class Recipe:
     ts: tuple[float, ...]  # of the merge sweep
 
 
-FULL = Recipe(base_steps=800, base_lr=2e-3, cpt_steps=500, cpt_lr=8e-4, replay=("prose@0.2", "chats@0.06"),
+FULL = Recipe(base_steps=800, base_lr=2e-3, cpt_steps=800, cpt_lr=6e-4, replay=("prose@0.2", "chats@0.06"),
               batch_tokens=1024, classify_epochs=4, ts=(0.4, 0.6, 0.8, 0.85, 0.9))  # fmt: skip
 FAST = Recipe(base_steps=240, base_lr=3e-3, cpt_steps=200, cpt_lr=2e-3, replay=("prose@0.2", "chats@0.05"),
               batch_tokens=1024, classify_epochs=8, ts=(0.6,))  # fmt: skip
