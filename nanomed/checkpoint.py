@@ -1,9 +1,9 @@
 """Checkpoints that are whole or not there: written beside the training, marked DONE last, the newest K kept.
 
 `save` copies weights and AdamW's means to the CPU (the only time training waits), and threads of torch's distributed
-checkpoint write every rank's own rows to disk. When all ranks have finished and synced, rank 0 writes DONE. Only a
-folder with DONE counts; older ones are removed only after it. So a kill at any moment costs the steps since the newest
-DONE and nothing else. The rows are re-cut on loading: any number of ranks may go on.
+checkpoint, of the lowest priority, write every rank's own rows to disk. When all ranks have finished and synced, rank 0
+writes DONE. Only a folder with DONE counts; older ones are removed only after it. So a kill at any moment costs the steps
+since the newest DONE and nothing else. The rows are re-cut on loading: any number of ranks may go on.
 
 DONE lists the SHA-256 of every file, which each rank takes of its own ones, beside the training (a second for 1 to 2
 GB): torch would load a flipped bit without a word. A checkpoint that is damaged is passed over for the one before. A
@@ -19,8 +19,10 @@ import json
 import math
 import os
 import shutil
+import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -68,7 +70,7 @@ class Checkpointer:
         # Its own group: the writing threads must not mix their messages with the training's.
         self._group = dist.new_group(backend="gloo", timeout=SLOW_TIMEOUT)
         self._pending: tuple[Path, Future] | None = None
-        self._sealer = ThreadPoolExecutor(1)
+        self._sealer = ThreadPoolExecutor(1, initializer=_give_way)
 
     def _state(self) -> dict:
         """Everything that is saved, by parameter name; tensors share the live memory."""
@@ -144,7 +146,9 @@ class Checkpointer:
             path.mkdir(parents=True)
             write_durably(path / "state.json", json.dumps({"step": step}))
         dist.barrier(group=self._group)
-        written = dcp.async_save(self._state(), checkpoint_id=path, process_group=self._group)
+        # From that thread, for the one that torch writes in inherits its low priority. Here the copying is waited for.
+        begin = partial(dcp.async_save, self._state(), checkpoint_id=path, process_group=self._group)
+        written = self._sealer.submit(begin).result()
         self._pending = path, self._sealer.submit(self._digests, path, written)
         self.step = step
 
@@ -204,6 +208,12 @@ class Checkpointer:
                 )  # first, so that a kill half-way leaves nothing that looks whole
                 # In a thread: removing 100 GB takes a while, and the other ranks already wait in the next step.
                 threading.Thread(target=shutil.rmtree, args=(path,), kwargs={"ignore_errors": True}).start()
+
+
+def _give_way() -> None:
+    """Of this thread and those it starts: the training's come first where cores are short. Elsewhere it were the process."""
+    if sys.platform == "linux":
+        os.nice(19)
 
 
 def _sha256(path: Path) -> str:

@@ -2,10 +2,13 @@
 
 import os
 import shutil
+import sys
 
 import pytest
+from torch.distributed.checkpoint import FileSystemWriter
 
 from conftest import read_losses
+from nanomed import checkpoint
 from nanomed.checkpoint import whole
 
 
@@ -50,3 +53,19 @@ def test_no_sound_checkpoint_at_all(tiny, run, undisturbed, tmp_path, capsys):
     assert f"error: {out}/checkpoints: none of its 2 checkpoints can be read" in capsys.readouterr().err
     assert (out / "metrics.jsonl").read_text() == metrics
     assert len(whole(out / "checkpoints")) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities of single threads")
+def test_what_writes_gives_way_to_the_training(tiny, run, tmp_path, monkeypatch):
+    """The thread that hashes, and torch's own that writes; not this one."""
+    seen = set()
+
+    def noting(what, function):
+        return lambda *args: seen.add((what, os.getpriority(os.PRIO_PROCESS, 0))) or function(*args)
+
+    monkeypatch.setattr(checkpoint, "_sha256", noting("hash", checkpoint._sha256))
+    monkeypatch.setattr(FileSystemWriter, "write_data", noting("write", FileSystemWriter.write_data))
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    assert run(tiny.flags(tmp_path / "run"))
+    assert seen == {("hash", 19), ("write", 19)}
+    assert os.getpriority(os.PRIO_PROCESS, 0) == mine

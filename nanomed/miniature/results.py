@@ -160,7 +160,7 @@ def expectations(r: dict, fast: bool) -> list[Expectation]:
         ("base guesses", "within 8 points of 25 %", percent(base["accuracy"]), abs(base["accuracy"] - 0.25) <= 0.08),
         ("base follows", "90 % or more", percent(base["following"]), base["following"] >= 0.9),
         ("continued knows far more", "30 points or more above base", f"{100 * gain:+.0f} points", gain >= 0.3),
-        ("continued forgets to follow", "5 points or more below base, and beyond chance: the interval of the paired difference is",
+        ("continued forgets to follow", "5 points or more below base, the paired interval beyond 0",
          f"{percent(base['following'])} to {percent(top['following'])}, by {100 * lost['share']:.1f} "
          f"[{100 * lost['ci'][0]:.1f}, {100 * lost['ci'][1]:.1f}] points", lost["share"] >= 0.05 and lost["ci"][0] > 0),
         ("a merge keeps both", "70 % of the gain, 90 % of base's following",
