@@ -5,6 +5,7 @@ model, the merges by t, and the continued model; beside it what forgetting costs
 """
 
 import html
+from itertools import pairwise
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -42,7 +43,10 @@ def draw(results: dict) -> str:
     left.text(0.02, 26, "chance", ha="left", color="0.4", fontsize=8)
     best = models[results["best"]]["t"]
     left.axvline(best, color="0.85", lw=6, zorder=0)
-    left.set_xticks(ts, ["base" if t == 0 else "\ncontinued" if t == 1 else f"{t:g}" for t in ts])
+    names, lines = ["base" if t == 0 else "continued" if t == 1 else f"{t:g}" for t in ts], [0]
+    for a, b in pairwise(ts):  # a label without room beside the one before goes a line lower
+        lines.append(lines[-1] + 1 if b - a < (0.2 if b == 1 else 0.07) else 0)
+    left.set_xticks(ts, ["\n" * line + name for line, name in zip(lines, names, strict=True)])
     left.set(title="Merged at t", xlabel=f"t (best: {best:g})", ylabel="%", ylim=(0, 103))
     meter = results["meter"]
     for name, label in (("med", "medicine, held out"), ("general", "general text")):
