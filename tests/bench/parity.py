@@ -110,7 +110,8 @@ def plot() -> Path:
         lowest, highest = ax.get_ylim()
         ax.set_ylim(max(-1, min(lowest, -0.7)), max(highest, 0.7))
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0][0].legend(frameon=False, fontsize=8)
+    lines = {label: line for ax in axes[0] for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), frameon=False)
     path = RESULTS / "parity.svg"
     figure.savefig(path, metadata={"Date": None})
     figure.savefig(path.with_suffix(".png"), dpi=110) if os.environ.get("PNG") else None
