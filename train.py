@@ -114,8 +114,12 @@ def train(config: Config, world: World) -> None:
         stop.close()
         parallel.collect_by_hand(False)
 
-    # --- what comes out
     checkpoints.wait()
+    finish(model, source, out, world)
+
+
+def finish(model: Decoder, source: Path, out: Path, world: World) -> None:
+    """What comes out: the curves, and last the model, by whose folder a run counts as finished."""
     if world.first():
         print0(f"curves: {plot_curves(out)}")
     weights.export(model, source, out / "hf", world)

@@ -211,7 +211,10 @@ class Checkpointer:
 
 
 def _give_way() -> None:
-    """Of this thread and those it starts: the training's come first where cores are short. Elsewhere it were the process."""
+    """Of this thread and those it starts: the training's come first where cores are short.
+
+    Only Linux has a priority for every thread; elsewhere it would slow the training too.
+    """
     if sys.platform == "linux":
         os.nice(19)
 

@@ -25,16 +25,15 @@ def knowledge(out: Path) -> dict[str, dict]:
     return {m["name"]: {key: m["tasks"][0][key] for key in ("accuracy", "ci", "n")} for m in models}
 
 
-def followed(out: Path, name: str) -> np.ndarray:
-    """(n,) bool: which of the instructions the model's answer follows exactly, in the order of the prompts."""
-    asked, answers = read_answers(out, name)
-    return np.array([follows(a, answers[i]["answer"]) for i, a in asked.items() if a["kind"] == "following"])
-
-
 def read_answers(out: Path, name: str) -> tuple[dict[str, dict], dict[str, dict]]:
     """The prompts, and the model's answers, by id."""
     asked = {record["id"]: record for _, record in read_jsonl(out / "world" / "prompts.jsonl")}
     return asked, {a["id"]: a for _, a in read_jsonl(out / "answers" / f"{name}.jsonl")}
+
+
+def followed(asked: dict[str, dict], answers: dict[str, dict]) -> np.ndarray:
+    """(n,) bool: which of the instructions are followed exactly, in the order of the prompts."""
+    return np.array([follows(a, answers[i]["answer"]) for i, a in asked.items() if a["kind"] == "following"])
 
 
 def following(out: Path, name: str) -> dict[str, float]:
@@ -42,7 +41,7 @@ def following(out: Path, name: str) -> dict[str, float]:
     asked, answers = read_answers(out, name)
     medical = [i for i, record in asked.items() if record["kind"] == "medical"]
     return {
-        "following": float(followed(out, name).mean()),
+        "following": float(followed(asked, answers).mean()),
         "medical": sum(points(asked[i], answers[i]["answer"]) == 2 for i in medical) / len(medical),
         "cut": sum(a["finish_reason"] == "length" for a in answers.values()) / len(answers),
     }
@@ -106,7 +105,7 @@ def measure(out: Path, ts: tuple[float, ...], stages: list[str]) -> dict:
     failures = [read_json(path) for path in sorted((out / "eval").glob("failures-*/results.json"))]
     check = checks.losses(out) | {"way": {name_of(t): checks.way_gone(out, name_of(t)) for t in ts}}
     seconds = {stage: read_json(out / "stages" / f"{stage}.json")["seconds"] for stage in stages}
-    forgotten, ci = paired_bootstrap(followed(out, "base"), followed(out, "continued"))
+    forgotten, ci = paired_bootstrap(*(followed(*read_answers(out, name)) for name in ("base", "continued")))
     return {"models": models(out, ts), "best": name_of(best_merge(out, ts)), "corpus": corpus(out), "meter": meter(out),
             "forgotten": {"share": forgotten, "ci": ci},
             "judged": judged, "failures": failures, "check": check, "seconds": seconds}  # fmt: skip
