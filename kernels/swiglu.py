@@ -115,7 +115,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return F.silu(gate) * up  # mul_ would be compiled to wrong gradients by torch 2.11, pytorch #180642
 
     @staticmethod
     @torch.autograd.function.once_differentiable
