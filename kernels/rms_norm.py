@@ -189,7 +189,9 @@ class _RMSNorm(torch.autograd.Function):
         mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square() / x.shape[-1]
         rstd = torch.rsqrt(mean_square + eps)
         ctx.save_for_backward(x, w, rstd)
-        y = x * rstd * w  # an output under two names (mul_, an idle .to) gets wrong gradients of torch 2.11's compiler: its #180642
+        y = (
+            x * rstd * w
+        )  # an output under two names (mul_, an idle .to) gets wrong gradients of torch 2.11's compiler: its #180642
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod

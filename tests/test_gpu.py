@@ -11,6 +11,7 @@ from nanomed.config import Config
 from nanomed.hf import ModelConfig
 from nanomed.kernels import timing
 from nanomed.kernels.providers import TRITON, kernels
+from nanomed.metrics import Metrics
 from nanomed.model import Decoder
 from nanomed.parallel import World
 
@@ -48,6 +49,50 @@ def test_a_gpu_trains_as_the_cpu_does(compiled, recompute):
     for (loss, norm), (true_loss, true_norm) in zip(three_steps(GPU, low), expected, strict=True):
         assert loss == pytest.approx(true_loss, rel=0.01)
         assert norm == pytest.approx(true_norm, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(optimizer_states="bf16"),
+        dict(optimizer_states="int8"),
+        dict(precision="pure-bf16", optimizer_states="int8"),
+        dict(precision="pure-bf16", optimizer_states="int8", compile=False),
+        dict(float8=True),
+    ],
+    ids=str,
+)
+def test_lean_training_is_training(change):
+    """Compiled for the GPU: 8-bit states, stochastic rounding, float8 products, against float32 on the CPU."""
+    if change.get("float8") and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("float8 products need Hopper or newer")
+    expected = three_steps(CPU, Config(precision="fp32", kernels="torch", compile=False, lr=1e-3))
+    for (loss, norm), (true_loss, true_norm) in zip(three_steps(GPU, Config(lr=1e-3, **change)), expected, strict=True):
+        assert loss == pytest.approx(true_loss, rel=0.02)
+        assert norm == pytest.approx(true_norm, rel=0.1)
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_no_step_waits_for_the_gpu(lean, tiny, run, tmp_path, monkeypatch):
+    """torch raises at every call that would wait for the device, from the second step on, between log steps."""
+    steps, real_add, real_flush = [], Metrics.add, Metrics.flush
+
+    def add(self, step, *rest):
+        real_add(self, step, *rest)
+        torch.cuda.set_sync_debug_mode("error")
+        steps.append(step)
+
+    def flush(self, wait_s):
+        with pytest.raises(RuntimeError, match="synchroniz"):  # the watch works
+            self._values[0].sum().item()
+        torch.cuda.set_sync_debug_mode("default")
+        real_flush(self, wait_s)
+
+    monkeypatch.setattr(Metrics, "add", add)
+    monkeypatch.setattr(Metrics, "flush", flush)
+    precision = dict(precision="pure-bf16", optimizer_states="int8") if lean else dict(precision="bf16")
+    assert run(tiny.flags(tmp_path / "run", steps=8, log_every=8, eval_every=8, checkpoint_every=8, **precision))
+    assert steps == list(range(1, 9))
 
 
 def test_resume_is_bit_identical_with_deterministic(tiny, tmp_path):

@@ -6,7 +6,8 @@
 Random weights, drawn alike for both sides; bf16 weights and 8-bit AdamW states (ours: nanomed.lowbit's; the peer's: torchao's
 AdamW8bit, stochastic rounding on both sides); windows of 4,096 tokens packed from documents of 700 on average (a mean of
 5.1 B tokens over 7.3 M documents). The peer is `AutoModelForCausalLM` with Liger's kernels, given position_ids that begin anew
-at every document, with flash-attention where that is installed, else SDPA.
+at every document; its attention is flash-attention where that is installed, else the same algorithm in torch (`varlen_attn`,
+registered with transformers' AttentionInterface): both sides then spend alike on it.
 
 Each side of each model runs in a process of its own and reports after every step; OUT is rewritten each time, so that a run which
 is cut off still counts. A side that cannot run (not installed, out of memory) is named with the reason.
@@ -14,13 +15,18 @@ is cut off still counts. A side that cannot run (not installed, out of memory) i
 
 import argparse
 import contextlib
+import inspect
 import json
 import multiprocessing as mp
 import os
+import re
 import statistics
 import time
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +35,17 @@ from tqdm import tqdm
 MODELS = {"qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct", "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.3", "tiny": None}
 LR, CLIP, DECAY, BETAS, MEAN_DOCUMENT = 1e-5, 1.0, 0.1, (0.9, 0.95), 700
 WARM_UP = 3  # steps that are not counted: compilation, the allocator's first blocks
+
+
+class Step(NamedTuple):
+    """What a side reports of a step."""
+
+    seconds: float
+    loss: float
+    len2: int  # Σ of the documents' squared lengths
+    peak_allocated: int  # bytes, since the process began
+    peak_reserved: int
+    graphs: int  # compiled since the process began
 
 
 def shape_of(name: str):
@@ -63,8 +80,8 @@ def window(n: int, vocab_size: int, seed: int) -> tuple[np.ndarray, torch.Tensor
     return np.array(lengths), tokens, labels
 
 
-def our_side(c, args):
-    """Our model, its optimiser, and the function that makes the loss of a window."""
+def our_side(c, args, float8: bool = False):
+    """Our model, its optimiser, the function that makes the loss of a window, and the clipping."""
     from nanomed import optim, parallel
     from nanomed.batches import Batch
     from nanomed.config import Config
@@ -73,7 +90,7 @@ def our_side(c, args):
 
     config = Config(
         precision="pure-bf16" if args.states != "fp32" else "bf16", optimizer_states=args.states, lr=LR,
-        weight_decay=DECAY, recompute=args.recompute, compile=args.device == "cuda",
+        weight_decay=DECAY, recompute=args.recompute, compile=args.device == "cuda", float8=float8,
     )  # fmt: skip
     world = parallel.start(config)
     with torch.device("meta"):
@@ -116,12 +133,13 @@ def peer_side(c, args):
     config = getattr(transformers, f"{kind.capitalize()}Config")(
         **options, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}
     )
-    with contextlib.suppress(PackageNotFoundError):
-        args.attention = "flash_attention_2" if version("flash-attn") and args.device == "cuda" else args.attention
+    attention = "sdpa"
+    if args.device == "cuda":
+        attention = "flash_attention_2" if find_spec("flash_attn") else register_varlen()
     low = args.states != "fp32"
     with torch.device(args.device):
         model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16 if low else torch.float32, attn_implementation=args.attention
+            config, dtype=torch.bfloat16 if low else torch.float32, attn_implementation=attention
         )
     fill(model.train())
     if args.recompute != "none":
@@ -137,21 +155,45 @@ def peer_side(c, args):
     def loss_of(lengths, tokens, labels, scale):
         positions = torch.cat([torch.arange(n) for n in lengths])
         ids, labels, positions = (x[None].to(args.device) for x in (tokens, labels, positions))
+        borders = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths)))).to(args.device, torch.int32)
+        packed = dict(
+            cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=args.seq_len, max_length_k=args.seq_len
+        )
         with torch.autocast(args.device, torch.bfloat16, enabled=not low):
             # num_items_in_batch 1: the loss is a sum, to be scaled as ours is
             out = model(input_ids=ids, position_ids=positions, labels=labels, shift_labels=labels, use_cache=False,
-                        num_items_in_batch=1)  # fmt: skip
+                        num_items_in_batch=1, **packed)  # fmt: skip
         return out.loss * scale
 
     return model, optimizer, loss_of, lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
 
 
+def register_varlen() -> str:
+    """torch's own flash-attention over packed documents, as an attention of transformers; its name there."""
+    from torch.nn.attention.varlen import varlen_attn
+    from transformers import AttentionInterface
+
+    gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+    def forward(module, query, key, value, _mask, cu_seq_lens_q, max_length_q, **_kwargs):
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        y = varlen_attn(q, k, v, *[cu_seq_lens_q] * 2, *[max_length_q] * 2, window_size=(-1, 0), **gqa)
+        return y[None], None
+
+    AttentionInterface.register("varlen", forward)
+    return "varlen"
+
+
+SIDES = {"ours": our_side, "transformers + liger": peer_side, "ours, float8": partial(our_side, float8=True)}
+
+
 def run_side(side: str, name: str, args, pipe) -> None:
-    """In a process of its own: after every step (seconds, loss, Σ len², peak bytes), or the reason why there is none."""
+    """In a process of its own: after every step a Step, or the reason why there is none."""
     try:
         c, cuda = shape_of(name), args.device == "cuda"
-        _, optimizer, loss_of, clip = {"ours": our_side, "transformers + liger": peer_side}[side](c, args)
+        _, optimizer, loss_of, clip = SIDES[side](c, args)
         for step in range(args.steps):
+            profiler = profile_of(args, step, f"{name}-{side}")
             windows = [window(args.seq_len, c.vocab_size, step * 1000 + i) for i in range(args.windows)]
             n_labels = sum(int((labels != -100).sum()) for *_, labels in windows)
             scale = torch.full((), 1 / n_labels, device=args.device)
@@ -164,14 +206,33 @@ def run_side(side: str, name: str, args, pipe) -> None:
             optimizer.step()
             optimizer.zero_grad()
             value = total.item()  # waits for the device
-            peak = torch.cuda.max_memory_allocated() if cuda else 0
+            seconds = time.perf_counter() - start
+            profiler.__exit__(None, None, None)
+            peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if cuda else (0, 0)
             len2 = int(sum((lengths.astype(np.int64) ** 2).sum() for lengths, *_ in windows))
-            pipe.send((time.perf_counter() - start, value, len2, peak, torch.cuda.max_memory_reserved() if cuda else 0))
+            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            pipe.send(Step(seconds, value, len2, *peaks, graphs))
     except Exception as error:  # out of memory or a missing package is a result, too
         pipe.send(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
 
 
-def summary(name: str, steps: list[tuple], args) -> dict:
+def profile_of(args, step: int, name: str):
+    """An entered context: in the last step with --profile torch's profiler, whose table goes to OUT's folder, else nothing."""
+    if not args.profile or step < args.steps - 1:
+        return contextlib.nullcontext()
+
+    def write_table(profiler):
+        table = profiler.key_averages().table(sort_by="self_device_time_total", row_limit=60, max_name_column_width=90)
+        args.out.with_name(f"profile-{re.sub('[^a-z0-9.]+', '-', name)}.txt").write_text(table)
+
+    activity = torch.profiler.ProfilerActivity
+    kinds = [activity.CUDA if args.device == "cuda" else activity.CPU]
+    profiler = torch.profiler.profile(activities=kinds, acc_events=True, on_trace_ready=write_table)
+    profiler.__enter__()
+    return profiler
+
+
+def summary(name: str, steps: list[Step], args) -> dict:
     """Of the steps so far: medians after the warm-up, MFU by nanomed.metrics' formula, the highest memory."""
     from nanomed.devices import bf16_peak
     from nanomed.metrics import attention_flops, flops_per_token
@@ -182,16 +243,19 @@ def summary(name: str, steps: list[tuple], args) -> dict:
     n = args.seq_len * args.windows
     peak = bf16_peak(torch.cuda.get_device_name()) if args.device == "cuda" else None
     counted = steps[WARM_UP:] or steps[-1:]
-    flop_s = [(flops_per_token(model) * n + attention_flops(model) * len2) / s for s, _, len2, *_ in counted]
+    flop_s = [(flops_per_token(model) * n + attention_flops(model) * step.len2) / step.seconds for step in counted]
+    step_s = statistics.median(step.seconds for step in counted)
     return {
         "steps": len(steps),
-        "first_step_s": steps[0][0],
-        "step_s": statistics.median(s for s, *_ in counted),
-        "tok_s": n / statistics.median(s for s, *_ in counted),
+        "first_step_s": steps[0].seconds,
+        "step_s": step_s,
+        "tok_s": n / step_s,
         "mfu": statistics.median(flop_s) / peak if peak else None,
-        "peak_allocated_gb": steps[-1][3] / 1e9,
-        "peak_reserved_gb": steps[-1][4] / 1e9,
-        "losses": [loss for _, loss, *_ in steps],
+        "peak_allocated_gb": steps[-1].peak_allocated / 1e9,
+        "peak_reserved_gb": steps[-1].peak_reserved / 1e9,
+        "compiled_after_step_2": steps[-1].graphs - steps[min(1, len(steps) - 1)].graphs,
+        "losses": [step.loss for step in steps],
+        "seconds": [step.seconds for step in steps],
     }
 
 
@@ -243,14 +307,16 @@ def main() -> None:
     """Both sides of every model, then the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["qwen2.5-7b", "mistral-7b"])
-    parser.add_argument("--sides", nargs="+", default=["ours", "transformers + liger"])
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=["ours", "transformers + liger"])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seq-len", type=int, default=4096)
-    parser.add_argument("--windows", type=int, default=2, help="forward and backward passes of a step (default: 2)")
+    parser.add_argument("--windows", type=int, default=4, help="forward and backward passes of a step (default: 4)")
     parser.add_argument("--states", choices=["int8", "fp32"], default="int8", help="fp32: float32 weights as well")
     parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
-    parser.add_argument("--attention", default="sdpa", help="the peer's, where flash-attn is not installed")
+    parser.add_argument(
+        "--profile", action="store_true", help="the last step under torch's profiler: a table beside OUT"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/gpu/train.json"))
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
