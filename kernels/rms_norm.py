@@ -54,7 +54,7 @@ def _backward(
     mask = cols < D
     w = tl.load(w_ptr + cols, mask=mask, other=0.0).to(ACC)
     dw = tl.zeros((BLOCK,), ACC)
-    for i in tl.range(program, N, tl.num_programs(0), num_stages=2):  # two stages: the next row loads during this one
+    for i in tl.range(program, N, tl.num_programs(0), num_stages=3):  # the next two rows load during this one
         row = tl.cast(i, tl.int64)
         s = tl.load(s_ptr + row * s_stride + cols, mask=mask, other=0.0).to(ACC)
         dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(ACC)

@@ -2,38 +2,29 @@
 
 A window holds the ends, wholes and beginnings of many documents. One dense mask over it would be right and slow: L²
 scores where Σ len² suffice (documents of 200 tokens in windows of 2,048: a tenth), and torch's fused kernels refuse
-arbitrary masks. All three ways below take the documents' borders instead (`cu_seqlens`, the convention of
-flash-attn):
+arbitrary masks. Here the documents' borders decide instead (`cu_seqlens`, the convention of flash-attn):
 
-- flash-attn, where that package is installed;
-- torch's own `varlen_attn`, the same algorithm inside torch, on any recent NVIDIA GPU;
-- on the CPU, plain matrix products over tiles of up to 256 queries, document by document. torch's own CPU kernel is
-  slower in bf16, where its tiles are small, and its gradients are less exact. It hides in a custom op:
-  torch.compile then sees one opaque node of fixed shape, whatever the borders are, and does not recompile.
+- on an NVIDIA GPU flash-attention 2, from the package flash-attn where that is installed, else the one inside torch;
+- on the CPU plain matrix products over tiles of up to 256 queries, document by document. torch's own CPU kernel is
+  slower in bf16, where its tiles are small, and its gradients are less exact.
 
-Entries of `cu_seqlens` may repeat (empty documents): its length is constant in a run, so that nothing recompiles.
+Both hide in a custom op: torch.compile sees one opaque node of fixed shapes, whatever the borders are, and does not
+recompile. So `cu_seqlens` has one length for the whole run: its last entry repeats. flash-attention launches a block for
+every piece of every entry, empty or not; given the padding and the longest possible document, on an H100 that took half as
+long again as the attention itself (windows of 4,096, 64 entries, 7 documents). So `extent` says, in the CPU's memory where
+looking waits for nothing, how many pieces there are and how long the longest is.
 """
 
-import inspect
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 try:
-    from flash_attn import flash_attn_varlen_func
+    from flash_attn import flash_attn_interface as flash_attn
 except ImportError:
-    flash_attn_varlen_func = None
+    flash_attn = None
 _AMPERE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-varlen_attn = None
-if _AMPERE:  # elsewhere it cannot run, and its import alone takes as long as torch's
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-
-        # torch 2.13 must be told of grouped heads; earlier releases take them as they come.
-        _VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    except ImportError:
-        pass
 TILE_SCORES = 1 << 20  # heads · queries · keys of a tile on the CPU, roughly: they stay in its cache
 
 
@@ -42,33 +33,106 @@ def attention(
     k: Tensor,  # (N, K, head_dim), H a multiple of K
     v: Tensor,  # (N, K, head_dim)
     cu_seqlens: Tensor,  # (docs + 1,) int32: document i is tokens [cu_seqlens[i], cu_seqlens[i + 1])
-    max_seqlen: int,  # no document is longer
+    extent: Tensor,  # (2,) int64 on the CPU: documents before the last entry begins to repeat, tokens of the longest
     window: int | None = None,  # a token sees itself and the window - 1 tokens before it; None: all before it
 ) -> Tensor:  # (N, H, head_dim)
     """softmax(q kᵀ / sqrt(head_dim)) v, causal within each document. The GPU kernels know no float32: there it is slow."""
-    if not _has_fused_kernels(q):
-        return torch.ops.nanomed.document_attention(q, k, v, cu_seqlens, window or 0)
-    left = -1 if window is None else window - 1
-    if flash_attn_varlen_func is not None:
-        return flash_attn_varlen_func(
+    if has_fused_kernels(q):
+        return torch.ops.nanomed.packed_attention(q, k, v, cu_seqlens, extent, window or 0)[0]
+    return torch.ops.nanomed.document_attention(q, k, v, cu_seqlens, window or 0)
+
+
+def has_fused_kernels(q: Tensor) -> bool:
+    """flash-attention needs bf16 or fp16 and an NVIDIA GPU from Ampere on."""
+    return q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and _AMPERE
+
+
+# --- the GPU's way -------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("nanomed::packed_attention", mutates_args=())
+def _packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, extent: Tensor, window: int
+) -> tuple[Tensor, Tensor]:
+    """(result, log Σ exp of every row's scores, float32 (H, N))."""
+    return _flash_forward(q, k, v, *_launch(cu_seqlens, extent, window))
+
+
+@torch.library.custom_op("nanomed::packed_attention_backward", mutates_args=())
+def _packed_attention_backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cu_seqlens: Tensor, extent: Tensor, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _flash_backward(dy, q, k, v, y, lse, *_launch(cu_seqlens, extent, window))
+
+
+def _launch(cu_seqlens: Tensor, extent: Tensor, window: int) -> tuple[Tensor, int, int]:
+    """Borders without padding, the longest document, and how many keys a query sees to its left (-1: all)."""
+    n_docs, longest = extent.tolist()
+    return cu_seqlens[: n_docs + 1], longest, window - 1
+
+
+def _flash_forward(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int, left: int) -> tuple[Tensor, Tensor]:
+    if flash_attn is not None:
+        y, lse, *_ = flash_attn._flash_attn_varlen_forward(
+            q, k, v, borders, borders, longest, longest, 0.0, q.shape[-1] ** -0.5, causal=True,
+            window_size_left=left, window_size_right=0,
+        )  # fmt: skip
+    else:  # what torch.nn.attention.varlen is made of
+        y, lse, *_ = torch.ops.aten._flash_attention_forward(
             q,
             k,
             v,
-            cu_seqlens,
-            cu_seqlens,
-            max_seqlen,
-            max_seqlen,
-            causal=True,
-            window_size=(left, 0),
-            deterministic=torch.are_deterministic_algorithms_enabled(),
+            borders,
+            borders,
+            longest,
+            longest,
+            0.0,
+            left < 0,
+            False,
+            window_size_left=left,
+            window_size_right=0,
         )
-    gqa = _VARLEN_GQA if q.shape[1] != k.shape[1] else {}
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(left, 0), **gqa)
+    return y, lse
 
 
-def _has_fused_kernels(q: Tensor) -> bool:
-    """Both need bf16 or fp16 and an NVIDIA GPU from Ampere on."""
-    return q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and _AMPERE
+def _flash_backward(dy, q, k, v, y, lse, borders: Tensor, longest: int, left: int) -> tuple[Tensor, Tensor, Tensor]:
+    if flash_attn is not None:
+        grads = [torch.empty_like(x) for x in (q, k, v)]
+        flash_attn._flash_attn_varlen_backward(
+            dy, q, k, v, y, lse, *grads, borders, borders, longest, longest, 0.0, q.shape[-1] ** -0.5, causal=True,
+            window_size_left=left, window_size_right=0, softcap=0.0, alibi_slopes=None,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )  # fmt: skip
+        return tuple(grads)
+    no_dropout = q.new_empty(2, dtype=torch.uint64), q.new_empty(0)
+    return torch.ops.aten._flash_attention_backward(
+        dy, q, k, v, y, lse, borders, borders, longest, longest, 0.0, left < 0, *no_dropout,
+        window_size_left=left, window_size_right=0,
+    )  # fmt: skip
+
+
+@_packed_attention.register_fake
+def _(q, k, v, cu_seqlens, extent, window):
+    return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+@_packed_attention_backward.register_fake
+def _(dy, q, k, v, y, lse, cu_seqlens, extent, window):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _save_packed(ctx, inputs, output):
+    *tensors, ctx.window = inputs
+    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
+    ctx.set_materialize_grads(False)
+
+
+def _packed_backward(ctx, dy, _dlse):
+    grads = torch.ops.nanomed.packed_attention_backward(dy, *ctx.saved_tensors, ctx.window)
+    return *grads, None, None, None
+
+
+_packed_attention.register_autograd(_packed_backward, setup_context=_save_packed)
 
 
 # --- the CPU's way -------------------------------------------------------------------------------------------------

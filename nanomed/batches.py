@@ -39,7 +39,7 @@ class Batch:
     cu_seqlens: (
         Tensor  # (pieces + 1,) int32 borders of the pieces; one length for the whole run, the last entry repeats
     )
-    max_seqlen: int  # one value for the whole run
+    extent: Tensor  # (2,) int64, always on the CPU: pieces, tokens of the longest
     sum_squared_lens: int  # Σ len² over the pieces: the work of attention
 
     def to(self, device: torch.device) -> "Batch":
@@ -47,7 +47,7 @@ class Batch:
         moved = {
             f.name: v.to(device, non_blocking=True)
             for f in dataclasses.fields(self)
-            if isinstance(v := getattr(self, f.name), Tensor)
+            if f.name != "extent" and isinstance(v := getattr(self, f.name), Tensor)
         }
         return dataclasses.replace(self, **moved)
 
@@ -102,9 +102,8 @@ def pack(stream: Stream, window: int, shape: Shape, stop: int) -> Batch:
     positions[:] = np.arange(n) - np.repeat(borders - lengths, lengths)
     cu_seqlens = np.full(shape.max_pieces + 1, n, np.int32)
     cu_seqlens[0], cu_seqlens[1 : len(borders) + 1] = 0, borders
-    return Batch(
-        *map(torch.from_numpy, (tokens, labels, positions, cu_seqlens)), shape.seq_len, int((lengths**2).sum())
-    )
+    extent = np.array((len(lengths), lengths.max()))
+    return Batch(*map(torch.from_numpy, (tokens, labels, positions, cu_seqlens, extent)), int((lengths**2).sum()))
 
 
 def train_batches(stream: Stream, shape: Shape, step: int, windows: int, rank: int, world: int) -> Iterator[Batch]:

@@ -70,10 +70,10 @@ class Attention(nn.Module):
         self.window = c.windows[layer] if c.windows else None
         self.kernels = kernels
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, extent: Tensor) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self.kernels.rope(q, k, cos, sin)
-        y = attention(q, k, v, cu_seqlens, max_seqlen, self.window)
+        y = attention(q, k, v, cu_seqlens, extent, self.window)
         return self.o_proj(y.flatten(-2))
 
 
@@ -101,8 +101,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, kernels)
         self.mlp = MLP(c, kernels)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        y = self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, max_seqlen)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, extent: Tensor) -> Tensor:
+        y = self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, extent)
         y, x = self.post_attention_layernorm.add(y, x)
         return x + self.mlp(y)
 
@@ -161,7 +161,7 @@ class Decoder(nn.Module):
         x = self.model.embed_tokens(batch.tokens).to(self.dtype)
         cos, sin = self.rope_tables(batch.positions)
         for block in self.model.layers:
-            x = block(x, cos, sin, batch.cu_seqlens, batch.max_seqlen)
+            x = block(x, cos, sin, batch.cu_seqlens, batch.extent)
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:  # (N, D) -> (rows, V)

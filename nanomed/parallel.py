@@ -19,7 +19,6 @@ import gc
 import os
 import shutil
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -189,11 +188,7 @@ def can_compile(device: torch.device) -> bool:
 def _saved_ops() -> set:
     """The operations whose outputs selective recomputation keeps: matrix products and attention, by far the dearest."""
     ops = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten._scaled_mm.default}
-    ops |= {torch.ops.nanomed.document_attention.default}
-    for library, name in (("torch_attn", "_varlen_attn"), ("flash_attn", "_flash_attn_varlen_forward")):
-        with suppress(AttributeError):  # registered only where it is installed
-            ops.add(getattr(getattr(torch.ops, library), name).default)
-    return ops
+    return ops | {torch.ops.nanomed.document_attention.default, torch.ops.nanomed.packed_attention.default}
 
 
 def _selective_contexts():

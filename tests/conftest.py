@@ -64,7 +64,7 @@ def batch_of(documents: list[torch.Tensor], pad_to: int = 0) -> Batch:
         labels=torch.cat([torch.cat((d[1:], end)) for d in documents]),
         positions=torch.cat([torch.arange(len(d)) for d in documents]),
         cu_seqlens=torch.cat((borders, borders[-1:].repeat(3))).to(torch.int32),
-        max_seqlen=max(map(len, documents)),
+        extent=torch.tensor([len(documents), max(map(len, documents))]),
         sum_squared_lens=sum(len(d) ** 2 for d in documents),
     )
 

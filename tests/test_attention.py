@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 
 from nanomed import attention as module
 from nanomed.attention import attention
@@ -28,8 +29,7 @@ def dense(q, k, v, cu_seqlens, window):
 # (device, dtype, the implementation that must run or None where there is only one, tolerance)
 CASES = [("cpu", torch.float64, None, 1e-12), ("cpu", torch.float32, None, 1e-5), ("cpu", torch.bfloat16, None, 4e-2)]
 if torch.cuda.is_available():  # built here, so that a machine without a GPU has nothing to skip
-    ways = {"flash": module.flash_attn_varlen_func, "varlen": module.varlen_attn}
-    CASES += [("cuda", torch.bfloat16, name, 4e-2) for name, way in ways.items() if way is not None]
+    CASES += [("cuda", torch.bfloat16, name, 4e-2) for name in ["torch"] + ["flash"] * (module.flash_attn is not None)]
 
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[2] or case[0]}-{str(case[1])[6:]}", scope="module")
@@ -38,8 +38,8 @@ def case(request):
     device, dtype, name, tolerance = request.param
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "TILE_SCORES", 1)
-        if name == "varlen":
-            patch.setattr(module, "flash_attn_varlen_func", None)
+        if name == "torch":
+            patch.setattr(module, "flash_attn", None)
         yield device, dtype, tolerance
 
 
@@ -55,7 +55,7 @@ def inputs(lengths, n_heads, n_kv, head_dim, device, dtype, seed=0):
 def check(lengths, heads, window, case):
     device, dtype, tolerance = case
     qkv, dy, cu_seqlens = inputs(lengths, *heads, 16, device, dtype)
-    y = attention(*qkv, cu_seqlens, max(lengths) + 3, window)
+    y = attention(*qkv, cu_seqlens, torch.tensor([len(lengths), max(lengths)]), window)
     assert y.dtype == dtype
     expected = dense(*qkv, cu_seqlens, window)
     compare = partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance, check_dtype=False)
@@ -92,19 +92,22 @@ def test_documents_of_several_tiles(case, window, monkeypatch):
 def test_a_window_of_one_sees_only_itself(case):
     device, dtype, tolerance = case
     (q, k, v), _, cu_seqlens = inputs([7, 3], 4, 4, 16, device, dtype)
-    torch.testing.assert_close(attention(q, k, v, cu_seqlens, 7, 1), v, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        attention(q, k, v, cu_seqlens, torch.tensor([2, 7]), 1), v, rtol=tolerance, atol=tolerance
+    )
 
 
 def test_documents_do_not_see_each_other(case):
     """The second document's output keeps its bits when the first one changes, and the other way round."""
     device, dtype, _ = case
     (q, k, v), _, cu_seqlens = inputs([9, 14], 4, 2, 16, device, dtype)
-    before = attention(q, k, v, cu_seqlens, 14)
+    extent = torch.tensor([2, 14])
+    before = attention(q, k, v, cu_seqlens, extent)
     for changed, kept in ((slice(0, 9), slice(9, 23)), (slice(9, 23), slice(0, 9))):
         q2, k2, v2 = (x.detach().clone() for x in (q, k, v))
         for x in (q2, k2, v2):
             x[changed] += 1
-        after = attention(q2, k2, v2, cu_seqlens, 14)
+        after = attention(q2, k2, v2, cu_seqlens, extent)
         assert torch.equal(before[kept], after[kept])
         assert not torch.equal(before[changed], after[changed])
 
@@ -123,4 +126,44 @@ def test_the_custom_ops_keep_torch_s_rules(dtype, window):
 @pytest.mark.parametrize("window", [None, 2])
 def test_gradcheck(window):
     qkv, _, cu_seqlens = inputs([3, 0, 1, 4], 2, 1, 4, "cpu", torch.float64)
-    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, cu_seqlens, 4, window), qkv)
+    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, cu_seqlens, torch.tensor([4, 4]), window), qkv)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_flash_attention_is_launched_for_the_documents_that_are_there(window, monkeypatch):
+    """A stand-in for the GPU's kernel: no padding of cu_seqlens reaches it, and other borders are no other graph."""
+    launches = []
+
+    def forward(q, k, v, borders, longest, left):
+        launches.append((borders.tolist(), longest, left))
+        y = torch.ops.nanomed.document_attention(q, k, v, borders, left + 1)
+        return y, torch.zeros(q.shape[1], len(q))
+
+    def backward(dy, q, k, v, y, lse, borders, longest, left):
+        launches.append((borders.tolist(), longest, left))
+        return torch.ops.nanomed.document_attention_backward(dy, q, k, v, borders, left + 1)
+
+    monkeypatch.setattr(module, "_flash_forward", forward)
+    monkeypatch.setattr(module, "_flash_backward", backward)
+    monkeypatch.setattr(module, "has_fused_kernels", lambda q: True)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(attention, fullgraph=True, dynamic=False, backend="aot_eager")
+    for lengths in ([5, 7], [1, 9, 2]):
+        qkv, dy, borders = inputs(lengths, 4, 2, 8, "cpu", torch.float32)
+        extent = torch.tensor([len(lengths), max(lengths)])
+        padded = torch.nn.functional.pad(borders, (0, 6 - len(borders)), value=12)
+        expected = torch.ops.nanomed.document_attention(*qkv, borders, window or 0)
+        y = compiled(*qkv, padded, extent, window)
+        torch.testing.assert_close(y, expected)
+        for got, want in zip(*(torch.autograd.grad(x, qkv, dy) for x in (y, expected)), strict=True):
+            torch.testing.assert_close(got, want)
+        assert launches[-2:] == [(borders.tolist(), max(lengths), (window or 0) - 1)] * 2
+    assert counters["stats"]["unique_graphs"] == 1
+    qkv, dy, borders = inputs([5, 7], 4, 2, 8, "cpu", torch.float32)
+    rest = (borders, torch.tensor([2, 7]), window or 0)
+    torch.library.opcheck(torch.ops.nanomed.packed_attention.default, (*qkv, *rest))
+    plain, y = [x.detach() for x in qkv], torch.zeros(12, 4, 8)
+    torch.library.opcheck(
+        torch.ops.nanomed.packed_attention_backward.default, (dy, *plain, y, torch.zeros(4, 12), *rest)
+    )

@@ -33,7 +33,7 @@ def three_steps(world: World, config: Config) -> list[tuple[float, float]]:
     for _ in range(3):
         loss = model(batch, torch.full((), 1 / 253, device=world.device))
         loss.backward()
-        norm = optim.clip(model, 1.0)
+        norm = optim.clip(model, optimizer, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         results.append((loss.item(), norm.item()))
@@ -67,9 +67,10 @@ def test_lean_training_is_training(change):
     if change.get("float8") and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("float8 products need Hopper or newer")
     expected = three_steps(CPU, Config(precision="fp32", kernels="torch", compile=False, lr=1e-3))
+    rel = 0.05 if change.get("float8") else 0.02
     for (loss, norm), (true_loss, true_norm) in zip(three_steps(GPU, Config(lr=1e-3, **change)), expected, strict=True):
-        assert loss == pytest.approx(true_loss, rel=0.02)
-        assert norm == pytest.approx(true_norm, rel=0.1)
+        assert loss == pytest.approx(true_loss, rel=rel)
+        assert norm == pytest.approx(true_norm, rel=5 * rel)
 
 
 @pytest.mark.parametrize("lean", [False, True])
@@ -96,8 +97,8 @@ def test_no_step_waits_for_the_gpu(lean, tiny, run, tmp_path, monkeypatch):
 
 
 def test_resume_is_bit_identical_with_deterministic(tiny, tmp_path):
-    flags = dict(precision="bf16", compile="False", checkpoint_every=5, val=None)
-    deterministic = ["--deterministic"]
+    flags = dict(precision="bf16", checkpoint_every=5, val=None)
+    deterministic = ["--deterministic", "--no-compile"]
     whole = run_train(tiny.flags(tmp_path / "whole", steps=10, **flags) + deterministic)
     assert whole.returncode == 0, whole.stderr
     again = run_train(tiny.flags(tmp_path / "again", steps=10, **flags) + deterministic)

@@ -20,11 +20,16 @@ from nanomed import InputError, config, lowbit, optim, parallel
 from nanomed.checkpoint import Checkpointer
 from nanomed.config import Config
 from nanomed.guard import Guard
-from nanomed.lowbit import block_size, round_stochastically
+from nanomed.lowbit import block_size, draw_seed, noise, round_stochastically
 from nanomed.weights import local
 from test_parallel import ALONE, PLAIN, batch, build, spawn
 
 LEAN = dataclasses.replace(PLAIN, precision="pure-bf16", optimizer_states="int8")
+
+
+def to_nearest(x: torch.Tensor, _seed: torch.Tensor) -> torch.Tensor:
+    """In the place of round_stochastically."""
+    return x.bfloat16()
 
 
 # --- rounding ------------------------------------------------------------------------------------------------------
@@ -36,23 +41,38 @@ def test_rounding_gives_a_neighbour_and_keeps_what_bf16_holds(value):
     x = torch.full((64,), value)
     bits = struct.unpack("<I", struct.pack("<f", value))[0]
     low, exact = bits >> 16, bits & 0xFFFF == 0
-    found = {b & 0xFFFF for b in round_stochastically(x).view(torch.int16).tolist()}
+    found = {b & 0xFFFF for b in round_stochastically(x, draw_seed()).view(torch.int16).tolist()}
     assert found <= ({low} if exact else {low, low + 1})
 
 
 def test_rounding_is_right_on_average():
     """x lies 3/8 of the way from 1 to bf16's next number: up in 37.5 % of 200,000 draws, sd 0.11 %."""
     x = torch.full((200_000,), 1 + 2**-7 * 0.375)
-    assert (round_stochastically(x) > 1).float().mean().item() == pytest.approx(0.375, abs=0.006)
-    assert (round_stochastically(-x) < -1).float().mean().item() == pytest.approx(0.375, abs=0.006)
+    assert (round_stochastically(x, draw_seed()) > 1).float().mean().item() == pytest.approx(0.375, abs=0.006)
+    assert (round_stochastically(-x, draw_seed()) < -1).float().mean().item() == pytest.approx(0.375, abs=0.006)
 
 
 def test_rounding_keeps_what_is_not_finite():
     """Also a NaN of all ones, which the carry would turn into -0."""
     nan = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32).view(torch.float32)
-    assert round_stochastically(nan).isnan().all()
+    assert round_stochastically(nan, draw_seed()).isnan().all()
     inf = torch.tensor([torch.inf, -torch.inf])
-    assert torch.equal(round_stochastically(inf).float(), inf)
+    assert torch.equal(round_stochastically(inf, draw_seed()).float(), inf)
+
+
+def test_noise_is_noise():
+    """Every bit is fair, whatever the other bits, the neighbour's and another seed's are; all 2^16 values come."""
+    x, seeds = torch.empty(1 << 20), [draw_seed() for _ in range(2)]
+    one, other = (noise(x, seed) for seed in seeds)
+    assert torch.equal(one, noise(x.view(1024, 1024), seeds[0]).view(-1))
+    assert 0 <= one.min() <= one.max() < 1 << 16
+    counts = torch.bincount(one, minlength=1 << 16).double()
+    chi2 = ((counts - 16) ** 2 / 16).sum().item()  # 65,535 degrees of freedom: standard deviation 362
+    assert abs(chi2 - 65535) < 6 * 362
+    bits = [[(values >> i) & 1 for i in range(16)] for values in (one[:-1], one[1:], other[:-1])]
+    for i, a in enumerate(bits[0]):
+        for b in [*bits[0][:i], *bits[1], *bits[2]]:
+            assert (a ^ b).double().mean().item() == pytest.approx(0.5, abs=6 * 0.5 / 1024)
 
 
 @pytest.mark.parametrize(("row", "block"), [(3584, 256), (18944, 256), (5120, 256), (576, 192), (32, 32), (31, None)])
@@ -81,7 +101,7 @@ def set_gradients(model: nn.Module, seed: int) -> None:
 def test_int8_equals_torchaos(dtype, monkeypatch):
     """Codes, scales and weights of both, five steps, to the bit; torchao in eager mode and rounding to nearest."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(lowbit, "round_stochastically", torch.Tensor.bfloat16)
+    monkeypatch.setattr(lowbit, "round_stochastically", to_nearest)
     (model, optimizer), (reference, _) = pair(dtype, "int8"), pair(dtype, "int8")
     groups = [{"params": [p for p in reference.parameters() if p.ndim > 1], "weight_decay": 0.1}]
     theirs = AdamW8bit(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
@@ -139,7 +159,7 @@ def test_compiled_equals_eager():
 def test_small_updates_arrive_only_with_stochastic_rounding(states, monkeypatch):
     """Updates of 1e-5 on bf16 weights of 0.1, whose neighbours are 4.9e-4 apart."""
     moved = {}
-    for name, rounding in (("stochastic", round_stochastically), ("nearest", torch.Tensor.bfloat16)):
+    for name, rounding in (("stochastic", round_stochastically), ("nearest", to_nearest)):
         monkeypatch.setattr(lowbit, "round_stochastically", rounding)
         p = nn.Parameter(torch.full((64, 256), 0.1, dtype=torch.bfloat16))
         start = p.float().mean().item()
@@ -175,7 +195,7 @@ def test_a_skipped_step_changes_nothing(states):
 def test_many_bf16_gradients_add_up(monkeypatch):
     """600 micro-batches of gradient 1: autograd's own bf16 sum stops at 256."""
     sums = {}
-    for name, rounding in (("stochastic", round_stochastically), ("nearest", torch.Tensor.bfloat16)):
+    for name, rounding in (("stochastic", round_stochastically), ("nearest", to_nearest)):
         monkeypatch.setattr(lowbit, "round_stochastically", rounding)
         model = nn.Linear(64, 64, bias=False).bfloat16()
         optim.make_adamw(model, dataclasses.replace(LEAN))
@@ -191,7 +211,7 @@ def test_the_norm_of_bf16_gradients_is_exact_to_float32():
     model = nn.Linear(64, 64, bias=False).bfloat16()
     model.weight.grad = torch.randn(64, 64).bfloat16()
     expected = model.weight.grad.double().norm().float()
-    norm = optim.clip(model, 1e6)
+    norm = optim.clip(model, optim.make_adamw(model, LEAN), 1e6)
     assert norm.dtype == torch.float32
     torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
 
@@ -255,7 +275,7 @@ def steps(config_: Config, world: parallel.World, folder, n_steps: int, resume: 
         torch.manual_seed(step * world.size + world.rank)
         for one in data[world.rank :: world.size]:
             model(one, torch.tensor(1 / 60)).backward()
-        optim.clip(model, 1.0)
+        optim.clip(model, optimizer, 1.0)
         optimizer.step()
         optimizer.zero_grad()
     checkpoints.save(n_steps)

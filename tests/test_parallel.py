@@ -45,7 +45,7 @@ def batch(*lengths: int) -> Batch:
     made = batch_of([torch.randint(0, V, (n,)) for n in lengths])
     borders = torch.full((9,), N, dtype=torch.int32)
     borders[: len(lengths)] = made.cu_seqlens[: len(lengths)]
-    return dataclasses.replace(made, cu_seqlens=borders, max_seqlen=N)
+    return dataclasses.replace(made, cu_seqlens=borders)
 
 
 def loss_and_grads(model: nn.Module, data: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -221,7 +221,7 @@ def train_steps(config: Config, tied: bool, steps: list[list[Batch]], world: Wor
             loss += part.detach()
         if world.size > 1:
             dist.all_reduce(loss)
-        norm = optim.clip(model, 1.0)
+        norm = optim.clip(model, optimizer, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         results.append((loss.item(), norm.item()))

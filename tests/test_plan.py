@@ -84,7 +84,7 @@ def counted(model_config, kernels, n_ranks: int, recompute: str, n: int) -> tupl
             model.to_empty(device="cpu")
             optimizer = optim.make_adamw(model, config)  # held: its means
             tokens = [torch.zeros(n, dtype=torch.int64) for _ in range(3)]
-            batch = Batch(*tokens, torch.zeros(17, dtype=torch.int32), n, 0)
+            batch = Batch(*tokens, torch.zeros(17, dtype=torch.int32), torch.tensor([16, n]), 0)
             for _ in range(2):
                 held, n_bytes.peak = n_bytes.now(), 0
                 loss = model(batch, torch.ones(()))
@@ -134,7 +134,8 @@ def test_what_autograd_saves_is_the_formula_for_none(gpu_loss):
         seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    batch = Batch(*[torch.zeros(n, dtype=torch.int64) for _ in range(3)], torch.tensor([0, n], dtype=torch.int32), n, 0)
+    tokens = [torch.zeros(n, dtype=torch.int64) for _ in range(3)]
+    batch = Batch(*tokens, torch.tensor([0, n], dtype=torch.int32), torch.tensor([1, n]), 0)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         hidden = model.hidden(batch)
     n_bytes = sum(seen.values()) - sum(seen.get(p.untyped_storage().data_ptr(), 0) for p in model.parameters())

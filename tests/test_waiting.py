@@ -97,7 +97,7 @@ def _two_ranks(rank, steps, tiny_flags, folder):
             loss, _ = train.add_gradients(model, iter(micro), 1, 2, world, stop)
             if (rank, i) == (1, 1):
                 next(model.parameters()).grad.to_local()[0] = math.nan
-            norm = optim.clip(model, 1.0)
+            norm = optim.clip(model, optimizer, 1.0)
             verdict = watch.judge(loss, norm)
             guard.step(optimizer, verdict[0])
             optimizer.zero_grad()

@@ -107,9 +107,8 @@ def pack_documents(documents: list[list[int]]) -> Batch:
     tokens = torch.from_numpy(np.concatenate(documents).astype(np.int64))
     positions = torch.from_numpy(np.arange(borders[-1]) - np.repeat(borders[:-1], lengths))
     cu_seqlens = torch.from_numpy(borders.astype(np.int32))
-    return Batch(
-        tokens, torch.full_like(tokens, IGNORED), positions, cu_seqlens, int(lengths.max()), int((lengths**2).sum())
-    )
+    extent = torch.tensor([len(lengths), lengths.max()])
+    return Batch(tokens, torch.full_like(tokens, IGNORED), positions, cu_seqlens, extent, int((lengths**2).sum()))
 
 
 def greedy_answers(model: Decoder, prompts: list[list[int]], ends: set[int], device: torch.device) -> list[list[int]]:

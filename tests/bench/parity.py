@@ -43,7 +43,7 @@ def run(regime: str, flags: list[str], arithmetic: str) -> None:
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     if regime == "nearest":
-        lowbit.round_stochastically = torch.Tensor.bfloat16
+        lowbit.round_stochastically = lambda x, _seed: x.bfloat16()
     if arithmetic == "fp32":
         Config.dtype = property(lambda _: torch.float32)
     sys.argv = ["train.py", *flags]

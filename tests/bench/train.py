@@ -62,13 +62,13 @@ def our_step(folder: str, case: str):
     positions = torch.from_numpy(np.arange(N_TOKENS) - np.repeat(borders[:-1], docs))
     tokens, labels = tokens_and_labels(docs)
     cu_seqlens = torch.from_numpy(borders.astype(np.int32))
-    batch = Batch(tokens, labels, positions, cu_seqlens, N_TOKENS, 0)
+    batch = Batch(tokens, labels, positions, cu_seqlens, torch.tensor([len(docs), docs.max()]), 0)
     scale = torch.tensor(1 / int((labels != -100).sum()))
 
     def step() -> float:
         loss = model(batch, scale)
         loss.backward()
-        optim.clip(model, CLIP)
+        optim.clip(model, optimizer, CLIP)
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()

@@ -110,10 +110,11 @@ def our_side(c, args, float8: bool = False):
         padded = np.pad(borders, (0, max(0, 65 - len(borders))), mode="edge").astype(
             np.int32
         )  # one shape for all steps
-        batch = Batch(tokens, labels, positions, torch.from_numpy(padded), len(tokens), 0)
+        extent = torch.tensor([len(lengths), lengths.max()])
+        batch = Batch(tokens, labels, positions, torch.from_numpy(padded), extent, 0)
         return model(batch.to(world.device), scale)
 
-    return model, optimizer, loss_of, lambda: optim.clip(model, CLIP)
+    return model, optimizer, loss_of, lambda: optim.clip(model, optimizer, CLIP)
 
 
 def peer_side(c, args):
