@@ -20,12 +20,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import cross_entropy, rms_norm, rope, swiglu
+from . import adamw, cross_entropy, rms_norm, rope, swiglu
 from .common import INTERPRETED, next_power_of_2, tl, triton, warps_for
 from .roofline import MODELS, Model
 
 GENERATIONS = {80: "A100", 90: "H100, H200", 100: "B200"}
-BF16, FP32, INT64 = torch.bfloat16, torch.float32, torch.int64  # here each stands for a pointer to such
+BF16, FP32, INT64, UINT8 = (
+    torch.bfloat16,
+    torch.float32,
+    torch.int64,
+    torch.uint8,
+)  # here each stands for a pointer to such
 
 
 def launches(m: Model) -> Iterator[tuple]:
@@ -53,12 +58,19 @@ def launches(m: Model) -> Iterator[tuple]:
         yield name, cross_entropy._rows, args, const, warps_for(vocab_block)
     block = cross_entropy.SCALE_BLOCK
     yield "scale", cross_entropy._scale, (BF16, d, d, FP32), dict(BLOCK=block, ACC=tl.float32), warps_for(block)
+    n, seed = 1 << 24, 12345
+    yield "sum of gradients", adamw._add, (BF16, BF16, n, seed), dict(BLOCK=adamw.TILE), adamw.WARPS
+    for name, mean, block in (("int8", UINT8, 256), ("bf16", BF16, adamw.TILE)):
+        of_codes = [FP32] * 4 if mean is UINT8 else [None] * 4
+        args = (BF16, BF16, mean, mean, *of_codes, *[FP32] * 4, n, block, seed, 1e-5, 0.1, 0.1, 0.05, 1e-8)
+        const = dict(CODES=mean is UINT8, ROWS=adamw.TILE // block, COLS=block)
+        yield f"adamw with {name} means", adamw._step, args, const, adamw.WARPS
 
 
 def compile_for(kernel, args: tuple, constexprs: dict, warps: int, generation: int):
     """The kernel compiled as a launch with these arguments would compile it."""
     signature, constants, attributes = {}, dict(constexprs), {}
-    pointers = {BF16: "*bf16", FP32: "*fp32", INT64: "*i64"}
+    pointers = {BF16: "*bf16", FP32: "*fp32", INT64: "*i64", UINT8: "*u8"}
     for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
         if value is None or value == 1:  # Triton makes constants of these
             constants[name] = value
@@ -100,7 +112,9 @@ def table(generations=tuple(GENERATIONS), models=tuple(MODELS)) -> dict[str, dic
     jobs = {}
     for model in models:
         for name, kernel, args, constexprs, warps in launches(MODELS[model]):
-            sizes = ", ".join(str(v) for k, v in constexprs.items() if k in ("BLOCK", "Q_HEADS", "K_HEADS"))
+            sizes = ", ".join(
+                str(v) for k, v in constexprs.items() if k in ("BLOCK", "Q_HEADS", "K_HEADS", "ROWS", "COLS")
+            )
             for generation in generations:
                 jobs[f"{name}, {sizes}, {warps} warps, sm_{generation}"] = (kernel, args, constexprs, warps, generation)
     return {name: measure(compile_for(*job)) for name, job in tqdm(jobs.items(), "compiling", leave=False, delay=3)}

@@ -17,44 +17,18 @@ because: it skips a step on the device (`found_inf`, as torch's fused AdamW does
 rows (AdamW8bit of torchao 0.18 stops at the first step on bf16 DTensors), and blocks never cross a row, so that a
 checkpoint can be cut anew for any number of ranks. Same numbers otherwise (a test holds it to AdamW8bit, bit by bit).
 
-Cost: a compiled kernel a parameter. Each reads gradient, weight and means and writes weight and means, once: 14 bytes a
-parameter with bf16 means, 10 with int8. Without a compiler the same in eager mode, slower and with float32 temporaries
-of one parameter's size.
+Cost: a kernel a parameter, kernels/adamw.py: each reads gradient, weight and means and writes weight and means, once: 14
+bytes a parameter with bf16 means, 10 with int8. Where Triton cannot run, its torch twin: compiled, or without a compiler in
+eager mode, slower and with float32 temporaries of one parameter's size.
 """
 
 import torch
 from torch import Tensor
 
+from nanomed.kernels import adamw
 from nanomed.weights import local
 
 MAX_BLOCK, MIN_BLOCK = 256, 32  # numbers that share a scale; rows without such a divisor keep float32 means
-
-
-def round_stochastically(x: Tensor, seed: Tensor) -> Tensor:
-    """float32 → bf16, up or down at random so that the mean is x. Infinities and NaN stay. seed: of `draw_seed`.
-
-    A bf16 number is the upper half of a float32. Adding 16 random bits to the lower half carries into the upper one
-    with probability lower half / 2^16.
-    """
-    rounded = ((x.view(torch.int32) + noise(x, seed)) & -(1 << 16)).view(torch.float32)
-    return torch.where(x.isfinite(), rounded, x).bfloat16()
-
-
-def noise(x: Tensor, seed: Tensor) -> Tensor:
-    """16 random bits for each of x's elements, int32 in [0, 2^16): a hash of the element's number and the seed.
-
-    The hash is C. Wellons' lowbias32 (2018). torch.randint would be Philox, ten rounds for 128 bits of which 112 are thrown
-    away: on an H100 a sum of gradients rounded by it took three times as long as its memory traffic.
-    """
-    bits = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape) + seed
-    bits = (bits ^ ((bits >> 16) & 0xFFFF)) * 0x7FEB352D
-    bits = (bits ^ ((bits >> 15) & 0x1FFFF)) * (0x846CA68B - (1 << 32))
-    return (bits ^ (bits >> 16)) & 0xFFFF
-
-
-def draw_seed() -> Tensor:
-    """() int32 from torch's generator of the CPU, and there: it travels as a kernel's argument."""
-    return torch.randint(-(1 << 31), 1 << 31, (), dtype=torch.int32)
 
 
 def block_size(row: int) -> int | None:
@@ -70,11 +44,17 @@ class LowbitAdamW(torch.optim.Optimizer):
     vectors keep float32) their scales, (rows, row / block). All are there before the first step and keep their memory.
     """
 
-    def __init__(self, groups: list[dict], lr: float, betas: tuple, eps: float, means: str, compiled: bool):
-        """groups as torch's, each with its weight_decay; means: fp32, bf16 or int8 (needs torchao)."""
+    def __init__(self, groups: list[dict], lr: float, betas: tuple, eps: float, means: str, way: str):
+        """groups as torch's, each with its weight_decay; means: fp32, bf16 or int8 (needs torchao).
+
+        way: triton, or the torch twins, `compiled` or `eager`.
+        """
         super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, fused=True))  # as torch's: it obeys found_inf
-        self._update = torch.compile(_update, fullgraph=True) if compiled else _update
-        add = torch.compile(_add, fullgraph=True) if compiled else _add
+        self._update, add = adamw.adamw_torch_, adamw.add_rounded_torch_
+        if way == "triton":
+            self._update, add = adamw.adamw_, adamw.add_rounded_
+        elif way == "compiled":
+            self._update, add = (torch.compile(twin, fullgraph=True) for twin in (self._update, add))
         params = [p for group in self.param_groups for p in group["params"]]
         device = params[0].device
         self._maps = [torch.tensor(m, device=device) for m in _maps()] if means == "int8" else [None, None]
@@ -91,11 +71,8 @@ class LowbitAdamW(torch.optim.Optimizer):
         `found_inf`: if it is 1, nothing changes, the count included. `grad_scale`: gradients are divided by it.
         """
         found_inf, grad_scale = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
-        skip = None
-        if found_inf is not None:
-            found_inf = found_inf.to(self._step.device)  # elsewhere only if the parameters are offloaded
-            skip = found_inf.bool()
-        self._step += 1 if skip is None else 1 - found_inf
+        skip = None if found_inf is None else found_inf.to(self._step.device)  # elsewhere if parameters are offloaded
+        self._step += 1 if skip is None else 1 - skip
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             # Tensors, for a changing number would compile anew; on the CPU: they travel as a kernel's arguments.
@@ -109,7 +86,8 @@ class LowbitAdamW(torch.optim.Optimizer):
                 shape = (-1,) if scales[0] is None else (len(scales[0]), -1)
                 tensors = (t.view(shape) for t in (x, local(p.grad), *(state[key] for key in _MEANS)))
                 self._update(
-                    *tensors, scales, self._maps, lr, decay, corrections, skip, grad_scale, draw_seed(), beta1, beta2, group["eps"]
+                    *tensors, scales, self._maps, lr, decay, corrections, skip, grad_scale, adamw.draw_seed(),
+                    beta1, beta2, group["eps"],
                 )  # fmt: skip
 
 
@@ -133,52 +111,6 @@ def _zeros(p: Tensor, means: str) -> dict[str, Tensor]:
     return zeros
 
 
-def _update(
-    p: Tensor,  # float32 or bf16, flat or (blocks, block)
-    grad: Tensor,  # as p
-    exp_avg: Tensor,  # p's shape: float32, bf16, or uint8 codes
-    exp_avg_sq: Tensor,
-    scales: list[Tensor | None],  # (blocks,) float32 of both means, where they are codes
-    maps: list[Tensor | None],  # (256,) float32
-    lr: Tensor,  # () float32, like decay and the two bias corrections 1 - beta^step
-    decay: Tensor,
-    corrections: tuple[Tensor, Tensor],
-    skip: Tensor | None,  # () bool
-    grad_scale: Tensor | None,  # () float32
-    seed: Tensor,  # () int32
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> None:
-    """AdamW (arXiv 1711.05101) in place: computed in float32, each result rounded once."""
-    g = grad.float() if grad_scale is None else grad.float() / grad_scale
-    m = _dequantized(exp_avg, scales[0], maps[0]).lerp(g, 1 - beta1)
-    v = _dequantized(exp_avg_sq, scales[1], maps[1]).lerp(g.square(), 1 - beta2)
-    x = p.float()
-    x = x - lr * decay * x
-    x = x - lr * (m / corrections[0]) / (v.sqrt() / corrections[1].sqrt() + eps)
-    new = [(p, round_stochastically(x, seed) if p.dtype == torch.bfloat16 else x)]
-    for old, scale, qmap, mean in ((exp_avg, scales[0], maps[0], m), (exp_avg_sq, scales[1], maps[1], v)):
-        new += [(old, mean.to(old.dtype))] if scale is None else zip((old, scale), _quantized(mean, qmap), strict=True)
-    for old, value in new:
-        old.copy_(value if skip is None else torch.where(skip, old, value))
-
-
-def _dequantized(mean: Tensor, scale: Tensor | None, qmap: Tensor | None) -> Tensor:
-    if scale is None:
-        return mean.float()
-    from torchao.optim.quant_utils import dequant_with_qmap
-
-    return dequant_with_qmap(mean, qmap, scale)
-
-
-def _quantized(mean: Tensor, qmap: Tensor) -> tuple[Tensor, Tensor]:  # (B, block) -> codes (B, block), scales (B,)
-    from torchao.optim.quant_utils import quantize_8bit_with_qmap, scale_tensor
-
-    unit, scale = scale_tensor(mean, mean.shape[1])
-    return quantize_8bit_with_qmap(unit, qmap), scale
-
-
 # --- sums of bf16 gradients ----------------------------------------------------------------------------------------
 
 
@@ -192,12 +124,8 @@ def _set_aside(p: Tensor, add) -> None:
     else:
         if p.grad.device.type == "cpu" and torch.cuda.is_available():  # offloaded; it may still be on its way
             torch.cuda.current_stream().synchronize()
-        add(local(total).view(-1), local(p.grad).view(-1), draw_seed())
+        add(local(total).view(-1), local(p.grad).view(-1), adamw.draw_seed())
     p.grad = None
-
-
-def _add(total: Tensor, grad: Tensor, seed: Tensor) -> None:
-    total.copy_(round_stochastically(total.float() + grad.float(), seed))
 
 
 def take_sums(model: torch.nn.Module) -> None:

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from nanomed import parallel
 from nanomed.config import Config
+from nanomed.kernels.common import INTERPRETED
 from nanomed.lowbit import LowbitAdamW, take_sums
 
 
@@ -27,8 +28,10 @@ def make_adamw(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     ]
     known = dict(lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
     if config.optimizer_states != "fp32" or params[0].dtype != torch.float32:
-        compiled = config.compile and parallel.can_compile(params[0].device)
-        return LowbitAdamW(groups, **known, means=config.optimizer_states, compiled=compiled)
+        way = "compiled" if config.compile and parallel.can_compile(params[0].device) else "eager"
+        if config.kernels == "triton" and (params[0].is_cuda or INTERPRETED):
+            way = "triton"
+        return LowbitAdamW(groups, **known, means=config.optimizer_states, way=way)
     optimizer = torch.optim.AdamW(groups, **known, fused=True)
     for p in params:
         optimizer.state[p] = {

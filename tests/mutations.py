@@ -40,9 +40,19 @@ MUTATIONS = [  # (what, file, old, new): old must stand in the file
     ("no mask at a store", "cross_entropy", "(x * factor).to(x_ptr.dtype.element_ty), mask=cols < D", "(x * factor).to(x_ptr.dtype.element_ty)"),
     ("rows packed that lie apart", "cross_entropy", "tl.store(x_ptr + row * x_stride + cols, (x * factor)", "tl.store(x_ptr + row * D + cols, (x * factor)"),
     ("no mask at a store", "rms_norm", "dx.to(dx_ptr.dtype.element_ty), mask=mask", "dx.to(dx_ptr.dtype.element_ty)"),
+    ("no mask at a store", "adamw", "_rounded(x, at, seed).to(total_ptr.dtype.element_ty), mask=at < N", "_rounded(x, at, seed).to(total_ptr.dtype.element_ty)"),
+    ("no mask at a store", "adamw", "tl.store(p_ptr + at, x.to(p_ptr.dtype.element_ty), mask=mask)", "tl.store(p_ptr + at, x.to(p_ptr.dtype.element_ty))"),
+    ("rounded to nearest", "adamw", "        x = _rounded(x, at, seed)", "        x = x"),
+    ("the same noise in every row", "adamw", "x = _rounded(x, at, seed)", "x = _rounded(x, at % 256, seed)"),
+    ("infinities rounded", "adamw", "(bits & 0x7F800000) == 0x7F800000", "bits == 0x7F800001"),
+    ("a decade too early", "adamw", "(0.1 + 0.18 / (first * 2**i))", "0.1"),
+    ("-1 as 1", "adamw", "code = 127 + tl.where(x < 0, -code, tl.where(top, 128.0, code))", "code = 127 + tl.where(x < 0, -1.0, 1.0) * tl.where(top, 128.0, code)"),
+    ("skipped steps made", "adamw", "if tl.load(skip_ptr) != 0:", "if tl.load(skip_ptr) == 2:"),
+    ("gradients not divided", "adamw", "g /= tl.load(grad_scale_ptr)", "g /= 1.0"),
+    ("the other mean's scale", "adamw", "_keep(tl.where(mask, v, 0.0), v_ptr, v_scale_ptr", "_keep(tl.where(mask, v, 0.0), v_ptr, m_scale_ptr"),
     ("scaled twice", "cross_entropy", "if factor == 1:", "if factor != 1:"),
 ]  # fmt: skip
-TESTS = ["kernels", "rms_norm", "swiglu", "rope", "cross_entropy", "linear_cross_entropy"]
+TESTS = ["kernels", "rms_norm", "swiglu", "rope", "cross_entropy", "linear_cross_entropy", "adamw"]
 
 
 def survives(file: str, old: str, new: str) -> bool:

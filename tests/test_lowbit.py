@@ -20,7 +20,9 @@ from nanomed import InputError, config, lowbit, optim, parallel
 from nanomed.checkpoint import Checkpointer
 from nanomed.config import Config
 from nanomed.guard import Guard
-from nanomed.lowbit import block_size, draw_seed, noise, round_stochastically
+from nanomed.kernels import adamw
+from nanomed.kernels.adamw import draw_seed, noise, round_stochastically
+from nanomed.lowbit import block_size
 from nanomed.weights import local
 from test_parallel import ALONE, PLAIN, batch, build, spawn
 
@@ -101,7 +103,7 @@ def set_gradients(model: nn.Module, seed: int) -> None:
 def test_int8_equals_torchaos(dtype, monkeypatch):
     """Codes, scales and weights of both, five steps, to the bit; torchao in eager mode and rounding to nearest."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(lowbit, "round_stochastically", to_nearest)
+    monkeypatch.setattr(adamw, "round_stochastically", to_nearest)
     (model, optimizer), (reference, _) = pair(dtype, "int8"), pair(dtype, "int8")
     groups = [{"params": [p for p in reference.parameters() if p.ndim > 1], "weight_decay": 0.1}]
     theirs = AdamW8bit(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
@@ -125,7 +127,7 @@ def test_wide_means_equal_torchs_adamw():
     model, _ = pair(torch.float32, "fp32")
     reference, theirs = pair(torch.float32, "fp32")
     groups = [{"params": [*model.parameters()], "weight_decay": 0.1}]
-    ours = lowbit.LowbitAdamW(groups, 1e-2, (0.9, 0.95), 1e-8, "fp32", compiled=False)
+    ours = lowbit.LowbitAdamW(groups, 1e-2, (0.9, 0.95), 1e-8, "fp32", "eager")
     theirs.param_groups[1]["weight_decay"] = 0.1
     for step in range(5):
         for m in (model, reference):
@@ -141,12 +143,12 @@ def test_compiled_equals_eager():
     if not parallel.can_compile(torch.device("cpu")):
         pytest.fail("these tests need a C++ compiler")
     found = []
-    for compiled in (False, True):
+    for way in ("eager", "compiled"):
         model = nn.Linear(256, 64, bias=False)
         with torch.no_grad():
             model.weight.copy_(torch.linspace(-0.1, 0.1, 64 * 256).view(64, 256))
         groups = [{"params": [model.weight], "weight_decay": 0.1}]
-        optimizer = lowbit.LowbitAdamW(groups, 1e-2, (0.9, 0.95), 1e-8, "int8", compiled)
+        optimizer = lowbit.LowbitAdamW(groups, 1e-2, (0.9, 0.95), 1e-8, "int8", way)
         for step in range(3):
             set_gradients(model, step)
             optimizer.step()
@@ -160,10 +162,10 @@ def test_small_updates_arrive_only_with_stochastic_rounding(states, monkeypatch)
     """Updates of 1e-5 on bf16 weights of 0.1, whose neighbours are 4.9e-4 apart."""
     moved = {}
     for name, rounding in (("stochastic", round_stochastically), ("nearest", to_nearest)):
-        monkeypatch.setattr(lowbit, "round_stochastically", rounding)
+        monkeypatch.setattr(adamw, "round_stochastically", rounding)
         p = nn.Parameter(torch.full((64, 256), 0.1, dtype=torch.bfloat16))
         start = p.float().mean().item()
-        optimizer = lowbit.LowbitAdamW([{"params": [p], "weight_decay": 0.0}], 1e-5, (0.9, 0.95), 1e-8, states, False)
+        optimizer = lowbit.LowbitAdamW([{"params": [p], "weight_decay": 0.0}], 1e-5, (0.9, 0.95), 1e-8, states, "eager")
         for _ in range(20):
             p.grad = torch.ones_like(p)
             optimizer.step()
@@ -196,7 +198,7 @@ def test_many_bf16_gradients_add_up(monkeypatch):
     """600 micro-batches of gradient 1: autograd's own bf16 sum stops at 256."""
     sums = {}
     for name, rounding in (("stochastic", round_stochastically), ("nearest", to_nearest)):
-        monkeypatch.setattr(lowbit, "round_stochastically", rounding)
+        monkeypatch.setattr(adamw, "round_stochastically", rounding)
         model = nn.Linear(64, 64, bias=False).bfloat16()
         optim.make_adamw(model, dataclasses.replace(LEAN))
         for _ in range(600):
@@ -318,7 +320,7 @@ def test_two_ranks_resume_bit_identically_and_one_rank_takes_over(tmp_path):
 def test_an_uneven_share_may_be_empty():
     """A rank may own no row of a small matrix."""
     p = nn.Parameter(torch.zeros(0, 64, dtype=torch.bfloat16))
-    optimizer = lowbit.LowbitAdamW([{"params": [p], "weight_decay": 0.0}], 1e-5, (0.9, 0.95), 1e-8, "int8", False)
+    optimizer = lowbit.LowbitAdamW([{"params": [p], "weight_decay": 0.0}], 1e-5, (0.9, 0.95), 1e-8, "int8", "eager")
     p.grad = torch.zeros_like(p)
     optimizer.step()
     assert local(optimizer.state[p]["exp_avg"]).numel() == 0

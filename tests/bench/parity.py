@@ -38,12 +38,12 @@ LAST = 10  # the final training loss is the mean over so many steps
 def run(regime: str, flags: list[str], arithmetic: str) -> None:
     """One run of train.py in this process, with the regime's rounding."""
     import train
-    from nanomed import lowbit
     from nanomed.config import Config
+    from nanomed.kernels import adamw
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     if regime == "nearest":
-        lowbit.round_stochastically = lambda x, _seed: x.bfloat16()
+        adamw.round_stochastically = lambda x, _seed: x.bfloat16()
     if arithmetic == "fp32":
         Config.dtype = property(lambda _: torch.float32)
     sys.argv = ["train.py", *flags]
