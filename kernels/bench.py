@@ -213,10 +213,11 @@ def draw(result: dict, path: Path) -> None:
         rows = [r for r in result["rows"] if (r["op"], r["model"], r["tokens"]) == key and "absent" not in r]
         axes = figure.add_subplot(-(-len(keys) // columns), columns, i + 1)
         of_floor = [100 * r["both"]["of_floor"] for r in rows]
-        colours = ["tab:red" if r["provider"] == "ours" else "tab:gray" for r in rows]
+        colours = ["tab:red" if r["provider"].startswith("ours") else "tab:gray" for r in rows]
         bars = axes.barh([r["provider"] for r in rows], of_floor, color=colours)
-        axes.bar_label(bars, fmt="%.0f %%", padding=2, fontsize=8)
-        axes.axvline(100, color="black", linewidth=1)
+        box = dict(facecolor="white", edgecolor="none", pad=1)  # or the roofline would cross the figure
+        axes.bar_label(bars, fmt="%.0f %%", padding=3, fontsize=8, bbox=box)
+        axes.axvline(100, color="black", linewidth=1, zorder=0)
         axes.set_xlim(0, max(115, *(1.15 * x for x in of_floor)))
         axes.invert_yaxis()
         axes.set_title(f"{key[0]}, {key[1]}, {key[2]:,} tokens", fontsize=9)

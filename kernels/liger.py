@@ -52,7 +52,7 @@ def linear_cross_entropy(
     targets: Tensor,
     scale: Tensor,
     z_loss: float = 0.0,
-    chunk: int = 2048,
+    chunk: int = 4096,
     accumulate: torch.dtype | None = torch.float32,
 ) -> Tensor:
     """As kernels.linear_cross_entropy. Its chunks are set by a multiple of N·D elements, here the one nearest to `chunk`.

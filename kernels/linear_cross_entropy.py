@@ -9,13 +9,14 @@ multiplies them by that scalar. The products are cuBLAS's; the one kernel of our
 
 dW is accumulated in float32 across chunks: a bf16 accumulator loses 1 % after 64 of them. Each chunk reads and writes
 all of it, 8·V·D bytes, so chunks must be large: with fewer than about 1,100 tokens (the FLOP an H100 does in the time of
-a byte, times four) that traffic costs more time than the product, and 256 would double the whole.
+a byte, times four) that traffic costs more time than the product, and 256 would double the whole. Where one chunk holds all
+tokens there is nothing to accumulate, and dW comes in the weight's dtype straight from its product.
 
 Cost: 6·N·D·V FLOP, as without chunks, 6·N·V bytes of cross-entropy, and dW's traffic as far as it is not hidden under
 its product; rounding dW to bf16, where the weight is, moves 10·V·D bytes more. Floor, without dW's: at 8,192 tokens of
 Qwen2.5-7B (3,584, 152,064) on an H100 with 800 TFLOP/s and 3.0 TB/s 33.5 + 2.5 ms. Memory beside the inputs:
-2·chunk·V + 4·V·D + 2·N·D bytes, 2.9 GB with chunks of 2,048, where whole logits take 17 GB and more; 2·V·D more where
-the weight is float32 and the products are bf16.
+2·chunk·V + 4·V·D + 2·N·D bytes, 3.5 GB with chunks of 4,096, where autograd's float32 logits take 15 GB; 2·V·D more where
+the weight is float32 and the products are bf16, as much less where one chunk holds all tokens.
 """
 
 import torch
@@ -33,7 +34,7 @@ def linear_cross_entropy(
     targets: Tensor,  # (N,) int64, each in [0, V) or IGNORED; never checked here: that would wait for the device
     scale: Tensor,  # () float32 on hidden's device, usually 1 / (valid tokens of the whole step)
     z_loss: float = 0.0,
-    chunk: int = 2048,
+    chunk: int = 4096,
 ) -> Tensor:  # () float32
     """scale · Σ cross-entropy in nats over the targets that are not IGNORED; 0 with zero gradients where all are."""
     check("linear_cross_entropy: hidden", hidden, (targets.shape[0], weight.shape[-1]))
@@ -44,7 +45,7 @@ def linear_cross_entropy(
 
 
 def linear_cross_entropy_torch(
-    hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, z_loss: float = 0.0, chunk: int = 2048
+    hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, z_loss: float = 0.0, chunk: int = 4096
 ) -> Tensor:
     """As linear_cross_entropy, on any device."""
     return _apply(hidden, weight, targets, scale, z_loss, chunk, TORCH)
@@ -62,7 +63,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         loss = hidden.new_zeros((), dtype=wide)
         dx = torch.empty_like(hidden) if with_grad else hidden
-        dw = hidden.new_empty(weight.shape, dtype=wide) if with_grad else None
+        at_once = len(hidden) <= chunk and weight.dtype == hidden.dtype  # then dW's one product rounds it once
+        dw = hidden.new_empty(weight.shape, dtype=weight.dtype if at_once else wide) if with_grad else None
         chunks = zip(hidden.split(chunk), targets.split(chunk), dx.split(chunk), strict=True)
         for i, (h, y, d) in enumerate(chunks):
             chunk_loss, g = way.loss_and_grad(h @ w.T, y, scale, z_loss, with_grad)
@@ -92,7 +94,9 @@ def _add_matmul(acc: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
     In one call where the device can: on CUDA, from torch 2.11 on.
     """
-    if acc.is_cuda and a.dtype != acc.dtype:
+    if first and a.dtype == acc.dtype:
+        torch.mm(a, b, out=acc)
+    elif acc.is_cuda and a.dtype != acc.dtype:
         if first:
             torch.mm(a, b, out_dtype=acc.dtype, out=acc)
         else:

@@ -121,8 +121,8 @@ def everybody(op: str) -> dict[str, Callable | str]:
     if op == "linear_cross_entropy":
         if not isinstance(liger, str):  # as it comes: dW added up in bf16, logits in chunks of N·D elements
             as_it_comes = partial(liger.linear_cross_entropy, accumulate=None, chunk=1)
-            peers |= {"liger default": as_it_comes, "liger chunk 4096": partial(liger.linear_cross_entropy, chunk=4096)}
-        peers |= {f"ours chunk {c}": partial(providers.TRITON.linear_cross_entropy, chunk=c) for c in (1024, 4096)}
+            peers |= {"liger default": as_it_comes, "liger chunk 2048": partial(liger.linear_cross_entropy, chunk=2048)}
+        peers |= {f"ours chunk {c}": partial(providers.TRITON.linear_cross_entropy, chunk=c) for c in (2048, 8192)}
         peers["cut-cross-entropy"] = _cut_cross_entropy()
     peers["quack"] = _quack(op)
     return peers
@@ -150,7 +150,7 @@ def _torchs_own(op: str) -> Callable | str:
         if not hasattr(F, "linear_cross_entropy"):
             return f"torch {torch.__version__} has no F.linear_cross_entropy"
         # "balanced": dW accumulated in float32 as ours; its own choice on a GPU adds up in bf16
-        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=2048, acc_policy="balanced")
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=4096, acc_policy="balanced")
         settings = dict(reduction="sum", ignore_index=IGNORED, options=options)
         return lambda h, w, y, s: s * F.linear_cross_entropy(h, w, y, **settings)
     return "torch.nn.functional has none of its own"

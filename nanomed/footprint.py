@@ -63,9 +63,10 @@ def moments(c: ModelConfig, n: int, regime: Regime, shards: int, recompute: str)
     """Bytes needed for a moment beyond weights, gradients, states and activations; the peak is in the largest.
 
     With H = V D parameters in lm_head, B in a block, and n tokens in bf16:
-        loss            a chunk's logits, dW in float32 (4 H), hidden states and their gradient (2 · 2 n D), and lm_head
-                        in bf16 (2 H) unless it is there in bf16 already
-        head's sum      FSDP only: dW, and the float32 buffer in which the GPUs sum it (8 H); a block gathered ahead (2 B)
+        loss            a chunk's logits, dW (4 H in float32; 2 H where one chunk holds all tokens and the weight it sees is
+                        bf16), hidden states and their gradient (2 · 2 n D), and lm_head in bf16 (2 H) unless it is there;
+                        FSDP: the buffer too that it was gathered in (2 H)
+        head's sum      FSDP only: dW, and the float32 buffer in which the GPUs sum it (4 H); a block gathered ahead (2 B)
         block backward  what is recomputed, and 2 n F more (SwiGLU's three gradients less the product no longer needed);
                         FSDP: two blocks gathered, gradients (5 B), the head's buffer still there (4 H); one GPU: casts (2 B)
     """
@@ -74,9 +75,10 @@ def moments(c: ModelConfig, n: int, regime: Regime, shards: int, recompute: str)
     again = activation_bytes(one, n, "none") - activation_bytes(one, n, recompute)
     alone = shards == 1
     in_bf16 = alone and regime.weights == 2
+    dw = (2 if n <= GPU_CHUNK and (in_bf16 or not alone) else 4) * v * d
     return {
-        "loss": 2 * min(n, GPU_CHUNK) * v + 4 * v * d + 4 * n * d + (0 if in_bf16 else 2 * v * d),
-        "head's sum": 0 if alone else 8 * v * d + 2 * block,
+        "loss": 2 * min(n, GPU_CHUNK) * v + dw + 4 * n * d + (0 if in_bf16 else 2 * v * d if alone else 4 * v * d),
+        "head's sum": 0 if alone else dw + 4 * v * d + 2 * block,
         "block backward": again
         + 4 * n * c.intermediate_size
         + (0 if in_bf16 else 2 * block if alone else 4 * v * d + 5 * block),

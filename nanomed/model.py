@@ -22,7 +22,7 @@ from nanomed.batches import Batch
 from nanomed.hf import ModelConfig
 from nanomed.kernels.providers import TORCH, Kernels
 
-GPU_CHUNK, CPU_CHUNK = 2048, 512  # tokens of the loss at a time: a CPU's cache is small, its allocator slow above 32 MB
+GPU_CHUNK, CPU_CHUNK = 4096, 512  # tokens of the loss at a time: a CPU's cache is small, its allocator slow above 32 MB
 
 
 class Linear(nn.Linear):
