@@ -136,8 +136,7 @@ def open_inputs(config: Config, world: World) -> tuple[Path, ModelConfig, Stream
         raise InputError(f"--seq-len {config.seq_len}: the model was made for {model_config.max_position_embeddings}")
     stream, vals = open_data(config, source, model_config.vocab_size)
     n_steps = count_steps(config, stream)
-    shape = batch_shape(config, stream, vals, n_steps * config.batch_tokens // config.seq_len)
-    return source, model_config, stream, vals, shape, n_steps
+    return source, model_config, stream, vals, Shape(config.seq_len, config.micro_batch), n_steps
 
 
 def due(step: int, n_steps: int, *everies: int) -> list[bool]:
@@ -227,13 +226,6 @@ def count_steps(config: Config, stream: Stream) -> int:
     if config.warmup_steps >= n_steps:
         raise InputError(f"--warmup-steps {config.warmup_steps}: the run has only {n_steps} steps")
     return n_steps
-
-
-def batch_shape(config: Config, stream: Stream, vals: dict[str, Stream], n_windows: int) -> Shape:
-    """One shape for every batch of the run, so that nothing recompiles: as many pieces as any of them needs."""
-    sizes = [(stream, n_windows)] + [(v, -(-v.start_of(1) // config.seq_len)) for v in vals.values()]
-    most = max(batches.max_pieces(s, config.seq_len, config.micro_batch, n) for s, n in sizes)
-    return Shape(config.seq_len, config.micro_batch, -(-(most + 1) // 16) * 16)
 
 
 @torch.no_grad()

@@ -140,7 +140,10 @@ _packed_attention.register_autograd(_packed_backward, setup_context=_save_packed
 
 def _tiles(cu_seqlens: Tensor, n_heads: int, window: int):
     """(first row, end row, first key) of every tile of queries: it sees the keys [first key, end row) of its document."""
-    for start, stop in pairwise(cu_seqlens.tolist()):
+    borders = cu_seqlens.tolist()
+    for start, stop in pairwise(borders):
+        if start == borders[-1]:  # from here on it repeats
+            return
         rows = min(256, max(32, TILE_SCORES // (n_heads * max(1, stop - start))))
         for a in range(start, stop, rows):
             yield a, min(a + rows, stop), max(start, a - window + 1) if window else start

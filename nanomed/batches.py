@@ -36,9 +36,7 @@ class Batch:
     tokens: Tensor  # (N,) int64
     labels: Tensor  # (N,) int64: the next token, IGNORED where it belongs to another document
     positions: Tensor  # (N,) int64, from 0 in each document piece
-    cu_seqlens: (
-        Tensor  # (pieces + 1,) int32 borders of the pieces; one length for the whole run, the last entry repeats
-    )
+    cu_seqlens: Tensor  # (N + 1,) int32 borders of the pieces; after the last piece N repeats, so that no shape varies
     extent: Tensor  # (2,) int64, always on the CPU: pieces, tokens of the longest
     sum_squared_lens: int  # Σ len² over the pieces: the work of attention
 
@@ -63,21 +61,6 @@ class Shape:
 
     seq_len: int  # L, tokens in a window
     micro_batch: int  # windows in a batch
-    max_pieces: int  # no batch has more document pieces; cu_seqlens has one entry more
-
-
-def max_pieces(stream: Stream, seq_len: int, micro_batch: int, n_windows: int) -> int:
-    """The largest number of document pieces in any batch of the first n_windows windows, from the index alone.
-
-    The worst case, a piece a token, would launch millions of empty attention blocks; the truth costs one pass over
-    the borders.
-    """
-    pieces = np.ones(-(-n_windows // micro_batch) * micro_batch, dtype=np.int32)
-    for number in range(stream.epoch_at(n_windows * seq_len - 1) + 1):
-        borders = stream.epoch(number).borders[:-1]
-        inside = borders[(borders % seq_len != 0) & (borders < n_windows * seq_len)]
-        np.add.at(pieces, inside // seq_len, 1)
-    return int(pieces.reshape(-1, micro_batch).sum(axis=1).max())
 
 
 def pack(stream: Stream, window: int, shape: Shape, stop: int) -> Batch:
@@ -100,7 +83,7 @@ def pack(stream: Stream, window: int, shape: Shape, stop: int) -> Batch:
     lengths = np.array(lengths)
     borders = np.cumsum(lengths)
     positions[:] = np.arange(n) - np.repeat(borders - lengths, lengths)
-    cu_seqlens = np.full(shape.max_pieces + 1, n, np.int32)
+    cu_seqlens = np.full(n + 1, n, np.int32)
     cu_seqlens[0], cu_seqlens[1 : len(borders) + 1] = 0, borders
     extent = np.array((len(lengths), lengths.max()))
     return Batch(*map(torch.from_numpy, (tokens, labels, positions, cu_seqlens, extent)), int((lengths**2).sum()))

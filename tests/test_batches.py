@@ -49,7 +49,7 @@ def test_batches_hold_every_token_once_with_its_next_as_label(lengths, seq_len, 
     stream = Stream([(MemoryBins(lengths), 1.0)], seed, VOCAB)
     tokens, owner = slow_stream(stream, 3)
     n_windows = 2 * sum(lengths) // (seq_len * micro) * micro
-    shape = Shape(seq_len, micro, batches.max_pieces(stream, seq_len, micro, n_windows) if n_windows else 1)
+    shape = Shape(seq_len, micro)
     for first in range(0, n_windows, micro):
         batch = batches.pack(stream, first, shape, n_windows * seq_len)
         span = slice(first * seq_len, (first + micro) * seq_len)
@@ -64,8 +64,11 @@ def test_batches_hold_every_token_once_with_its_next_as_label(lengths, seq_len, 
             assert batch.positions[i] == (0 if restarts else batch.positions[i - 1] + 1)
             assert bool((batch.cu_seqlens == i).any()) == restarts
         assert batch.cu_seqlens[-1] == len(batch.tokens)
-        assert len(batch.cu_seqlens) == shape.max_pieces + 1
+        assert len(batch.cu_seqlens) == seq_len * micro + 1
         pieces = np.diff(batch.cu_seqlens.numpy())
+        n_pieces, longest = batch.extent.tolist()
+        assert (n_pieces, longest) == ((pieces > 0).sum(), pieces.max())
+        assert (pieces[:n_pieces] > 0).all()
         assert batch.sum_squared_lens == (pieces.astype(np.int64) ** 2).sum()
 
 
@@ -74,7 +77,7 @@ def test_batches_hold_every_token_once_with_its_next_as_label(lengths, seq_len, 
 def test_ranks_share_a_step_and_the_label_count_needs_no_batches(lengths, seq_len, windows, micro, world):
     windows *= micro
     stream = Stream([(MemoryBins(lengths), 1.0)], 3, VOCAB)
-    shape = Shape(seq_len, micro, seq_len * micro)
+    shape = Shape(seq_len, micro)
     for step in range(3):
         alone = list(batches.train_batches(stream, shape, step, windows, 0, 1))
         ranks = [list(batches.train_batches(stream, shape, step, windows, r, world)) for r in range(world)]
@@ -116,7 +119,7 @@ def test_replay_takes_another_part_each_epoch(share):
 @given(lengths_of_documents, st.integers(1, 16), st.integers(1, 3), st.integers(1, 4))
 def test_validation_reads_everything_once(lengths, seq_len, micro, world):
     stream = Stream([(MemoryBins(lengths), 1.0)], None, VOCAB)
-    shape = Shape(seq_len, micro, seq_len * micro)
+    shape = Shape(seq_len, micro)
     ranks = [list(batches.val_batches(stream, shape, r, world)) for r in range(world)]
     assert len({len(r) for r in ranks}) == 1
     found = torch.cat([b.tokens for round_ in zip(*ranks, strict=True) for b in round_])
@@ -130,7 +133,7 @@ def test_a_token_outside_the_vocabulary_is_named(tmp_path):
     write_bins(tmp_path / "set", [[1, 2, 3], [4, 49, 5]], vocab_size=50)
     stream = Stream([(Bins(tmp_path / "set"), 1.0)], None, vocab_size=49)
     with pytest.raises(InputError, match=r"document 1 has token id 49.*vocabulary 49"):
-        list(batches.val_batches(stream, Shape(4, 1, 4), 0, 1))
+        list(batches.val_batches(stream, Shape(4, 1), 0, 1))
 
 
 @pytest.mark.parametrize("spec", ["@0", "@-1", "@x", "@nan"])

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanomed import InputError
-from nanomed.batches import Batch, Shape, max_pieces, pack
+from nanomed.batches import Batch, Shape, pack
 from nanomed.hf import read_json
 from nanomed.kernels.linear_cross_entropy import IGNORED
 from nanomed.model import Decoder
@@ -50,7 +50,7 @@ class Text:
             raise InputError(
                 f"{flag} {folder}: {total:,} tokens are fewer than two windows of {seq_len}; give more text"
             )
-        self.shape = Shape(seq_len, 1, max_pieces(self.stream, seq_len, 1, self.n_windows) + 1)
+        self.shape = Shape(seq_len, 1)
         self.bytes_per_label = bins.n_bytes / (total - bins.n_docs)
 
     def bits_per_byte(self, model: Decoder, half: str, device: torch.device) -> float:
