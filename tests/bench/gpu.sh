@@ -12,6 +12,7 @@ cd "$(dirname "$0")/../.."
 out=${OUT:-runs/gpu}
 mkdir -p "$out"
 python=${PYTHON:-python3}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" # the clone need not be installed
 limit=(timeout --signal=INT --kill-after=20 470)
 
 # tests.json: what every finished file's report says.
@@ -40,11 +41,11 @@ case ${1:-} in
         # A file at a time: each file's results are there as soon as it is through.
         status=0
         start=$SECONDS
-        for file in gpu kernels rms_norm rope cross_entropy linear_cross_entropy providers attention; do
+        for file in gpu attention adamw kernels rms_norm rope cross_entropy linear_cross_entropy providers; do
             left=$((470 - SECONDS + start))
             ((left > 5)) || { echo "out of time before test_$file.py"; status=1; break; }
             rm -f "$out/tests-$file.xml"
-            timeout --signal=INT --kill-after=20 "$left" "$python" -m pytest "tests/test_$file.py" -q --no-header \
+            timeout --signal=INT --kill-after=20 "$left" "$python" -m pytest "tests/test_$file.py" -q --no-header --tb=short -rfE \
                 --junit-xml "$out/tests-$file.xml" || status=1
             summary
         done
