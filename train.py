@@ -79,9 +79,7 @@ def train(config: Config, world: World) -> None:
             torch.manual_seed(config.seed + step * world.size + world.rank % (world.size // config.replicas))
             n_labels = batches.n_labels(stream, config.seq_len, step, windows)
             loss, len2 = add_gradients(model, loader, n_micro, n_labels, world, stop)
-            grad_norm = optim.clip(model, optimizer, config.clip_norm).to(
-                world.device
-            )  # of offloaded gradients it is not there
+            grad_norm = optim.clip(model, optimizer, config.clip_norm).to(world.device)  # offloaded, it is on the CPU
             lr = optim.lr_at(step, n_steps, config)
             optim.set_lr(optimizer, lr)
             verdict = watch.judge(loss, grad_norm)

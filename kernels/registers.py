@@ -25,12 +25,8 @@ from .common import INTERPRETED, next_power_of_2, tl, triton, warps_for
 from .roofline import MODELS, Model
 
 GENERATIONS = {80: "A100", 90: "H100, H200", 100: "B200"}
-BF16, FP32, INT64, UINT8 = (
-    torch.bfloat16,
-    torch.float32,
-    torch.int64,
-    torch.uint8,
-)  # here each stands for a pointer to such
+# Here each stands for a pointer to such.
+BF16, FP32, INT64, UINT8 = torch.bfloat16, torch.float32, torch.int64, torch.uint8
 
 
 def launches(m: Model) -> Iterator[tuple]:
@@ -39,11 +35,12 @@ def launches(m: Model) -> Iterator[tuple]:
     block, vocab_block = next_power_of_2(d), min(cross_entropy.MAX_BLOCK, next_power_of_2(v))
     for add in (False, True):
         name, norm = ("add_rms_norm" if add else "rms_norm"), dict(ADD=add, BLOCK=block, ACC=tl.float32)
+        stages = dict(STAGES=rms_norm.stages_for(2 * block))
         r, stride, n = (BF16, d, 8192) if add else (None, 0, 8192)
         args = (BF16, d, r, stride, BF16, BF16, r, FP32, d, 1e-6)
         yield f"{name} forward", rms_norm._forward, args, norm, warps_for(block)
         args = (BF16, d, r, stride, BF16, d, BF16, FP32, BF16, FP32, n, d)
-        yield f"{name} backward", rms_norm._backward, args, norm, warps_for(block)
+        yield f"{name} backward", rms_norm._backward, args, norm | stages, warps_for(block)
     tile = dict(BLOCK=swiglu.BLOCK, ACC=tl.float32)
     yield "swiglu forward", swiglu._forward, (BF16, f, BF16, f, BF16, f), tile, swiglu.WARPS
     yield "swiglu backward", swiglu._backward, (BF16, f, BF16, f, BF16, f, BF16, BF16, f), tile, swiglu.WARPS
@@ -104,6 +101,7 @@ def measure(compiled) -> dict[str, int]:
         "stores_128": count(r"\bSTG\.[\w.]*128\b"),
         "narrow": count(r"\b(?:LDG|STG)\.[\w.]*[US](?:8|16)\b"),  # of one or two bytes
         "float64": count(r"\bD(?:ADD|MUL|FMA|SETP|MNMX)\b"),
+        "shared": compiled.metadata.shared,  # bytes
     }
 
 

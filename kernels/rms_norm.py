@@ -47,14 +47,14 @@ def _forward(
 @jit
 def _backward(
     dy_ptr, dy_stride, ds_ptr, ds_stride, s_ptr, s_stride, w_ptr, rstd_ptr, dx_ptr, dw_ptr, N, D,
-    ADD: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    ADD: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
     mask = cols < D
     w = tl.load(w_ptr + cols, mask=mask, other=0.0).to(ACC)
     dw = tl.zeros((BLOCK,), ACC)
-    for i in tl.range(program, N, tl.num_programs(0), num_stages=3):  # the next two rows load during this one
+    for i in tl.range(program, N, tl.num_programs(0), num_stages=STAGES):  # the next rows load during this one
         row = tl.cast(i, tl.int64)
         s = tl.load(s_ptr + row * s_stride + cols, mask=mask, other=0.0).to(ACC)
         dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(ACC)
@@ -82,6 +82,11 @@ def add_rms_norm(x: Tensor, residual: Tensor, w: Tensor, eps: float) -> tuple[Te
     check("add_rms_norm: residual", residual, x.shape, x.dtype)
     check("add_rms_norm: w", w, (w.shape[0],))
     return _add_rms_norm(x, residual, w, eps)[:2]
+
+
+def stages_for(row_bytes: int) -> int:
+    """Rows in flight of a backward program: they wait in shared memory, of which a consumer's GPU has 99 KB a program."""
+    return 3 if row_bytes <= 16384 else 2
 
 
 def _launch_forward(x: Tensor, residual: Tensor | None, w: Tensor, eps: float) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -121,7 +126,8 @@ def _rms_norm_backward(dy: Tensor, ds: Tensor | None, s: Tensor, w: Tensor, rstd
         with on_device_of(s):
             _backward[(len(parts),)](
                 dy, dy.stride(0), ds, 0 if ds is None else ds.stride(0), s, s.stride(0), w, rstd, dx, parts, n, d,
-                ADD=ds is not None, BLOCK=block, ACC=accumulator(s.dtype), num_warps=warps_for(block),
+                ADD=ds is not None, BLOCK=block, STAGES=stages_for(block * s.element_size()), ACC=accumulator(s.dtype),
+                num_warps=warps_for(block),
             )  # fmt: skip
     return dx, parts.sum(dim=0).to(w.dtype)
 
@@ -189,9 +195,8 @@ class _RMSNorm(torch.autograd.Function):
         mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square() / x.shape[-1]
         rstd = torch.rsqrt(mean_square + eps)
         ctx.save_for_backward(x, w, rstd)
-        y = (
-            x * rstd * w
-        )  # an output under two names (mul_, an idle .to) gets wrong gradients of torch 2.11's compiler: its #180642
+        # No output under two names (mul_, an idle .to): torch 2.11's compiler gives it wrong gradients, pytorch #180642.
+        y = x * rstd * w
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod

@@ -41,7 +41,8 @@ def activation_bytes(c: ModelConfig, n: int, recompute: str, element: int = 2) -
                     and three rows of float32: two norms' 1 / rms, attention's log-sum-exp (that on GPUs only)
         selective   D (input) + results of the products: 2 D + Q + 2 K + 2 F, and of attention: Q
         full        D (input)
-    Beside the blocks: the last norm's input, RoPE's angles (4 head_dim bytes), tokens, labels and positions (24).
+    Beside the blocks: the last norm's input, RoPE's angles (4 head_dim bytes), tokens, labels, positions
+    and borders (28).
     """
     q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     block = {
@@ -49,7 +50,7 @@ def activation_bytes(c: ModelConfig, n: int, recompute: str, element: int = 2) -
         "selective": element * (3 * c.hidden_size + 2 * q + 2 * k + 2 * c.intermediate_size),
         "full": element * c.hidden_size,
     }[recompute]
-    return n * (c.num_hidden_layers * block + element * c.hidden_size + 4 * c.head_dim + 28)
+    return n * (c.num_hidden_layers * block + element * c.hidden_size + 4 * c.head_dim + 32)
 
 
 def kept_cast_bytes(c: ModelConfig, regime: Regime, shards: int, recompute: str) -> int:

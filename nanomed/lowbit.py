@@ -11,15 +11,16 @@ Stochastic rounding. bf16 keeps 8 bits: between 0.0625 and 0.125 its numbers are
 tests/bench/lost_updates.py). Rounded up with the probability of what is cut off, it arrives on average:
 E[round(x)] = x. The same is done when micro-batches' gradients are summed: the 257th of equal ones would be lost.
 
-8-bit means are those of Dettmers et al., 2021 (arXiv 2110.02861) by torchao's functions: blocks of up to 256 numbers
+8-bit means are those of Dettmers et al., 2021 (arXiv 2110.02861) in torchao's map: blocks of up to 256 numbers
 share a float32 scale, codes index a map that is finest near 0. The step around them is ours, not torchao's AdamW8bit,
 because: it skips a step on the device (`found_inf`, as torch's fused AdamW does, no host sync), it works on a rank's own
 rows (AdamW8bit of torchao 0.18 stops at the first step on bf16 DTensors), and blocks never cross a row, so that a
-checkpoint can be cut anew for any number of ranks. Same numbers otherwise (a test holds it to AdamW8bit, bit by bit).
+checkpoint can be cut anew for any number of ranks. Same numbers otherwise (tests hold the twin to AdamW8bit, bit by bit,
+and the kernel to the twin, whose codes it may miss by one within rounding of the middle of two).
 
 Cost: a kernel a parameter, kernels/adamw.py: each reads gradient, weight and means and writes weight and means, once: 14
-bytes a parameter with bf16 means, 10 with int8. Where Triton cannot run, its torch twin: compiled, or without a compiler in
-eager mode, slower and with float32 temporaries of one parameter's size.
+bytes a parameter with bf16 means, 10 with int8. On the CPU, --offload included, its torch twin: compiled, or without a
+compiler in eager mode, slower and with float32 temporaries of one parameter's size.
 """
 
 import torch
@@ -120,7 +121,8 @@ def _set_aside(p: Tensor, add) -> None:
     Autograd (and FSDP) would add to p.grad itself, rounding to nearest.
     """
     if (total := getattr(p, "grad_sum", None)) is None:
-        p.grad_sum = p.grad
+        larger = local(p.grad).untyped_storage().nbytes() > local(p.grad).nbytes  # the loss' dW, in float32's memory
+        p.grad_sum = p.grad.clone() if larger else p.grad
     else:
         if p.grad.device.type == "cpu" and torch.cuda.is_available():  # offloaded; it may still be on its way
             torch.cuda.current_stream().synchronize()

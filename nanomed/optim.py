@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from nanomed import parallel
 from nanomed.config import Config
-from nanomed.kernels.common import INTERPRETED
+from nanomed.kernels.common import INTERPRETED, triton
 from nanomed.lowbit import LowbitAdamW, take_sums
 
 
@@ -29,8 +29,8 @@ def make_adamw(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     known = dict(lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
     if config.optimizer_states != "fp32" or params[0].dtype != torch.float32:
         way = "compiled" if config.compile and parallel.can_compile(params[0].device) else "eager"
-        if config.kernels == "triton" and (params[0].is_cuda or INTERPRETED):
-            way = "triton"
+        if triton is not None and (params[0].is_cuda or (config.kernels == "triton" and INTERPRETED)):
+            way = "triton"  # with --kernels torch and liger, too: what these compare is the model's step
         return LowbitAdamW(groups, **known, means=config.optimizer_states, way=way)
     optimizer = torch.optim.AdamW(groups, **known, fused=True)
     for p in params:
@@ -58,7 +58,7 @@ def clip(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) ->
     """Have the next step scale all gradients down to a global 2-norm of max_norm. Returns the norm, () float32 on the device.
 
     The factor goes to the optimiser as its `grad_scale`, by which it divides what it reads: scaling the gradients here
-    would read and write them all once more.
+    would read and write them all once more. (torch's AdamW writes them back divided; nobody reads them after a step.)
     """
     take_sums(model)
     params = [p for p in model.parameters() if p.grad is not None]

@@ -112,7 +112,7 @@ def test_steps_are_those_of_the_twin(dtype, means, rows, block, skipped):
         assert untouched(x)
         if x.dtype == torch.uint8:
             assert ((x.int() - y.int()).abs() <= 1).all()
-            assert (x != y).float().mean() < 1e-2
+            assert (x != y).sum() <= max(2, 0.01 * x.numel())
         else:  # bf16: what is rounded may differ in its last bit, and then falls to the other side
             rel = 2**-7 if x.dtype == torch.bfloat16 else 1e-5
             torch.testing.assert_close(x, y, rtol=rel, atol=1e-6)

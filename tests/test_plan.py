@@ -19,7 +19,7 @@ from conftest import write_bins
 from nanomed import InputError, devices, optim, parallel, plan
 from nanomed.batches import Batch
 from nanomed.config import RECIPES, Config
-from nanomed.kernels import cross_entropy, linear_cross_entropy, providers, roofline
+from nanomed.kernels import adamw, cross_entropy, linear_cross_entropy, providers, roofline
 from nanomed.metrics import flops_per_token
 from nanomed.model import Decoder
 from nanomed.parallel import World
@@ -59,23 +59,24 @@ def _accumulate_in_place(acc, a, b, first):
 
 @pytest.fixture
 def gpu_loss(monkeypatch):
-    """Kernels whose loss takes the memory that it takes on a GPU: the gradient in the logits' place, dW in one call."""
+    """Kernels that take the memory they take on a GPU: the loss' gradient in the logits' place, sums in place."""
+    monkeypatch.setattr(adamw, "add_rounded_torch_", lambda total, grad, seed: total.add_(grad))
     monkeypatch.setattr(nanomed.model, "CPU_CHUNK", nanomed.model.GPU_CHUNK)
     monkeypatch.setattr(linear_cross_entropy, "_add_matmul", _accumulate_in_place)
     way = cross_entropy.TORCH._replace(loss_and_grad=lambda logits, *_: (torch.zeros(()), logits))
 
-    def loss(hidden, weight, targets, scale, z_loss=0.0, chunk=2048):
+    def loss(hidden, weight, targets, scale, z_loss=0.0, chunk=4096):
         return linear_cross_entropy._apply(hidden, weight, targets, scale, z_loss, chunk, way)
 
     return dataclasses.replace(providers.TORCH, linear_cross_entropy=loss)
 
 
-def counted(model_config, kernels, n_ranks: int, recompute: str, n: int) -> tuple[int, int, int]:
+def counted(model_config, kernels, n_ranks: int, recompute: str, n: int, **regime) -> tuple[int, int, int]:
     """(held throughout, kept for the backward, peak) bytes on rank 0 of a step's second micro-batch of n tokens."""
     if n_ranks > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=n_ranks)
     world = World(0, 0, n_ranks, torch.device("cpu"), None)
-    config = Config(recompute=recompute, compile=False)
+    config = Config(recompute=recompute, compile=False, **regime)
     try:
         with torch.device("meta"):
             model = Decoder(model_config, torch.bfloat16, kernels)
@@ -118,14 +119,24 @@ def test_peak_is_within_a_tenth_of_the_bytes_counted(name, n_gpus, recompute, n,
     n_params, _ = plan.parameters(c)
     assert held == pytest.approx(16 * n_params / n_gpus, rel=0.001)
     activations = plan.activation_bytes(c, n, recompute) + plan.kept_cast_bytes(c, FP32, n_gpus, recompute)
-    a_number = (
-        2 if n_gpus > 1 and n <= nanomed.model.GPU_CHUNK else 4
-    )  # of dW: FSDP gathers bf16, and one chunk is enough
+    # Of dW: FSDP gathers bf16, and then one chunk needs no float32.
+    a_number = 2 if n_gpus > 1 and n <= nanomed.model.GPU_CHUNK else 4
     of_loss = a_number * c.vocab_size * c.hidden_size + 2 * n * c.hidden_size  # dW and dX are made in the forward pass
     gathered = 2 * c.vocab_size * c.hidden_size if n_gpus > 1 else 0  # lm_head stays between the two
     assert activations + of_loss + gathered == pytest.approx(kept - held, rel=0.01)
     moments = plan.moments(c, n, FP32, n_gpus, recompute)
     assert activations + max(moments.values()) == pytest.approx(peak - held, rel=0.1)
+
+
+@pytest.mark.parametrize(("recompute", "n"), [("none", 4096), ("selective", 8192)])
+def test_of_bf16_weights_on_one_gpu_too(recompute, n, gpu_loss):
+    """One chunk of the loss and two: between micro-batches the gradients' sums hold no float32 memory."""
+    c = dataclasses.replace(plan.MODELS[QWEN], num_hidden_layers=3)
+    held, _, peak = counted(c, gpu_loss, 1, recompute, n, precision="pure-bf16", optimizer_states="bf16")
+    assert held == pytest.approx(8 * plan.parameters(c)[0], rel=0.001)
+    regime = next(r for r in plan.REGIMES if (r.weights, r.gradients, r.states) == (2, 2, 4))
+    moments = plan.moments(c, n, regime, 1, recompute)
+    assert plan.activation_bytes(c, n, recompute) + max(moments.values()) == pytest.approx(peak - held, rel=0.1)
 
 
 def test_what_autograd_saves_is_the_formula_for_none(gpu_loss):

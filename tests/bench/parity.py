@@ -44,6 +44,10 @@ def run(regime: str, flags: list[str], arithmetic: str) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     if regime == "nearest":
         adamw.round_stochastically = lambda x, _seed: x.bfloat16()
+        adamw.adamw_, adamw.add_rounded_ = (
+            adamw.adamw_torch_,
+            adamw.add_rounded_torch_,
+        )  # a GPU's kernels round by themselves
     if arithmetic == "fp32":
         Config.dtype = property(lambda _: torch.float32)
     sys.argv = ["train.py", *flags]

@@ -193,7 +193,7 @@ def run_side(side: str, name: str, args, pipe) -> None:
     try:
         c, cuda = shape_of(name), args.device == "cuda"
         _, optimizer, loss_of, clip = SIDES[side](c, args)
-        for step in range(args.steps):
+        for step in range(args.steps + args.profile):
             profiler = profile_of(args, step, f"{name}-{side}")
             windows = [window(args.seq_len, c.vocab_size, step * 1000 + i) for i in range(args.windows)]
             n_labels = sum(int((labels != -100).sum()) for *_, labels in windows)
@@ -212,14 +212,15 @@ def run_side(side: str, name: str, args, pipe) -> None:
             peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if cuda else (0, 0)
             len2 = int(sum((lengths.astype(np.int64) ** 2).sum() for lengths, *_ in windows))
             graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-            pipe.send(Step(seconds, value, len2, *peaks, graphs))
+            if step < args.steps:
+                pipe.send(Step(seconds, value, len2, *peaks, graphs))
     except Exception as error:  # out of memory or a missing package is a result, too
         pipe.send(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
 
 
 def profile_of(args, step: int, name: str):
-    """An entered context: in the last step with --profile torch's profiler, whose table goes to OUT's folder, else nothing."""
-    if not args.profile or step < args.steps - 1:
+    """An entered context: with --profile, in a step more, torch's profiler, whose table goes to OUT's folder; else nothing."""
+    if step < args.steps:
         return contextlib.nullcontext()
 
     def write_table(profiler):
@@ -316,7 +317,7 @@ def main() -> None:
     parser.add_argument("--states", choices=["int8", "fp32"], default="int8", help="fp32: float32 weights as well")
     parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
     parser.add_argument(
-        "--profile", action="store_true", help="the last step under torch's profiler: a table beside OUT"
+        "--profile", action="store_true", help="a step more, under torch's profiler: a table beside OUT"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/gpu/train.json"))
     args = parser.parse_args()
