@@ -8,13 +8,13 @@ from torchao.optim.quant_utils import create_dynamic_map, quantize_8bit_with_qma
 
 from kernel_cases import DEVICE
 from nanomed.kernels import adamw
-from nanomed.kernels.adamw import adamw_, adamw_torch_, add_rounded_, add_rounded_torch_, draw_seed
+from nanomed.kernels.adamw import TILE, adamw_, adamw_torch_, add_rounded_, add_rounded_torch_, draw_seed
 from nanomed.kernels.common import jit, tl
 
 
 def behind(x: torch.Tensor) -> torch.Tensor:
-    """x on the device, at the beginning of a larger buffer of 42s."""
-    buffer = torch.full((x.numel() + 64,), 42, dtype=x.dtype, device=DEVICE)
+    """x on the device, before two tiles of 42s: a store without its mask lands there."""
+    buffer = torch.full((x.numel() + 2 * TILE,), 42, dtype=x.dtype, device=DEVICE)
     buffer[: x.numel()] = x.flatten().to(DEVICE)
     return buffer[: x.numel()].view(x.shape)
 
@@ -37,6 +37,24 @@ def test_sums_have_the_bits_of_the_twin(n, seed):
     add_rounded_torch_(twin, grad.to(DEVICE), seed)
     torch.testing.assert_close(ours, twin, rtol=0, atol=0, equal_nan=True)
     assert untouched(ours)
+
+
+@jit
+def _rounded_of(x_ptr, y_ptr, seed, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(y_ptr + at, adamw._rounded(tl.load(x_ptr + at), at, seed))
+
+
+def test_what_is_not_finite_stays():
+    """A GPU's NaN is all ones: the carry of the noise would make -0 of it."""
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7F800000, -0x800000, 0x7F7FFFFF, 0, 1], dtype=torch.int32)
+    x = bits.view(torch.float32).to(DEVICE)
+    y = torch.empty_like(x)
+    for seed in range(20):
+        _rounded_of[(1,)](x, y, seed, BLOCK=8)
+        assert y[:3].isnan().all()
+        assert torch.equal(y[3:5], x[3:5])
+        assert torch.equal(y.bfloat16().float()[3:], y[3:])
 
 
 def test_nothing_to_do_is_nothing_done():
