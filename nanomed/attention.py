@@ -79,19 +79,9 @@ def _flash_forward(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: in
         )  # fmt: skip
     else:  # what torch.nn.attention.varlen is made of
         y, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q,
-            k,
-            v,
-            borders,
-            borders,
-            longest,
-            longest,
-            0.0,
-            left < 0,
-            False,
-            window_size_left=left,
-            window_size_right=0,
-        )
+            q, k, v, borders, borders, longest, longest, 0.0, left < 0, False,
+            window_size_left=left, window_size_right=0,
+        )  # fmt: skip
     return y, lse
 
 

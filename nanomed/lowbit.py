@@ -25,6 +25,7 @@ compiler in eager mode, slower and with float32 temporaries of one parameter's s
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from nanomed.kernels import adamw
 from nanomed.weights import local
@@ -121,7 +122,8 @@ def _set_aside(p: Tensor, add) -> None:
     Autograd (and FSDP) would add to p.grad itself, rounding to nearest.
     """
     if (total := getattr(p, "grad_sum", None)) is None:
-        larger = local(p.grad).untyped_storage().nbytes() > local(p.grad).nbytes  # the loss' dW, in float32's memory
+        # The loss' dW may lie in float32's memory. (FSDP's gradients are pieces of one buffer, and stay there.)
+        larger = not isinstance(p.grad, DTensor) and p.grad.untyped_storage().nbytes() > p.grad.nbytes
         p.grad_sum = p.grad.clone() if larger else p.grad
     else:
         if p.grad.device.type == "cpu" and torch.cuda.is_available():  # offloaded; it may still be on its way
