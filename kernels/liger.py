@@ -40,6 +40,14 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     return q.squeeze(0).transpose(0, 1), k.squeeze(0).transpose(0, 1)
 
 
+def norm_rope(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As kernels.norm_rope, in two passes."""
+    q, k = (rms_norm(x.flatten(0, 1), w, eps).view(x.shape) for x, w in ((q, q_weight), (k, k_weight)))
+    return rope(q, k, cos, sin)
+
+
 def cross_entropy(logits: Tensor, targets: Tensor, scale: Tensor, z_loss: float = 0.0) -> Tensor:
     """As kernels.cross_entropy; in place, too."""
     loss, *_ = LigerCrossEntropyFunction.apply(logits, targets, None, IGNORED, z_loss, 0.0, "sum")

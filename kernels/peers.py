@@ -29,6 +29,7 @@ def inputs(op: str, m: Model, n: int, dtype: torch.dtype, device: str) -> list[T
         "add_rms_norm": [(n, d), (n, d), (d,)],
         "swiglu": [(n, f), (n, f)],
         "rope": [(n, m.q_heads, m.head_dim), (n, m.k_heads, m.head_dim)],
+        "norm_rope": [(n, m.q_heads, m.head_dim), (n, m.k_heads, m.head_dim), (m.head_dim,), (m.head_dim,)],
         "cross_entropy": [(n, v)],
         "linear_cross_entropy": [(n, d), (v, d)],
     }[op]
@@ -78,6 +79,10 @@ def _rope(q, k, cos, sin):
     return turn(q), turn(k)
 
 
+def _norm_rope(q, k, q_weight, k_weight, cos, sin):
+    return _rope(_rms_norm(q, q_weight), _rms_norm(k, k_weight), cos, sin)
+
+
 def _cross_entropy(logits, y, scale):
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(wide, y, ignore_index=IGNORED, reduction="sum") * scale
@@ -93,7 +98,7 @@ def _linear_cross_entropy(hidden, weight, y, scale):
 def extras(op: str, m: Model, n: int, dtype: torch.dtype, device: str) -> tuple:
     """What the formula takes after the leaves: angles, or targets and scale."""
     wide = torch.promote_types(dtype, torch.float32)
-    if op == "rope":
+    if "rope" in op:
         return angles(n, m.head_dim, device, wide)
     if "cross_entropy" in op:
         return targets(n, m.vocab, device), torch.tensor(1 / n, dtype=wide, device=device)
@@ -137,6 +142,8 @@ def _signature(op: str, kernels: providers.Kernels) -> Callable:
 
         return liger.cross_entropy
     function = getattr(kernels, op)
+    if op == "norm_rope":
+        return lambda *tensors: function(*tensors[:4], EPS, *tensors[4:])
     return (lambda *tensors: function(*tensors, EPS)) if "norm" in op else function
 
 

@@ -1,4 +1,4 @@
-"""The five functions of a decoder, from one provider: `triton` (this folder's kernels), `torch` (their twins), `liger`.
+"""The six functions of a decoder, from one provider: `triton` (this folder's kernels), `torch` (their twins), `liger`.
 
 All have the same signatures and meaning, so that a model takes any of them and a benchmark compares like with like.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import common, linear_cross_entropy, rms_norm, rope, swiglu
+from . import common, linear_cross_entropy, norm_rope, rms_norm, rope, swiglu
 
 NAMES = ("triton", "liger", "torch")
 
@@ -21,17 +21,24 @@ class Kernels:
     add_rms_norm: Callable
     swiglu: Callable
     rope: Callable
+    norm_rope: Callable
     linear_cross_entropy: Callable
 
 
 TRITON = Kernels(
-    rms_norm.rms_norm, rms_norm.add_rms_norm, swiglu.swiglu, rope.rope, linear_cross_entropy.linear_cross_entropy
+    rms_norm.rms_norm,
+    rms_norm.add_rms_norm,
+    swiglu.swiglu,
+    rope.rope,
+    norm_rope.norm_rope,
+    linear_cross_entropy.linear_cross_entropy,
 )
 TORCH = Kernels(
     rms_norm.rms_norm_torch,
     rms_norm.add_rms_norm_torch,
     swiglu.swiglu_torch,
     rope.rope_torch,
+    norm_rope.norm_rope_torch,
     linear_cross_entropy.linear_cross_entropy_torch,
 )
 
@@ -55,4 +62,6 @@ def kernels(name: str) -> Kernels:
         from . import liger
     except ImportError as error:
         raise ValueError(f"cannot be imported ({error}); pip install 'liger-kernel>=0.8.5'") from None
-    return Kernels(liger.rms_norm, liger.add_rms_norm, liger.swiglu, liger.rope, liger.linear_cross_entropy)
+    return Kernels(
+        liger.rms_norm, liger.add_rms_norm, liger.swiglu, liger.rope, liger.norm_rope, liger.linear_cross_entropy
+    )

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import adamw, cross_entropy, rms_norm, rope, swiglu
+from . import adamw, cross_entropy, norm_rope, rms_norm, rope, swiglu
 from .common import INTERPRETED, next_power_of_2, tl, triton, warps_for
 from .roofline import MODELS, Model
 
@@ -49,6 +49,13 @@ def launches(m: Model) -> Iterator[tuple]:
     args = (*q, *k, FP32, FP32, BF16, BF16, m.q_heads, m.k_heads, half)
     for name, inverse in (("rope forward", False), ("rope backward", True)):
         yield name, rope._rotate, args, dict(INVERSE=inverse, **heads, ACC=tl.float32), rope.WARPS
+    heads, warps = heads | dict(ACC=tl.float32), norm_rope.warps_for(heads["Q_HEADS"], heads["HALF"])
+    args = (*q, *k, BF16, BF16, FP32, FP32, BF16, BF16, m.q_heads, m.k_heads, half, 1e-6)
+    yield "norm_rope forward", norm_rope._forward, args, heads, warps
+    for x, n_heads in ((q, m.q_heads), (k, m.k_heads)):
+        block = dict(HEADS=next_power_of_2(n_heads), HALF=heads["HALF"], ACC=tl.float32)
+        args = (*x, *x, BF16, FP32, FP32, BF16, FP32, n, n_heads, half, 1e-6)
+        yield "norm_rope backward", norm_rope._backward, args, block, norm_rope.warps_for(block["HEADS"], block["HALF"])
     for name, grad in (("cross_entropy loss only", False), ("cross_entropy", True)):
         const = dict(GRAD=grad, IGNORED=cross_entropy.IGNORED, BLOCK=vocab_block, ACC=tl.float32)
         args = (BF16, v, INT64, FP32, FP32, v, 0.0)
@@ -111,7 +118,7 @@ def table(generations=tuple(GENERATIONS), models=tuple(MODELS)) -> dict[str, dic
     for model in models:
         for name, kernel, args, constexprs, warps in launches(MODELS[model]):
             sizes = ", ".join(
-                str(v) for k, v in constexprs.items() if k in ("BLOCK", "Q_HEADS", "K_HEADS", "ROWS", "COLS")
+                str(v) for k, v in constexprs.items() if k in ("BLOCK", "Q_HEADS", "K_HEADS", "HEADS", "ROWS", "COLS")
             )
             for generation in generations:
                 jobs[f"{name}, {sizes}, {warps} warps, sm_{generation}"] = (kernel, args, constexprs, warps, generation)

@@ -32,7 +32,7 @@ MODELS = {
     )
 }
 
-OPS = ("rms_norm", "add_rms_norm", "swiglu", "rope", "cross_entropy", "linear_cross_entropy")
+OPS = ("rms_norm", "add_rms_norm", "swiglu", "rope", "norm_rope", "cross_entropy", "linear_cross_entropy")
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,14 @@ def traffic(op: str, m: Model, n: int) -> dict[str, tuple[int, int]]:
     targets), weights of D and RoPE's angles are left out: less than 1 %, the angles 3 %.
     """
     heads = (m.q_heads + m.k_heads) * m.head_dim
-    elements = {"rms_norm": m.hidden, "add_rms_norm": m.hidden, "swiglu": m.intermediate, "rope": heads}
-    a_number = {"rms_norm": (4, 6), "add_rms_norm": (8, 8), "swiglu": (6, 10), "rope": (4, 4)}
+    elements = {
+        "rms_norm": m.hidden,
+        "add_rms_norm": m.hidden,
+        "swiglu": m.intermediate,
+        "rope": heads,
+        "norm_rope": heads,
+    }
+    a_number = {"rms_norm": (4, 6), "add_rms_norm": (8, 8), "swiglu": (6, 10), "rope": (4, 4), "norm_rope": (4, 6)}
     if op in elements:
         forward, backward = (b * n * elements[op] for b in a_number[op])
         return {"forward": (forward, 0), "backward": (backward, 0), "both": (forward + backward, 0)}

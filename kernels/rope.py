@@ -21,17 +21,37 @@ WARPS = 4
 
 
 @jit
-def _turn(x_ptr, head_stride, y_ptr, cos, sin, n_heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):
-    """All heads of one token: x_ptr and y_ptr are its own; y is contiguous."""
-    heads = tl.arange(0, HEADS)[:, None].to(tl.int64)  # heads may lie further apart than tokens
+def halves(x_ptr, head_stride, n_heads, half, HEADS: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr):
+    """Both halves of all heads of one token, (HEADS, HALF) each; x_ptr is its own."""
+    heads = tl.arange(0, HEADS)[:, None].to(tl.int64)  # they may lie further apart than tokens
     cols = tl.arange(0, HALF)[None, :]
     mask = (heads < n_heads) & (cols < half)
     x = x_ptr + heads * head_stride + cols
+    return tl.load(x, mask=mask, other=0.0).to(ACC), tl.load(x + half, mask=mask, other=0.0).to(ACC)
+
+
+@jit
+def put(y_ptr, a, b, n_heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):
+    """The reverse; y is contiguous."""
+    heads, cols = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+    mask = (heads < n_heads) & (cols < half)
     y = y_ptr + heads * (2 * half) + cols
-    a = tl.load(x, mask=mask, other=0.0).to(cos.dtype)
-    b = tl.load(x + half, mask=mask, other=0.0).to(cos.dtype)
-    tl.store(y, (a * cos - b * sin).to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(y + half, (b * cos + a * sin).to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y, a.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y + half, b.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def angles(cos_ptr, sin_ptr, token, half, HALF: tl.constexpr, ACC: tl.constexpr):
+    """cos and sin of a token, (1, HALF) each."""
+    cols = tl.arange(0, HALF)[None, :]
+    cos = tl.load(cos_ptr + token * half + cols, mask=cols < half, other=0.0).to(ACC)
+    return cos, tl.load(sin_ptr + token * half + cols, mask=cols < half, other=0.0).to(ACC)
+
+
+@jit
+def _turn(x_ptr, head_stride, y_ptr, cos, sin, n_heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):
+    a, b = halves(x_ptr, head_stride, n_heads, half, HEADS, HALF, cos.dtype)
+    put(y_ptr, a * cos - b * sin, b * cos + a * sin, n_heads, half, HEADS, HALF)
 
 
 @jit
@@ -41,9 +61,7 @@ def _rotate(
     INVERSE: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, HALF)[None, :]
-    cos = tl.load(cos_ptr + token * half + cols, mask=cols < half, other=0.0).to(ACC)
-    sin = tl.load(sin_ptr + token * half + cols, mask=cols < half, other=0.0).to(ACC)
+    cos, sin = angles(cos_ptr, sin_ptr, token, half, HALF, ACC)
     if INVERSE:
         sin = -sin
     q_out = q_out_ptr + token * q_heads * (2 * half)
@@ -54,15 +72,20 @@ def _rotate(
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """q (N, H, d) and k (N, K, d) turned; cos and sin (N, 1, d/2) float32, or wider."""
+    check_heads("rope", q, k, cos, sin)
+    return _rope(q, k, cos, sin, False)
+
+
+def check_heads(what: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """TypeError or ValueError unless these are queries, keys and angles of the same tokens."""
     n, _, d = q.shape
-    check("rope: q", q, q.shape)
-    check("rope: k", k, (n, k.shape[1], d), q.dtype)
+    check(f"{what}: q", q, q.shape)
+    check(f"{what}: k", k, (n, k.shape[1], d), q.dtype)
     wide = torch.promote_types(q.dtype, torch.float32)
     for name, table in (("cos", cos), ("sin", sin)):
-        check(f"rope: {name}", table, (n, 1, d // 2), wide)
+        check(f"{what}: {name}", table, (n, 1, d // 2), wide)
         if not table.is_contiguous() or d % 2:
-            raise ValueError(f"rope: {name} must be contiguous, and head_dim {d} even")
-    return _rope(q, k, cos, sin, False)
+            raise ValueError(f"{what}: {name} must be contiguous, and head_dim {d} even")
 
 
 @torch.library.custom_op("nanomed::rope", mutates_args=())

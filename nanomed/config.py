@@ -160,6 +160,8 @@ RECIPES = {
     "mistral-small-24b": Config(
         "mistral-small-24b", init="mistralai/Mistral-Small-24B-Instruct-2501", recompute="full"
     ),
+    "llama-3.1-8b": Config("llama-3.1-8b", init="meta-llama/Llama-3.1-8B-Instruct", recompute="selective"),
+    "qwen3-8b": Config("qwen3-8b", init="Qwen/Qwen3-8B", recompute="selective"),
     "smollm2-135m": Config(
         "smollm2-135m",
         init="HuggingFaceTB/SmolLM2-135M-Instruct",

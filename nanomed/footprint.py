@@ -38,7 +38,8 @@ def activation_bytes(c: ModelConfig, n: int, recompute: str, element: int = 2) -
 
     A block keeps (D hidden, Q and K all query and key heads, F intermediate; numbers a token):
         none        4 D (input, sum, two norms) + 2 Q + 2 K (attention's inputs and result) + 3 F (gate, up, product)
-                    and three rows of float32: two norms' 1 / rms, attention's log-sum-exp (that on GPUs only)
+                    and three rows of float32: two norms' 1 / rms, attention's log-sum-exp (that on GPUs only);
+                    where queries and keys are normed, these before it as well: Q + K
         selective   D (input) + results of the products: 2 D + Q + 2 K + 2 F, and of attention: Q
         full        D (input)
     Beside the blocks: the last norm's input, RoPE's angles (4 head_dim bytes), tokens, labels, positions
@@ -46,7 +47,7 @@ def activation_bytes(c: ModelConfig, n: int, recompute: str, element: int = 2) -
     """
     q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     block = {
-        "none": element * (4 * c.hidden_size + 2 * q + 2 * k + 3 * c.intermediate_size) + 8,
+        "none": element * (4 * c.hidden_size + (2 + c.qk_norm) * (q + k) + 3 * c.intermediate_size) + 8,
         "selective": element * (3 * c.hidden_size + 2 * q + 2 * k + 2 * c.intermediate_size),
         "full": element * c.hidden_size,
     }[recompute]

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -48,6 +49,15 @@ _HARMLESS = {
 # --- config.json ---------------------------------------------------------------------------------------------------
 
 
+class Llama3Scaling(NamedTuple):
+    """How Llama 3.1 stretches RoPE to long contexts; nanomed.model.rope_frequencies has the formula."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """What of a config.json decides the maths."""
@@ -65,6 +75,8 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm of every query and key head (Qwen3)
+    rope_scaling: Llama3Scaling | None = None
     windows: tuple[int | None, ...] = ()  # sliding window of each layer in tokens, None: full attention
     initializer_range: float = 0.02
     max_position_embeddings: int | None = None  # tokens of context it was made for
@@ -85,12 +97,13 @@ def model_config(folder: Path) -> ModelConfig:
         return fields.pop(name)
 
     model_type = need("model_type")
-    if model_type not in ("llama", "mistral", "qwen2"):
-        refuse(f"model_type {model_type!r} is not supported; llama, mistral and qwen2 are")
+    if model_type not in ("llama", "mistral", "qwen2", "qwen3"):
+        refuse(f"model_type {model_type!r} is not supported; llama, mistral, qwen2 and qwen3 are")
     if (act := need("hidden_act")) != "silu":
         refuse(f"hidden_act {act!r} is not supported; silu is")
     n_layers, n_heads, hidden_size = need("num_hidden_layers"), need("num_attention_heads"), need("hidden_size")
-    attention_bias = bool(fields.pop("attention_bias", False)) and model_type == "llama"
+    attention_bias = bool(fields.pop("attention_bias", False)) and model_type in ("llama", "qwen3")
+    rope_theta, rope_scaling = _rope(fields, refuse)
     config = ModelConfig(
         vocab_size=need("vocab_size"),
         hidden_size=hidden_size,
@@ -100,11 +113,13 @@ def model_config(folder: Path) -> ModelConfig:
         num_key_value_heads=need("num_key_value_heads"),
         head_dim=fields.pop("head_dim", None) or hidden_size // n_heads,
         rms_norm_eps=need("rms_norm_eps"),
-        rope_theta=_rope_theta(fields, refuse),
+        rope_theta=rope_theta,
         tie_word_embeddings=bool(fields.pop("tie_word_embeddings", False)),
         qkv_bias=model_type == "qwen2" or attention_bias,
         o_bias=attention_bias,
         mlp_bias=bool(fields.pop("mlp_bias", False)),
+        qk_norm=model_type == "qwen3",
+        rope_scaling=rope_scaling,
         windows=_windows(model_type, fields, n_layers),
         initializer_range=fields.get("initializer_range", 0.02),
         max_position_embeddings=fields.get("max_position_embeddings"),
@@ -115,26 +130,34 @@ def model_config(folder: Path) -> ModelConfig:
     return config
 
 
-def _rope_theta(fields: dict, refuse: Callable) -> float:
-    """The base of RoPE from either spelling; any scaling of it is refused."""
-    old, scaling, new = (
-        fields.pop("rope_theta", None),
-        fields.pop("rope_scaling", None),
-        fields.pop("rope_parameters", None),
-    )
-    for name, scheme in (("rope_scaling", scaling), ("rope_parameters", new)):
-        kind = (scheme or {}).get("rope_type", (scheme or {}).get("type", "default"))
-        extra = (scheme or {}).keys() - {"rope_type", "type", "rope_theta"}
-        if kind != "default" or any(scheme[e] not in (None, 1, 1.0) for e in extra):
-            refuse(f"{name} = {scheme} is not supported; only plain RoPE (rope_type default) is")
-    thetas = {
-        float(t) for t in (old, (scaling or {}).get("rope_theta"), (new or {}).get("rope_theta")) if t is not None
-    }
-    if len(thetas) != 1:
+def _rope(fields: dict, refuse: Callable) -> tuple[float, Llama3Scaling | None]:
+    """RoPE's base and Llama 3's scaling of it from either spelling; any other scaling is refused."""
+    thetas, scalings = [fields.pop("rope_theta", None)], []
+    for name in ("rope_scaling", "rope_parameters"):
+        if not (scheme := fields.pop(name, None)):
+            continue
+        kind = scheme.get("rope_type", scheme.get("type", "default"))
+        extra = {key: x for key, x in scheme.items() if key not in ("rope_type", "type", "rope_theta")}
+        scaling = None
+        if kind == "llama3":
+            numbers = [extra.pop(field, None) for field in Llama3Scaling._fields]
+            scaling = Llama3Scaling(*numbers)
+            if None in numbers or not (scaling.factor > 0 and scaling.low_freq_factor < scaling.high_freq_factor):
+                refuse(
+                    f"{name} = {scheme}: llama3 needs {', '.join(Llama3Scaling._fields)}, the second below the third"
+                )
+        if kind not in ("default", "llama3") or any(x not in (None, 1, 1.0) for x in extra.values()):
+            refuse(f"{name} = {scheme} is not supported; plain RoPE (rope_type default) and llama3 are")
+        thetas.append(scheme.get("rope_theta"))
+        scalings.append(scaling)
+    found = {float(theta) for theta in thetas if theta is not None}
+    if len(found) != 1:
         refuse(
-            f"rope_theta must stand there once, found {sorted(thetas) or 'none'}; it changes the maths, so it is not guessed"
+            f"rope_theta must stand there once, found {sorted(found) or 'none'}; it changes the maths, so it is not guessed"
         )
-    return thetas.pop()
+    if len(set(scalings)) > 1:
+        refuse("rope_scaling and rope_parameters contradict each other")
+    return found.pop(), scalings[0] if scalings else None
 
 
 def _windows(model_type: str, fields: dict, n_layers: int) -> tuple[int | None, ...]:
@@ -144,7 +167,7 @@ def _windows(model_type: str, fields: dict, n_layers: int) -> tuple[int | None, 
     if model_type == "llama" or not in_force or window is None:
         return ()
     if types is None:
-        first = fields.get("max_window_layers", 0) if model_type == "qwen2" else 0
+        first = fields.get("max_window_layers", 0) if model_type in ("qwen2", "qwen3") else 0
         types = ["sliding_attention" if i >= first else "full_attention" for i in range(n_layers)]
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 

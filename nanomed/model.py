@@ -1,8 +1,8 @@
-"""The decoder: Llama, Mistral and Qwen2 in one, under Hugging Face's parameter names.
+"""The decoder: Llama, Mistral, Qwen2 and Qwen3 in one, under Hugging Face's parameter names.
 
-The three differ in so little (biases on q/k/v, tied embeddings, a sliding window) that one module with four switches
-is all of them. Names, shapes and the half-split RoPE layout are Hugging Face's own: importing and exporting a
-checkpoint is a copy, and there is no permutation to get wrong.
+They differ in so little (biases, tied embeddings, a sliding window, norms of queries and keys, a stretched RoPE) that one
+module with a few switches is all of them. Names, shapes and the half-split RoPE layout are Hugging Face's own: importing
+and exporting a checkpoint is a copy, and there is no permutation to get wrong.
 
 All tensors are packed: N tokens of many documents in one row, no batch dimension, no padding. Letters in comments:
 N tokens, D hidden size, H query heads, K key/value heads, F intermediate size, V vocabulary.
@@ -12,6 +12,8 @@ process, `Linear` casts them where they are used. Either way the matrix products
 
 What is neither a matrix product nor attention comes from `Kernels`: Triton's on a GPU, their torch twins on the CPU.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -66,13 +68,24 @@ class Attention(nn.Module):
         self.k_proj = Linear(c.hidden_size, kv_size, bias=c.qkv_bias)
         self.v_proj = Linear(c.hidden_size, kv_size, bias=c.qkv_bias)
         self.o_proj = Linear(q_size, c.hidden_size, bias=c.o_bias)
-        self.head_dim = c.head_dim
+        if c.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.rms_norm_eps, kernels) for _ in range(2))
+        self.qk_norm, self.head_dim = c.qk_norm, c.head_dim
         self.window = c.windows[layer] if c.windows else None
         self.kernels = kernels
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, extent: Tensor) -> Tensor:
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (N, H, head_dim) and keys (N, K, head_dim), both turned, and values (N, K, head_dim)."""
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = self.kernels.rope(q, k, cos, sin)
+        if self.qk_norm:
+            weights = self.q_norm.weight, self.k_norm.weight
+            q, k = self.kernels.norm_rope(q, k, *weights, self.q_norm.eps, cos, sin)
+        else:
+            q, k = self.kernels.rope(q, k, cos, sin)
+        return q, k, v
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, extent: Tensor) -> Tensor:
+        q, k, v = self.project(x, cos, sin)
         y = attention(q, k, v, cu_seqlens, extent, self.window)
         return self.o_proj(y.flatten(-2))
 
@@ -129,6 +142,20 @@ class Trunk(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, kernels)
 
 
+def rope_frequencies(c: ModelConfig, device: torch.device) -> Tensor:  # (head_dim / 2,) float32
+    """The angle, in radians, by which each pair of a head's numbers turns from one token to the next: theta^(-2i / head_dim).
+
+    Llama 3.1 (arXiv 2407.21783) slows down by `factor` what turns fewer than low_freq_factor times in the context it was first
+    trained on, leaves what turns more than high_freq_factor times, and has a ramp between.
+    """
+    frequency = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=device) / c.head_dim)
+    if (s := c.rope_scaling) is None:
+        return frequency
+    turns = frequency * s.original_max_position_embeddings / (2 * math.pi)
+    kept = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
+    return frequency * (kept + (1 - kept) / s.factor)
+
+
 class Decoder(nn.Module):
     """A causal language model whose forward pass is its loss."""
 
@@ -152,8 +179,7 @@ class Decoder(nn.Module):
 
     def rope_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:  # (N,) -> (N, 1, head_dim / 2) twice
         """cos and sin of every token's angles, float32; computed once a step and shared by all layers."""
-        exponent = torch.arange(0, self.config.head_dim, 2, device=positions.device) / self.config.head_dim
-        angle = positions[:, None] * self.config.rope_theta**-exponent
+        angle = positions[:, None] * rope_frequencies(self.config, positions.device)
         return angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
 
     def hidden(self, batch: Batch) -> Tensor:  # (N, D)

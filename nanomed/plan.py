@@ -26,7 +26,7 @@ from nanomed import InputError, devices, hf
 from nanomed.config import Config, parse_without_data
 from nanomed.devices import Gpu
 from nanomed.footprint import REGIMES, Regime, activation_bytes, kept_cast_bytes, moments, parameters
-from nanomed.hf import ModelConfig
+from nanomed.hf import Llama3Scaling, ModelConfig
 from nanomed.metrics import attention_flops, flops_per_token
 from nanomed.model import Decoder
 from nanomed.stream import open_sources
@@ -40,6 +40,23 @@ MODELS = {  # what the models' own config.json say; the hub need not be asked
     ),
     "mistralai/Mistral-Small-24B-Instruct-2501": ModelConfig(
         131072, 5120, 32768, 40, 32, 8, 128, 1e-5, 1e8, False, max_position_embeddings=32768
+    ),
+    "meta-llama/Llama-3.1-8B-Instruct": ModelConfig(
+        128256,
+        4096,
+        14336,
+        32,
+        32,
+        8,
+        128,
+        1e-5,
+        5e5,
+        False,
+        rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 8192),
+        max_position_embeddings=131072,
+    ),
+    "Qwen/Qwen3-8B": ModelConfig(
+        151936, 4096, 12288, 36, 32, 8, 128, 1e-6, 1e6, False, qk_norm=True, max_position_embeddings=40960
     ),
     "HuggingFaceTB/SmolLM2-135M-Instruct": ModelConfig(
         49152, 576, 1536, 30, 9, 3, 64, 1e-5, 1e5, True, max_position_embeddings=8192

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanomed.kernels import cross_entropy, linear_cross_entropy, rms_norm, rope, swiglu
+from nanomed.kernels import cross_entropy, linear_cross_entropy, norm_rope, rms_norm, rope, swiglu
 from nanomed.kernels.cross_entropy import IGNORED
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU in Triton's interpreter
@@ -76,6 +76,14 @@ def _rope(function):
     return lambda q, k: function(q, k, *angles(len(q), q.shape[-1] // 2, q.dtype))
 
 
+def _formula_norm_rope(q, k, q_weight, k_weight):
+    return _formula_rope(*(F.rms_norm(x, w.shape, w, EPS) for x, w in ((q, q_weight), (k, k_weight))))
+
+
+def _norm_rope(function):
+    return lambda q, *rest: function(q, *rest, EPS, *angles(len(q), q.shape[-1] // 2, q.dtype))
+
+
 def _formula_ce(logits):
     targets = targets_for(*logits.shape)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -126,6 +134,13 @@ CASES = [
         _rope(rope.rope),
         _rope(rope.rope_torch),
         _formula_rope,
+    ),
+    Case(
+        "norm_rope",
+        lambda n, d: ((n, HEADS, 2 * d), (n, KV_HEADS, 2 * d), (2 * d,), (2 * d,)),
+        _norm_rope(norm_rope.norm_rope),
+        _norm_rope(norm_rope.norm_rope_torch),
+        _formula_norm_rope,
     ),
     Case(
         "cross_entropy",

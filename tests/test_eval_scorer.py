@@ -8,7 +8,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
 from conftest import SENTENCES, save_reference
 from nanomed import InputError
@@ -22,6 +22,7 @@ CONFIGS = {
     "llama": LlamaConfig(**TINY, tie_word_embeddings=True),
     "mistral": MistralConfig(**TINY, head_dim=16, sliding_window=48),
     "qwen2": Qwen2Config(**TINY, use_sliding_window=False),
+    "qwen3": Qwen3Config(**TINY, head_dim=16),
 }
 
 

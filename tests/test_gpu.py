@@ -8,7 +8,7 @@ import torch
 from conftest import batch_of, read_losses, run_train
 from nanomed import optim, parallel, weights
 from nanomed.config import Config
-from nanomed.hf import ModelConfig
+from nanomed.hf import Llama3Scaling, ModelConfig
 from nanomed.kernels import timing
 from nanomed.kernels.providers import TRITON, kernels
 from nanomed.metrics import Metrics
@@ -20,16 +20,16 @@ GPU = World(0, 0, 1, torch.device("cuda", 0), None)
 CPU = World(0, 0, 1, torch.device("cpu"), None)
 
 
-def three_steps(world: World, config: Config) -> list[tuple[float, float]]:
+def three_steps(world: World, config: Config, shape: ModelConfig = SHAPE) -> list[tuple[float, float]]:
     """(loss, gradient norm) of three steps from the same weights on the same documents."""
     with torch.device("meta"):
-        model = Decoder(SHAPE, config.dtype, kernels(config.kernels))
+        model = Decoder(shape, config.dtype, kernels(config.kernels))
     parallel.parallelize(model, config, world)
     model.to_empty(device=world.device)
     weights.random_weights(model, 0.1, 0)
     optimizer, results = optim.make_adamw(model, config), []
     torch.manual_seed(0)
-    batch = batch_of([torch.randint(0, SHAPE.vocab_size, (n,)) for n in (5, 200, 51)]).to(world.device)
+    batch = batch_of([torch.randint(0, shape.vocab_size, (n,)) for n in (5, 200, 51)]).to(world.device)
     for _ in range(3):
         loss = model(batch, torch.full((), 1 / 253, device=world.device))
         loss.backward()
@@ -47,6 +47,17 @@ def test_a_gpu_trains_as_the_cpu_does(compiled, recompute):
     expected = three_steps(CPU, base)
     low = dataclasses.replace(base, precision="bf16", kernels="triton", compile=compiled, recompute=recompute)
     for (loss, norm), (true_loss, true_norm) in zip(three_steps(GPU, low), expected, strict=True):
+        assert loss == pytest.approx(true_loss, rel=0.01)
+        assert norm == pytest.approx(true_norm, rel=0.05)
+
+
+def test_norms_of_queries_and_keys_and_stretched_rope():
+    """Qwen3's and Llama 3.1's, which the shape above has not."""
+    shape = dataclasses.replace(SHAPE, qk_norm=True, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 128))
+    base = Config(precision="fp32", kernels="torch", compile=False, lr=1e-3)
+    expected = three_steps(CPU, base, shape)
+    low = dataclasses.replace(base, precision="bf16", kernels="triton", compile=True)
+    for (loss, norm), (true_loss, true_norm) in zip(three_steps(GPU, low, shape), expected, strict=True):
         assert loss == pytest.approx(true_loss, rel=0.01)
         assert norm == pytest.approx(true_norm, rel=0.05)
 

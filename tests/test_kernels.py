@@ -16,12 +16,13 @@ from torch.distributed.tensor import distribute_tensor
 from kernel_cases import CASES, DEVICE, above_of, angles, outputs_and_gradients, relative_error, targets_for
 from nanomed.kernels.cross_entropy import _cross_entropy_, _scale_, cross_entropy
 from nanomed.kernels.linear_cross_entropy import linear_cross_entropy
+from nanomed.kernels.norm_rope import _norm_rope, _norm_rope_backward, norm_rope
 from nanomed.kernels.rms_norm import _add_rms_norm, _rms_norm, _rms_norm_backward, add_rms_norm, rms_norm
 from nanomed.kernels.rope import _rope, rope
 from nanomed.kernels.swiglu import _swiglu, _swiglu_backward, swiglu
 
 each_kernel = pytest.mark.parametrize("case", CASES, ids=str)
-ROWWISE = CASES[:4]  # whose outputs are rows; the losses are sums over them
+ROWWISE = CASES[:5]  # whose outputs are rows; the losses are sums over them
 
 
 # --- right ---------------------------------------------------------------------------------------------------------
@@ -189,6 +190,8 @@ def registered_ops() -> dict:
     apart, w = torch.randn(4, 9, device=DEVICE)[:, :6], torch.randn(6, device=DEVICE)
     rstd = torch.rand(4, device=DEVICE)
     q, k = torch.randn(4, 3, 8, device=DEVICE), torch.randn(4, 2, 8, device=DEVICE)
+    q_apart, w8 = torch.randn(4, 3, 11, device=DEVICE)[..., :8], torch.randn(8, device=DEVICE)
+    rest = 1e-5, *angles(4, 4, q.dtype)
     one = torch.tensor(0.5, device=DEVICE)
     wants = lambda *tensors: [t.clone().requires_grad_() for t in tensors]  # noqa: E731
     return {
@@ -198,6 +201,8 @@ def registered_ops() -> dict:
         _swiglu: [wants(x, y), (apart, y)],
         _swiglu_backward: [(x, y, apart)],
         _rope: [(*wants(q, k), *angles(4, 4, q.dtype), False), (q, k, *angles(4, 4, q.dtype), True)],
+        _norm_rope: [(*wants(q, k, w8, w8), *rest), (q_apart, k, w8, w8, *rest)],
+        _norm_rope_backward: [(q, q_apart, w8.bfloat16(), *rest)],
         _cross_entropy_: [(x, targets_for(4, 6), one, 0.0, True), (apart, targets_for(4, 6), one, 0.1, False)],
         _scale_: [(x, one), (apart, one)],
     }
@@ -233,7 +238,7 @@ def test_compiles_with_inductor():
 
     def step(x, residual, w, q, k, cos, sin, weight):
         y, s = add_rms_norm(x, residual, w, 1e-5)
-        q, k = rope(q, k, cos, sin)
+        q, k = rope(*norm_rope(q, k, w, s[0], 1e-5, cos, sin), cos, sin)
         h = swiglu(rms_norm(s, w, 1e-5), y) + (q.sum() + k.sum())
         return linear_cross_entropy(h, weight, targets_for(4, 10), torch.tensor(0.5, device=DEVICE), 0.0, 3)
 
@@ -269,6 +274,7 @@ def x_(*shape, dtype=torch.float32):
 
 
 SCALE, TARGETS = torch.ones((), device=DEVICE), torch.zeros(4, dtype=torch.int64, device=DEVICE)
+QK, TABLES = (x_(4, 3, 8), x_(4, 2, 8)), (x_(4, 1, 4), x_(4, 1, 4))
 BAD = [
     ("x", lambda: rms_norm(x_(4, 6), x_(5), 1e-5), ValueError, "shape (4, 6), expected (4, 5)"),
     ("x", lambda: rms_norm(x_(6, 4).T, x_(6), 1e-5), ValueError, "stride 4 in its last dimension"),
@@ -280,6 +286,9 @@ BAD = [
     ("k", lambda: rope(x_(4, 3, 8), x_(4, 2, 6), x_(4, 1, 4), x_(4, 1, 4)), ValueError, "shape (4, 2, 6)"),
     ("cos", lambda: rope(x_(4, 3, 8), x_(4, 2, 8), x_(4, 1, 8), x_(4, 1, 4)), ValueError, "shape (4, 1, 8)"),
     ("sin", lambda: rope(x_(4, 3, 8), x_(4, 2, 8), x_(4, 1, 4), x_(4, 1, 4).half()), TypeError, "torch.float16"),
+    ("q_weight", lambda: norm_rope(*QK, x_(6), x_(8), 1e-5, *TABLES), ValueError, "shape (6,), expected (8,)"),
+    ("k_weight", lambda: norm_rope(*QK, x_(8), x_(8).half(), 1e-5, *TABLES), TypeError, "torch.float16"),
+    ("cos", lambda: norm_rope(*QK, x_(8), x_(8), 1e-5, x_(3, 1, 4), TABLES[1]), ValueError, "shape (3, 1, 4)"),
     ("targets", lambda: cross_entropy(x_(4, 6), TARGETS.int(), SCALE), TypeError, "torch.int32, expected torch.int64"),
     ("logits", lambda: cross_entropy(x_(5, 6), TARGETS, SCALE), ValueError, "shape (5, 6), expected (4, 6)"),
     ("scale", lambda: cross_entropy(x_(4, 6), TARGETS, x_(1)), ValueError, "shape (1,), expected ()"),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from conftest import batch_of, save_reference
 from nanomed import InputError, hf, weights
@@ -13,10 +13,14 @@ from nanomed.model import Decoder
 SMALL = dict(vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
              num_key_value_heads=2, max_position_embeddings=128)  # fmt: skip
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
+# At a base of 1e4 and 8 numbers a head, of 33 tokens: one pair of them stays, one lies on the ramp, two are slowed down.
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 128}  # fmt: skip
 CONFIGS = {
     "llama": LlamaConfig(**SMALL, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}),
     "llama-biases": LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True, rope_parameters=ROPE),
     "llama-tied-mha": LlamaConfig(**SMALL | {"num_key_value_heads": 6}, tie_word_embeddings=True, rope_parameters=ROPE),
+    "llama-3.1": LlamaConfig(**SMALL, rope_parameters=LLAMA3),
     "mistral": MistralConfig(**SMALL, head_dim=16, sliding_window=None, rope_parameters=ROPE),
     "mistral-window": MistralConfig(
         **SMALL, sliding_window=7, rope_parameters={"rope_type": "default", "rope_theta": 1e4}
@@ -25,6 +29,13 @@ CONFIGS = {
     "qwen2-tied": Qwen2Config(**SMALL, tie_word_embeddings=True, rope_parameters=ROPE),
     "qwen2-window": Qwen2Config(
         **SMALL, use_sliding_window=True, sliding_window=5, max_window_layers=1, rope_parameters=ROPE
+    ),
+    "qwen3": Qwen3Config(**SMALL, head_dim=16, rope_parameters=ROPE),
+    "qwen3-tied-biases": Qwen3Config(
+        **SMALL, head_dim=16, tie_word_embeddings=True, attention_bias=True, rope_parameters=ROPE
+    ),
+    "qwen3-window": Qwen3Config(
+        **SMALL, head_dim=16, use_sliding_window=True, sliding_window=5, max_window_layers=1, rope_parameters=ROPE
     ),
 }
 
@@ -38,11 +49,10 @@ def load(folder) -> Decoder:
 def spell_as_transformers_4(path) -> None:
     """Rewrite a config.json of transformers 5 the way transformers 4 wrote it, as the hub's files still are."""
     raw = json.loads(path.read_text())
-    raw |= {
-        "rope_theta": raw.pop("rope_parameters")["rope_theta"],
-        "rope_scaling": None,
-        "torch_dtype": raw.pop("dtype"),
-    }
+    rope = raw.pop("rope_parameters")
+    theta = rope.pop("rope_theta")
+    scaling = rope if rope["rope_type"] != "default" else None
+    raw |= {"rope_theta": theta, "rope_scaling": scaling, "torch_dtype": raw.pop("dtype")}
     raw.pop("layer_types", None)
     path.write_text(json.dumps(raw))
 
@@ -61,7 +71,7 @@ def test_logits_equal_transformers(name, spelling, tmp_path):
     assert expected.std() > 0.1  # the reference says something
 
 
-@pytest.mark.parametrize("name", ["llama-tied-mha", "mistral-window", "qwen2"])
+@pytest.mark.parametrize("name", ["llama-tied-mha", "llama-3.1", "mistral-window", "qwen2", "qwen3"])
 def test_loss_and_gradients_equal_transformers(name, tmp_path):
     reference = save_reference(CONFIGS[name], tmp_path)
     tokens = torch.randint(0, SMALL["vocab_size"], (29,))
@@ -75,7 +85,7 @@ def test_loss_and_gradients_equal_transformers(name, tmp_path):
         torch.testing.assert_close(param.grad, expected[param_name].grad, rtol=1e-4, atol=1e-6, msg=param_name)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2-tied"])
+@pytest.mark.parametrize("name", ["llama", "llama-3.1", "mistral-window", "qwen2-tied", "qwen3"])
 def test_packed_documents_equal_the_same_documents_alone(name, tmp_path):
     save_reference(CONFIGS[name], tmp_path)
     model = load(tmp_path)
@@ -110,6 +120,22 @@ MISTRAL_SMALL = dict(architectures=["MistralForCausalLM"], attention_dropout=0.0
                      tie_word_embeddings=False, torch_dtype="bfloat16", use_cache=True, vocab_size=131072)  # fmt: skip
 
 
+LLAMA31 = dict(architectures=["LlamaForCausalLM"], attention_bias=False, attention_dropout=0.0, bos_token_id=128000,
+               eos_token_id=[128001, 128008, 128009], hidden_act="silu", hidden_size=4096, initializer_range=0.02,
+               intermediate_size=14336, max_position_embeddings=131072, mlp_bias=False, model_type="llama",
+               num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=8, pretraining_tp=1, rms_norm_eps=1e-05,
+               rope_scaling={"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                             "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+               rope_theta=500000.0, tie_word_embeddings=False, torch_dtype="bfloat16", use_cache=True,
+               vocab_size=128256)  # fmt: skip
+QWEN3 = dict(architectures=["Qwen3ForCausalLM"], attention_bias=False, attention_dropout=0.0, bos_token_id=151643,
+             eos_token_id=151645, head_dim=128, hidden_act="silu", hidden_size=4096, initializer_range=0.02,
+             intermediate_size=12288, max_position_embeddings=40960, max_window_layers=36, model_type="qwen3",
+             num_attention_heads=32, num_hidden_layers=36, num_key_value_heads=8, rms_norm_eps=1e-06, rope_scaling=None,
+             rope_theta=1000000, sliding_window=None, tie_word_embeddings=False, torch_dtype="bfloat16", use_cache=True,
+             use_sliding_window=False, vocab_size=151936)  # fmt: skip
+
+
 def config_of(tmp_path, raw: dict):
     (tmp_path / "config.json").write_text(json.dumps(raw))
     return hf.model_config(tmp_path)
@@ -120,6 +146,16 @@ def test_the_real_models_configs(tmp_path):
     assert (qwen.head_dim, qwen.rope_theta, qwen.windows, qwen.qkv_bias, qwen.o_bias) == (128, 1e6, (), True, False)
     small = config_of(tmp_path, MISTRAL_SMALL)
     assert (small.head_dim, small.rope_theta, small.windows, small.qkv_bias) == (128, 1e8, (), False)
+    llama = config_of(tmp_path, LLAMA31)
+    assert (llama.head_dim, llama.rope_scaling, llama.qkv_bias, llama.o_bias) == (128, (8, 1, 4, 8192), False, False)
+    qwen3 = config_of(tmp_path, QWEN3)
+    assert (qwen3.head_dim, qwen3.qk_norm, qwen3.qkv_bias, qwen3.windows, qwen3.rope_scaling) == (
+        128,
+        True,
+        False,
+        (),
+        None,
+    )
     v01 = config_of(tmp_path, MISTRAL_SMALL | {"sliding_window": 4096})
     assert v01.windows == (4096,) * 40
 
@@ -130,7 +166,10 @@ def test_the_real_models_configs(tmp_path):
         ({"model_type": "gemma2"}, "gemma2"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3 needs .*original_max_position_embeddings"),
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "llama3 needs"),
+        ({"rope_scaling": LLAMA3 | {"rope_theta": 1e6, "beta_fast": 32}}, "beta_fast"),
+        ({"rope_scaling": LLAMA3 | {"rope_theta": 1e6}, "rope_parameters": ROPE}, "contradict"),
         ({"rope_theta": None}, "rope_theta"),
         ({"rope_theta": None, "rope_parameters": {"rope_type": "default"}}, "rope_theta"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, "rope_theta"),

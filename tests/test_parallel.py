@@ -29,8 +29,10 @@ RECOMPUTE = ["none", "selective", "full"]
 
 
 def build(config: Config, world: World = ALONE, tied: bool = False) -> Decoder:
-    """A small decoder as train.py makes one: described, cut, filled."""
-    model_config = ModelConfig(V, D, F, LAYERS, 4, 2, 8, 1e-6, 1e4, tie_word_embeddings=tied, qkv_bias=True)
+    """A small decoder with all that one can have, as train.py makes one: described, cut, filled."""
+    model_config = ModelConfig(
+        V, D, F, LAYERS, 4, 2, 8, 1e-6, 1e4, tie_word_embeddings=tied, qkv_bias=True, qk_norm=True
+    )
     with torch.device("meta"):
         model = Decoder(model_config, config.dtype)
     parallel.parallelize(model, config, world)

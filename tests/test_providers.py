@@ -17,9 +17,10 @@ from nanomed.model import Decoder
 INTERPRETED = not torch.cuda.is_available()
 
 
-def test_the_decoder_is_the_same_with_either():
-    """Loss and every gradient of a small Qwen2: biases, grouped heads, untied, two documents."""
-    config = ModelConfig(40, 24, 32, 2, 3, 1, 8, 1e-6, 1e4, tie_word_embeddings=False, qkv_bias=True)
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_the_decoder_is_the_same_with_either(qk_norm):
+    """Loss and every gradient of a small Qwen: biases, grouped heads, untied, two documents."""
+    config = ModelConfig(40, 24, 32, 2, 3, 1, 8, 1e-6, 1e4, False, qkv_bias=True, qk_norm=qk_norm)
     results = []
     for kernels in (TORCH, TRITON):
         torch.manual_seed(0)
@@ -90,13 +91,14 @@ def liger(monkeypatch):
 
 
 def test_liger_agrees(liger):
-    """float32, all five functions and their gradients: the signatures mean the same."""
+    """float32, all six functions and their gradients: the signatures mean the same."""
     by_name = {case.name: case for case in CASES}
     functions = {
         "rms_norm": lambda x, w: liger.rms_norm(x, w, EPS),
         "add_rms_norm": lambda x, r, w: liger.add_rms_norm(x, r, w, EPS),
         "swiglu": lambda gate, up: liger.swiglu(gate * 1, up * 1),
         "rope": lambda q, k: liger.rope(q * 1, k * 1, *angles(len(q), q.shape[-1] // 2, q.dtype)),
+        "norm_rope": lambda q, k, *w: liger.norm_rope(q, k, *w, EPS, *angles(len(q), q.shape[-1] // 2, q.dtype)),
         "linear_cross_entropy": lambda h, w: liger.linear_cross_entropy(
             h, w, targets_for(len(h), len(w)), scale_for(h), 1e-3, 3
         ),

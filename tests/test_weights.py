@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from conftest import save_reference
 from nanomed import hf, parallel, weights
@@ -24,6 +24,7 @@ CONFIGS = {
     "llama": LlamaConfig(**SMALL),
     "mistral": MistralConfig(**SMALL, head_dim=16, sliding_window=None),
     "qwen2-tied": Qwen2Config(**SMALL, head_dim=2, tie_word_embeddings=True),  # k and v have 4 rows
+    "qwen3": Qwen3Config(**SMALL, head_dim=16),
 }
 HALF = Config(precision="fp32", compile=False)
 

@@ -87,10 +87,8 @@ def hidden(model: Decoder, packed: Packed, prefix: KV) -> tuple[Tensor, KV]:  # 
     masks, own = {}, []
     for i, block in enumerate(model.model.layers):
         attn = block.self_attn
-        y = block.input_layernorm(x)
-        q, k, v = (proj(y).unflatten(-1, (-1, attn.head_dim)) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
-        q, k = attn.kernels.rope(q, k, cos, sin)
-        own.append((k, v))
+        q, *kv = attn.project(block.input_layernorm(x), cos, sin)
+        own.append(tuple(kv))
         if attn.window not in masks:
             masks[attn.window] = packed.windowed(attn.window)
         y = _attend(q, *own[-1], prefix[i] if prefix else None, packed, masks[attn.window])

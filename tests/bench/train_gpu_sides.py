@@ -10,7 +10,8 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 
-MODELS = {"qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct", "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.3", "tiny": None}
+MODELS = {"qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct", "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.3",
+          "qwen3-8b": "Qwen/Qwen3-8B", "tiny": None}  # fmt: skip
 LR, CLIP, DECAY, BETAS, MEAN_DOCUMENT = 1e-5, 1.0, 0.1, (0.9, 0.95), 700
 
 
@@ -87,7 +88,7 @@ def peer_side(c, args):
     """The same of transformers, with Liger's kernels on a GPU."""
     import transformers
 
-    kind = "qwen2" if c.qkv_bias else "mistral"
+    kind = "qwen2" if c.qkv_bias else "qwen3" if c.qk_norm else "mistral"
     if args.device == "cuda":
         import liger_kernel.transformers as liger
 
