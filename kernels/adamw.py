@@ -38,7 +38,7 @@ def _rounded(x, at, seed):
     return tl.where((bits & 0x7F800000) == 0x7F800000, x, up.to(tl.float32, bitcast=True))  # not finite: as it is
 
 
-@jit
+@jit(do_not_specialize=["seed"])  # else every sixteenth, the multiples of 16, would be another kernel
 def _add(total_ptr, grad_ptr, N, seed, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(total_ptr + at, mask=at < N, other=0.0).to(tl.float32)
@@ -89,7 +89,7 @@ def _keep(mean, mean_ptr, scale_ptr, at, row, mask, of_row, CODES: tl.constexpr,
         tl.store(mean_ptr + at, mean.to(mean_ptr.dtype.element_ty), mask=mask)
 
 
-@jit
+@jit(do_not_specialize=["seed"])
 def _step(
     p_ptr, grad_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, m_map_ptr, v_map_ptr, m_correction_ptr, v_correction_ptr,
     skip_ptr, grad_scale_ptr, N, block, seed, lr, decay, toward_m, toward_v, eps,

@@ -124,6 +124,11 @@ def test_in_this_process_an_interruption_changes_no_byte(command, tmp_path, monk
     assert command("generate", model, *flags, "--batch", 1, "--out", tmp_path / "one.jsonl")[0] == 0
     assert (tmp_path / "one.jsonl").read_bytes() == whole  # the padding on the left is not seen
 
+    thinks = "{% if enable_thinking is not defined or enable_thinking %}{{ raise_exception('aloud') }}{% endif %}"
+    settings["chat_template"] = thinks + settings["chat_template"]
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert command("generate", model, *flags, "--batch", 2, "--out", tmp_path / "c.jsonl")[0] == 0
+
     settings.pop("chat_template")
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
     assert "has no chat template" in refused(command, "generate", model, *flags, "--out", tmp_path / "b.jsonl")

@@ -6,7 +6,8 @@
 In this process transformers generates, in batches padded on the left; an answer that has ended costs no more attention
 to itself but its row stays until the batch's longest has ended, so for thousands of prompts serve the model with vLLM
 and give its URL. Greedy means greedy: a repetition penalty in generation_config.json (Qwen2.5 has one) is not applied;
-vLLM applies it unless told `--generation-config vllm`.
+vLLM applies it unless told `--generation-config vllm`. A model that may think before it answers (Qwen3) is told not to, by
+its template's `enable_thinking`: what is compared are answers. A server has to be told so itself.
 
 A.jsonl has a line for every prompt: {id, prompt, answer, finish_reason, completion_tokens, model}; beside it A.run/ says
 how it came about. An interrupted run goes on: at a URL with the answers in A.run/, in this process with the first batch
@@ -183,7 +184,9 @@ def render(tokenizer, prompts: dict[str, list[dict]], source: str) -> dict[str, 
     tokens = {}
     for name, messages in prompts.items():
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
         except Exception as error:  # jinja's own, and whatever a template's raise_exception says
             what = (str(error) or type(error).__name__).splitlines()[0]
             raise InputError(f"MODEL {source}: its chat template refuses prompt {name!r} ({what})") from None
