@@ -4,7 +4,7 @@
     python -m nanomed.plan --recipe mistral-small-24b --gpus 8 --gpu h200 --price 3.5 --micro-batch 2
     python -m nanomed.plan --init runs/x/hf --data bins/finemed-de --gpus 4 --gpu a100     another model, your own bins
 
-No GPU and no network: the model's shape comes from the table below or a folder's config.json, the rest is arithmetic, its
+No GPU and no network: the model's shape comes from nanomed.shapes or a folder's config.json, the rest is arithmetic, its
 formulas in the docstrings. It takes train.py's flags and shows every regime of precision side by side.
 
 What is checked, and what is assumed. Everything but the last row of the memory table is held, within 10 %, to bytes counted
@@ -26,42 +26,12 @@ from nanomed import InputError, devices, hf
 from nanomed.config import Config, parse_without_data
 from nanomed.devices import Gpu
 from nanomed.footprint import REGIMES, Regime, activation_bytes, kept_cast_bytes, moments, parameters
-from nanomed.hf import Llama3Scaling, ModelConfig
+from nanomed.hf import ModelConfig
 from nanomed.metrics import attention_flops, flops_per_token
 from nanomed.model import Decoder
+from nanomed.shapes import MODELS
 from nanomed.stream import open_sources
 
-MODELS = {  # what the models' own config.json say; the hub need not be asked
-    "Qwen/Qwen2.5-7B-Instruct": ModelConfig(
-        152064, 3584, 18944, 28, 28, 4, 128, 1e-6, 1e6, False, qkv_bias=True, max_position_embeddings=32768
-    ),
-    "mistralai/Mistral-7B-Instruct-v0.3": ModelConfig(
-        32768, 4096, 14336, 32, 32, 8, 128, 1e-5, 1e6, False, max_position_embeddings=32768
-    ),
-    "mistralai/Mistral-Small-24B-Instruct-2501": ModelConfig(
-        131072, 5120, 32768, 40, 32, 8, 128, 1e-5, 1e8, False, max_position_embeddings=32768
-    ),
-    "meta-llama/Llama-3.1-8B-Instruct": ModelConfig(
-        128256,
-        4096,
-        14336,
-        32,
-        32,
-        8,
-        128,
-        1e-5,
-        5e5,
-        False,
-        rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 8192),
-        max_position_embeddings=131072,
-    ),
-    "Qwen/Qwen3-8B": ModelConfig(
-        151936, 4096, 12288, 36, 32, 8, 128, 1e-6, 1e6, False, qk_norm=True, max_position_embeddings=40960
-    ),
-    "HuggingFaceTB/SmolLM2-135M-Instruct": ModelConfig(
-        49152, 576, 1536, 30, 9, 3, 64, 1e-5, 1e5, True, max_position_embeddings=8192
-    ),
-}
 CORPUS_TOKENS = 5.1e9  # the paper's, one epoch
 SPARE_BYTES = 5e9  # that should stay free
 CONTEXT_BYTES, SLACK = 1.0e9, 0.05  # assumed: CUDA and its libraries; the allocator's gaps, of what comes and goes
@@ -152,15 +122,19 @@ def tokens_per_second(job: Job, recompute: str) -> float:
 
 
 def advice(job: Job) -> str:
-    """The most exact regime that leaves 5 GB free, with the least recomputation it allows; or how many GPUs it takes."""
+    """The most exact regime that leaves 5 GB free, with the least recomputation it allows; or how many GPUs it takes.
+
+    Where that is to compute every block twice, the first that need not as well.
+    """
     limit = job.gpu.memory_bytes - SPARE_BYTES
-    for regime in REGIMES:
-        for recompute in RECOMPUTE:
-            if (needed := peak(job, regime, recompute)) <= limit:
-                return (
-                    f"{regime.flags} --recompute {recompute}: {needed / 1e9:.1f} of {job.gpu.memory_bytes / 1e9:.1f} GB, "
-                    f"the most exact that leaves {SPARE_BYTES / 1e9:.0f} GB free"
-                )
+    choices = [(regime, mode, peak(job, regime, mode)) for regime in REGIMES for mode in RECOMPUTE]
+    fitting = [(f"{regime.flags} --recompute {mode}", mode, n) for regime, mode, n in choices if n <= limit]
+    if fitting:
+        flags, mode, needed = fitting[0]
+        line = f"{flags}: {needed / 1e9:.1f} of {job.gpu.memory_bytes / 1e9:.1f} GB, "
+        line += f"the most exact that leaves {SPARE_BYTES / 1e9:.0f} GB free"
+        faster = [f"; a third faster: {flags}, {n / 1e9:.1f} GB" for flags, other, n in fitting if other != "full"]
+        return line + faster[0] if mode == "full" and faster else line
     for n_gpus in (2, 4, 8, 16, 32, 64, 128):
         more = replace(job, n_gpus=n_gpus, config=replace(job.config, replicas=1))
         if n_gpus > job.n_gpus and peak(more, REGIMES[-1], "full") <= limit:

@@ -18,7 +18,7 @@ LR, CLIP, DECAY, BETAS, MEAN_DOCUMENT = 1e-5, 1.0, 0.1, (0.9, 0.95), 700
 def shape_of(name: str):
     """The ModelConfig of a model of MODELS."""
     from nanomed.hf import ModelConfig
-    from nanomed.plan import MODELS as SHAPES
+    from nanomed.shapes import MODELS as SHAPES
 
     if name == "tiny":
         return ModelConfig(512, 64, 128, 2, 4, 2, 16, 1e-6, 1e4, False, qkv_bias=True)
