@@ -2,7 +2,7 @@
 # What only a GPU can say, in three parts of under 8 minutes each on one H100 or H200. Needs torch 2.11 or newer; no network.
 #
 #     tests/bench/gpu.sh tests      the tests whose GPU path differs from the CPU's
-#     tests/bench/gpu.sh kernels    the kernels beside eager, torch.compile, Liger, quack and Cut Cross-Entropy
+#     tests/bench/gpu.sh kernels    the kernels beside eager, torch.compile, Liger, quack and Cut Cross-Entropy; AdamW beside torchao
 #     tests/bench/gpu.sh train      Qwen2.5-7B and Mistral-7B, full parameters, beside transformers + Liger
 #
 # A part writes its JSON under OUT (default runs/gpu) after every step, so that a run that is cut off still counts; peers that are
@@ -51,7 +51,12 @@ case ${1:-} in
         done
         exit "$status"
         ;;
-    kernels) "${limit[@]}" "$python" -m nanomed.kernels.bench --quick --out "$out/kernels" ;;
+    kernels)
+        status=0
+        "${limit[@]}" "$python" -m nanomed.kernels.bench --quick --out "$out/kernels" || status=1
+        timeout --signal=INT --kill-after=20 60 "$python" tests/bench/adamw.py --out "$out/adamw.json" || status=1
+        exit "$status"
+        ;;
     train) "${limit[@]}" "$python" tests/bench/train_gpu.py --out "$out/train.json" "${@:2}" ;;
     *)
         echo "usage: tests/bench/gpu.sh tests|kernels|train" >&2
