@@ -29,10 +29,15 @@ from nanomed.batches import Batch
 from nanomed.bins import ShardWriter, settings_of, tokenizer_sha256, write_manifest
 from nanomed.kernels.linear_cross_entropy import IGNORED
 
+# Helpers that assert: a failure there shows what was found, as in a test.
+pytest.register_assert_rewrite("chat_requests", "merge_pairs", "refusals")
+
 # Triton exists on Linux only; without a GPU its kernels run in the interpreter.
 collect_ignore = []
 if importlib.util.find_spec("triton") is None:
-    collect_ignore += [f"test_{x}.py" for x in ("adamw", "kernels", "rms_norm", "rope", "cross_entropy", "registers")]
+    collect_ignore += [
+        f"test_{x}.py" for x in ("adamw", "kernels", "kernel_ops", "rms_norm", "rope", "cross_entropy", "registers")
+    ]
 elif not torch.cuda.is_available():
     import interpreter  # noqa: F401
 if not torch.cuda.is_available():

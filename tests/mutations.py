@@ -60,7 +60,7 @@ MUTATIONS = [  # (what, file, old, new): old must stand in the file
     ("the other mean's scale", "adamw", "_keep(tl.where(mask, v, 0.0), v_ptr, v_scale_ptr", "_keep(tl.where(mask, v, 0.0), v_ptr, m_scale_ptr"),
     ("scaled twice", "cross_entropy", "if factor == 1:", "if factor != 1:"),
 ]  # fmt: skip
-TESTS = ["kernels", "rms_norm", "rope", "cross_entropy", "linear_cross_entropy", "adamw"]
+TESTS = ["kernels", "kernel_ops", "rms_norm", "rope", "cross_entropy", "linear_cross_entropy", "adamw"]
 
 
 def survives(file: str, old: str, new: str) -> bool:

@@ -41,7 +41,7 @@ case ${1:-} in
         # A file at a time: each file's results are there as soon as it is through.
         status=0
         start=$SECONDS
-        for file in gpu attention adamw kernels rms_norm rope cross_entropy linear_cross_entropy providers; do
+        for file in gpu attention adamw kernels kernel_ops rms_norm rope cross_entropy linear_cross_entropy providers; do
             left=$((470 - SECONDS + start))
             ((left > 5)) || { echo "out of time before test_$file.py"; status=1; break; }
             rm -f "$out/tests-$file.xml"

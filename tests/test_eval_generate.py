@@ -1,0 +1,108 @@
+"""generate: from prompts to answers, at a server with faults and in this process."""
+
+import json
+
+import pytest
+
+from conftest import ROOT
+from endpoint import completion, serving
+from eval_command import fixture_command, refused, write  # noqa: F401
+from nanomed.evaluation import language
+from nanomed.evaluation.answers import read_prompts
+
+
+def test_answers_from_an_endpoint_survive_its_faults_and_are_paid_once(command, tmp_path):
+    prompts = write(tmp_path / "p.jsonl", [{"id": f"p{i}", "prompt": f"Frage {i}?"} for i in range(4)])
+
+    def behave(body, number):
+        text = body["messages"][-1]["content"]
+        if "1" in text and number == 1:
+            return "cut"
+        return completion(f"zu {text}", "length" if "2" in text else "stop")
+
+    out = tmp_path / "a.jsonl"
+    with serving(behave) as endpoint:
+        arguments = ("generate", endpoint.url, "--model", "m", "--prompts", prompts, "--out", out)
+        assert command(*arguments)[0] == 0
+        assert len(endpoint.bodies) == 5
+        assert all(b["temperature"] == 0 and b["max_tokens"] == 512 for b in endpoint.bodies)
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [r["id"] for r in rows] == ["p0", "p1", "p2", "p3"]
+        assert [r["finish_reason"] for r in rows] == ["stop", "stop", "length", "stop"]
+        assert rows[3]["answer"] == "zu Frage 3?"
+        about = json.loads((tmp_path / "a.run/run.json").read_text())
+        assert about["finished"]
+        assert about["kind"] == "generate"
+        assert "already finished" in command(*arguments)[1]
+        out.unlink()
+        assert command(*arguments)[0] == 0  # from the cache
+        assert len(endpoint.bodies) == 5
+        line = refused(command, *arguments, "--max-new-tokens", 9)
+        assert "max_new_tokens = 512, this one 9" in line
+
+
+def test_in_this_process_an_interruption_changes_no_byte(command, tmp_path, monkeypatch, tiny):
+    """Batches after a kill are the batches of a run that never stopped, and equal one prompt at a time."""
+    from nanomed.evaluation import generate
+
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in tiny.model.iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    prompts = write(tmp_path / "p.jsonl", [{"prompt": "Das Herz " * (i + 1)} for i in range(5)])
+    flags = ("--prompts", prompts, "--max-new-tokens", 6)
+    assert command("generate", model, *flags, "--batch", 2, "--out", tmp_path / "whole.jsonl")[0] == 0
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    assert {json.loads(line)["finish_reason"] for line in whole.splitlines()} <= {"stop", "length"}
+
+    real, calls = generate._read, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(generate, "_read", dies)
+    assert command("generate", model, *flags, "--batch", 2, "--out", tmp_path / "a.jsonl")[0] == 130
+    monkeypatch.setattr(generate, "_read", real)
+    with (tmp_path / "a.jsonl").open("ab") as file:
+        file.write(b'{"id": "half')
+    assert command("generate", model, *flags, "--batch", 2, "--out", tmp_path / "a.jsonl")[0] == 0
+    assert (tmp_path / "a.jsonl").read_bytes() == whole
+    assert command("generate", model, *flags, "--batch", 1, "--out", tmp_path / "one.jsonl")[0] == 0
+    assert (tmp_path / "one.jsonl").read_bytes() == whole  # the padding on the left is not seen
+
+    thinks = "{% if enable_thinking is not defined or enable_thinking %}{{ raise_exception('aloud') }}{% endif %}"
+    settings["chat_template"] = thinks + settings["chat_template"]
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert command("generate", model, *flags, "--batch", 2, "--out", tmp_path / "c.jsonl")[0] == 0
+
+    settings.pop("chat_template")
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert "has no chat template" in refused(command, "generate", model, *flags, "--out", tmp_path / "b.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"text": "?"}, "line 1 is neither"),
+        ({"prompt": "  "}, "line 1 is neither"),
+        ({"messages": [{"role": "user"}]}, "line 1 is neither"),
+    ],
+)
+def test_prompts_that_are_none(record, message, command, tmp_path):
+    path = write(tmp_path / "p.jsonl", [record])
+    line = refused(command, "generate", "http://127.0.0.1:9/v1", "--model", "m", "--prompts", path, "--out", "x.jsonl")
+    assert message in line
+
+
+def test_the_prompts_of_the_project():
+    prompts = read_prompts(ROOT / "data/tasks/prompts_de.jsonl")
+    texts = [messages[-1]["content"] for messages in prompts.values()]
+    assert len(texts) >= 80
+    assert len(set(texts)) == len(texts)
+    assert sum(language.examine(text).mixed for text in texts) == 2  # one to translate, one to correct

@@ -1,0 +1,144 @@
+"""judge and win rates: from answers to verdicts, and from verdicts to a rate with its interval."""
+
+import json
+
+import numpy as np
+import pytest
+
+from conftest import ROOT
+from endpoint import completion, serving
+from eval_command import answers, fixture_command, parts, refused  # noqa: F401
+from nanomed.evaluation import judge, win_rate
+
+
+def test_both_orders_ties_and_verdicts_that_cannot_be_read(command, tmp_path):
+    """A wins q1; q2 goes to whoever stands first; q3 is a tie; q4 is read on the second try; q5 never."""
+    names = ["q1", "q2", "q3", "q4", "q5"]
+    a = answers(tmp_path / "a.jsonl", {n: f"{n} lang und gut" for n in names}, "model-a")
+    b = answers(tmp_path / "b.jsonl", {n: f"{n} kurz" for n in names}, "model-b", "length")
+
+    def behave(body, _):
+        first, _second = parts(body)
+        again = len(body["messages"]) > 1
+        if first.startswith("q1"):
+            return f"Begründung.\nURTEIL: {1 if 'gut' in first else 2}"
+        if first.startswith("q2"):
+            return "**URTEIL: 1**"
+        if first.startswith("q3"):
+            return "URTEIL: GLEICH"
+        if first.startswith("q4") and again:
+            return f"URTEIL: {2 if 'gut' in first else 1}"
+        return "URTEIL: 1 oder URTEIL: 2?"
+
+    with serving(behave) as endpoint:
+        flags = ("--url", endpoint.url, "--judge", "richter", "--out", tmp_path / "run")
+        status, said = command("judge", a, b, *flags)
+        assert status == 0
+        n_paid = len(endpoint.bodies)
+        assert n_paid == 10 + 4 + 2  # q4 and q5 once more, q5 twice
+        results = json.loads((tmp_path / "run/results.json").read_text())
+        assert [point["worth"] for point in results["points"]] == [1.0, 0.5, 0.5, 0.0, 0.5]
+        assert results["win"] == results["loss"] == 0.2
+        assert results["win_rate"] == 0.5
+        assert results["unreadable"] == 2
+        assert results["consistency"] == 0.75  # of the four that could be read, q2 disagrees
+        assert results["first_position_rate"] == pytest.approx(4 / 6)
+        assert results["cut"] == {"a": 0, "b": 5}
+        assert "5 of 5 answers of model-b are cut" in said
+        assert "2 of 10 verdicts cannot be read" in said
+        assert "at equal lengths   - (one side is nearly always the longer)" in said
+        assert "0 of its 16 replies being cut at --max-tokens 256" in said
+        games = [json.loads(line) for line in (tmp_path / "run/games.jsonl").read_text().splitlines()]
+        assert [(g["id"], g["first"]) for g in games[:2]] == [("q1", "a"), ("q1", "b")]
+        (tmp_path / "run/results.json").unlink()
+        assert command("judge", a, b, *flags)[0] == 0
+        assert len(endpoint.bodies) == n_paid  # every verdict came from the cache
+        assert json.loads((tmp_path / "run/results.json").read_text()) == results
+
+        prompt = tmp_path / "judge.toml"
+        prompt.write_text((ROOT / "data/tasks/judge-de-v1.toml").read_text().replace("judge-de-v1", "judge-de-v2"))
+        assert "prompt = " in refused(command, "judge", a, b, *flags, "--prompt", prompt)
+    assert "family" not in said
+    lines = list(judge.warnings([], "Qwen/Qwen2.5-7B", "other", "qwen3-32b"))
+    assert len(lines) == 1
+    assert "family" in lines[0]
+
+
+def test_a_judge_that_fails_is_one_line_and_nothing_is_lost(command, tmp_path):
+    a, b = (answers(tmp_path / f"{n}.jsonl", {"q": n}, n) for n in "ab")
+    flags = ("--judge", "r", "--out", tmp_path / "run")
+    with serving(lambda body, number: 401) as endpoint:
+        assert "401" in refused(command, "judge", a, b, "--url", endpoint.url, *flags)
+    assert not (tmp_path / "run/results.json").exists()
+    with serving(lambda body, number: "URTEIL: GLEICH") as endpoint:
+        assert command("judge", a, b, "--url", endpoint.url, *flags)[0] == 0
+
+
+def test_a_judge_of_no_readable_verdict_gives_no_rate(command, tmp_path):
+    a, b = (answers(tmp_path / f"{n}.jsonl", {"q": n, "r": n}, n) for n in "ab")
+    with serving(lambda body, number: completion("<think>Erstens", "length")) as endpoint:
+        said = refused(command, "judge", a, b, "--url", endpoint.url, "--judge", "r", "--out", tmp_path / "run")
+    assert "no verdict that can be read, 12 of its 12 replies being cut at --max-tokens 256" in said
+    assert not (tmp_path / "run/results.json").exists()
+    games = [json.loads(line) for line in (tmp_path / "run/games.jsonl").read_text().splitlines()]
+    assert [g["replies"] for g in games] == [["<think>Erstens"] * 3] * 4
+
+
+def test_different_prompts_are_not_compared(command, tmp_path):
+    a = answers(tmp_path / "a.jsonl", {"q1": "x", "q2": "y"}, "a")
+    b = answers(tmp_path / "b.jsonl", {"q1": "x"}, "b")
+    flags = ("--url", "http://127.0.0.1:9/v1", "--judge", "r")
+    assert "prompt 'q2' is in" in refused(command, "judge", a, b, *flags)
+    other = b.read_text().replace("Frage q1?", "Andere Frage?")
+    b.write_text(other + answers(tmp_path / "c.jsonl", {"q2": "y"}, "b").read_text())
+    assert "prompt 'q1' differs" in refused(command, "judge", a, b, *flags)
+    assert "prompt 'q1' differs" in refused(command, "failures", a, "--ref", b)
+
+
+@pytest.mark.parametrize(("old", "new"), [("{answer_2}", ""), ("again =", "wieder ="), ('version = "', "version = ")])
+def test_a_prompt_that_is_none(old, new, command, tmp_path):
+    text = (ROOT / "data/tasks/judge-de-v1.toml").read_text()
+    path = tmp_path / "p.toml"
+    path.write_text("".join(text.rsplit(old, 1)[0] + new + text.rsplit(old, 1)[1]))
+    a, b = (answers(tmp_path / f"{n}.jsonl", {"q": n}, n) for n in "ab")
+    refused(command, "judge", a, b, "--url", "http://127.0.0.1:9/v1", "--judge", "r", "--prompt", path)
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [("URTEIL: 1", "1"), ("urteil: gleich.", "tie"), ("**URTEIL:** 2\n", "2"), ("URTEIL: 12", None), ("Antwort 1", None),
+     ("URTEIL: 1\nURTEIL: 2", None), ("<think>URTEIL: 2</think>URTEIL: 1", "1"), ("", None)],
+)  # fmt: skip
+def test_a_verdict_is_read_strictly(reply, verdict):
+    assert judge.parse(reply) == verdict
+
+
+# --- win rates ------------------------------------------------------------------------------------------------------
+
+
+def test_the_length_controlled_rate_takes_length_out():
+    """Answers equal but for length, which the judge loves: raw 0.5 ± what length gives, controlled 0.5."""
+    rng = np.random.default_rng(0)
+    length_a, length_b = rng.integers(900, 1500, 2000), rng.integers(400, 1200, 2000)
+    difference = length_a - length_b
+    chance = 1 / (1 + np.exp(-2 * np.tanh(difference / difference.std())))
+    worth = (rng.random(2000) < chance).astype(float)
+    found = win_rate.summarise(worth, length_a, length_b)
+    assert found["win_rate"] > 0.7
+    assert found["length_controlled"] == pytest.approx(0.5, abs=0.06)
+    low, high = found["length_controlled_ci"]
+    assert low < 0.5 < high
+    found = win_rate.summarise(worth, length_b + 1200, length_b)  # always longer: nothing was seen at equal lengths
+    assert found["length_controlled"] is found["length_controlled_ci"] is None
+
+
+def test_intervals_resample_prompts():
+    worth = np.array([1.0] * 120 + [0.5] * 60 + [0.0] * 120)
+    low, high = win_rate.mean_interval(worth)
+    error = 1.96 * worth.std() / len(worth) ** 0.5
+    assert (low, high) == pytest.approx((0.5 - error, 0.5 + error), abs=0.01)
+    assert win_rate.mean_interval(np.ones(12)) == [pytest.approx(0.025 ** (1 / 12)), 1.0]
+    ties = win_rate.summarise([0.5] * 12, list(range(12)), [5] * 12)
+    half = (1 - 0.025 ** (1 / 12)) / 2  # as many prompts as may not be ties, all won or all lost
+    assert ties["ci"] == ties["length_controlled_ci"] == [pytest.approx(0.5 - half), pytest.approx(0.5 + half)]
+    assert win_rate.geometric_ratio([2, 8], [1, 2])["value"] == pytest.approx(8**0.5)
