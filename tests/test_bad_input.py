@@ -1,65 +1,17 @@
-"""Every wrong input ends before the first step in one line that says what and where, and leaves nothing that looks whole."""
+"""Wrong flags, bins and models end before the first step in one line that says what and where."""
 
-import errno
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint.filesystem as filesystem
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
-import train
-from conftest import ROOT, read_losses, run_train, write_bins
+from conftest import write_bins
 from nanomed.bins import Bins
-from nanomed.checkpoint import whole
-
-
-@pytest.fixture
-def refused(monkeypatch, capsys):
-    """Run train.py's main with flags that it must refuse; its one line. The flag out must be among them."""
-
-    def run(flags: list[str], *named: str, keeps=()) -> str:
-        out = Path(flags[flags.index("--out") + 1])
-        before = contents(out)
-        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-        with pytest.raises(SystemExit) as exit_:
-            train.main()
-        assert exit_.value.code == 1
-        line = only_error(capsys.readouterr().err)
-        for what in named:
-            assert str(what) in line
-        assert contents(out, but=keeps) == before
-        return line
-
-    return run
-
-
-def only_error(stderr: str) -> str:
-    """The one line that a user gets, on a line of its own, and no traceback."""
-    assert "Traceback" not in stderr, stderr
-    shown = stderr.replace("\x1b[A", "\n")  # tqdm moves the cursor up
-    lines = [line for line in shown.splitlines() if "error:" in line.lower()]
-    assert len(lines) == 1, stderr
-    assert lines[0].startswith("error: "), lines[0]
-    return lines[0]
-
-
-def contents(folder: Path, but=()) -> dict[str, bytes]:
-    """Every file below the folder, by its path in it; nothing where it does not exist."""
-    files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
-    return {name: p.read_bytes() for name, p in files.items() if name not in but}
-
-
-def trained(monkeypatch, flags: list[str]) -> None:
-    """A run in this process that goes well."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-    train.main()
-
+from refusals import fixture_refused, hash_of  # noqa: F401
 
 # --- the command line ----------------------------------------------------------------------------------------------
 
@@ -139,10 +91,6 @@ def test_broken_bins(name, which, tiny, tmp_path, refused):
 
 def flag_for(which: str, bins: Path) -> dict[str, str]:
     return {"data": str(bins)} if which == "train" else {"val": f"med={bins}"}
-
-
-def hash_of(tiny) -> str:
-    return Bins(tiny.train).tokenizer_sha256
 
 
 @pytest.mark.parametrize("which", ["train", "val"])
@@ -234,110 +182,3 @@ def test_broken_models(name, tiny, tmp_path, refused):
     model = shutil.copytree(tiny.model, tmp_path / "model")
     breaks(model)
     refused(tiny.flags(tmp_path / "run", init=model), model, *named)
-
-
-# --- a folder that belongs to something else -----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def finished(tiny, tmp_path_factory):
-    """A run's folder after its end."""
-    out = tmp_path_factory.mktemp("runs") / "finished"
-    with pytest.MonkeyPatch.context() as patch:
-        trained(patch, tiny.flags(out))
-    return out
-
-
-@pytest.mark.parametrize(
-    ("field", "value"), [("lr", 5e-3), ("seed", 1), ("seq_len", 64), ("precision", "bf16"), ("steps", 30)]
-)
-def test_the_folder_of_another_run(field, value, tiny, finished, refused):
-    """The field is named with both values, and the run stays as it is, byte for byte."""
-    old = json.loads((finished / "config.json").read_text())[field]
-    refused(tiny.flags(finished, **{field: value}), finished, f"--{field.replace('_', '-')} {old}", value)
-
-
-def test_the_folder_of_a_run_on_other_data(tiny, finished, tmp_path, refused):
-    bins = write_bins(tmp_path / "bins", [[1, 2, 3]] * 9999, 320, tokenizer_sha256=hash_of(tiny))
-    refused(tiny.flags(finished, data=bins), finished, "other data")
-    refused(tiny.flags(finished, data=f"{tiny.train}@0.5"), finished, "other data")
-
-
-def test_the_same_data_elsewhere_is_the_same_run(tiny, finished, tmp_path, monkeypatch, capsys):
-    moved = shutil.copytree(tiny.train, tmp_path / "moved")
-    trained(monkeypatch, tiny.flags(finished, data=moved, keep=7))
-    assert "this run is finished" in capsys.readouterr().err
-
-
-def test_a_folder_that_is_no_runs(tiny, tmp_path, refused):
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter-1.tex").write_text("It was a dark and stormy night")
-    refused(tiny.flags(tmp_path / "thesis"), f"--out {tmp_path / 'thesis'}", "not a run's")
-
-
-def test_a_file_in_place_of_the_folder(tiny, tmp_path, refused):
-    (tmp_path / "thesis.tex").write_text("It was a dark and stormy night")
-    refused(tiny.flags(tmp_path / "thesis.tex"), f"--out {tmp_path / 'thesis.tex'}")
-    assert (tmp_path / "thesis.tex").read_text() == "It was a dark and stormy night"
-
-
-# --- a full disk ---------------------------------------------------------------------------------------------------
-
-# A train.py whose disk is full at the checkpoint of step 10.
-FULL_DISK = """
-import resource, sys
-sys.path.insert(0, {root!r})
-import torch.distributed.checkpoint.filesystem as filesystem
-import train
-real, how = filesystem.FileSystemWriter.write_data, sys.argv.pop(1)
-def write_data(self, *args):
-    if "00000010" in str(self.path):
-        if how == "no space": raise OSError({enospc}, "No space left on device")
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))  # writes fail half-way, for real
-    return real(self, *args)
-filesystem.FileSystemWriter.write_data = write_data
-train.main()
-"""
-
-
-@pytest.mark.parametrize("how", ["no space", "file too large"])
-def test_a_full_disk_at_a_checkpoint(how, tiny, finished, tmp_path, monkeypatch):
-    """The run ends at that save; the checkpoint before is whole, and from it the run goes on as if nothing had been."""
-    out, script = tmp_path / "run", tmp_path / "full_disk.py"
-    script.write_text(FULL_DISK.format(root=str(ROOT), enospc=errno.ENOSPC))
-    done = run_train([how, *tiny.flags(out)], script=script)
-    assert done.returncode == 1, done.stderr
-    line = only_error(done.stderr)
-    for named in (
-        out / "checkpoints" / "step-00000010",
-        "could not be written",
-        "No space" if how == "no space" else "",
-    ):
-        assert str(named) in line
-    assert not (out / "hf").exists()
-    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000005"]
-    assert whole(out / "checkpoints")
-    trained(monkeypatch, tiny.flags(out))
-    assert read_losses(out) == read_losses(finished)
-    assert contents(out / "hf") == contents(finished / "hf")
-    AutoModelForCausalLM.from_pretrained(out / "hf")
-
-
-def test_a_full_disk_at_the_last_checkpoint(tiny, finished, tmp_path, monkeypatch, refused):
-    """Nothing is exported then: the run has not reached its end."""
-    out, real = tmp_path / "run", filesystem.FileSystemWriter.write_data
-
-    def write_data(self, *args):
-        if "00000020" in str(self.path):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(filesystem.FileSystemWriter, "write_data", write_data)
-        patch.setattr(sys, "argv", ["train.py", *tiny.flags(out)])
-        with pytest.raises(SystemExit):
-            train.main()
-    assert not (out / "hf").exists()
-    assert [step for step, _ in whole(out / "checkpoints")] == [10, 15]
-    trained(monkeypatch, tiny.flags(out))
-    assert read_losses(out) == read_losses(finished)

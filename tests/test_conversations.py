@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from bpe import with_bos
 from conversations import chat_template, conversation_engine, mark, renderer
 from miniature import CHAT_TEMPLATE
 from nanomed import InputError
 from nanomed.bins import read_json, verify
 from prepare import prepare
-from test_bins import with_bos
 from test_engines import SPECIAL, make_tokenizer
 
 MISTRAL = (

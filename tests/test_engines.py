@@ -16,7 +16,7 @@ from engines import Unproven, added_tokens, fast_engine, probes, reference_engin
 from nanomed import InputError
 from nanomed.bins import Bins
 from prepare import prepare
-from test_prepare import contents, text_of, write_jsonl
+from texts import contents, text_of, write_jsonl
 
 QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEKKEN = (

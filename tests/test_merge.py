@@ -1,103 +1,22 @@
-"""merge.py: the formula in float64, every dtype, tied and untied, run folders, sweeps; whole or not there; bounded memory."""
+"""merge.py: the formula in float64, every dtype, tied and untied, schedules, sweeps, sums that are kept."""
 
 import json
 import math
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merge
-from conftest import ROOT, run_train, save_reference
-from nanomed import InputError, hf, shards
-from nanomed.checkpoint import whole
-from nanomed.merging import report, stream, write
+from merge_pairs import CONFIGS, assert_close, files_of, fixture_pair, make_pair, reference, run, tensors_of  # noqa: F401
+from nanomed import hf, shards
+from nanomed.merging import stream, write
 from nanomed.merging.schedule import read_rules
 from nanomed.merging.slerp import DOT_THRESHOLD, Stats, factors
-from nanomed.merging.source import open_checkpoint
-
-SHAPE = dict(vocab_size=384, hidden_size=32, intermediate_size=56, num_hidden_layers=4, num_attention_heads=4,
-             num_key_value_heads=2, bos_token_id=0, eos_token_id=0)  # fmt: skip
-CONFIGS = {"untied": LlamaConfig(**SHAPE), "tied": Qwen2Config(**SHAPE, tie_word_embeddings=True)}
-BITS = {torch.bfloat16: 7, torch.float16: 10}
-
-
-# --- pairs and the reference ---------------------------------------------------------------------------------------
-
-
-def make_pair(folder: Path, tokenizer: Path, kind: str = "untied", dtype=torch.bfloat16, **saving) -> tuple[Path, Path]:
-    """BASE and CPT with BASE's tokenizer; layer i differs by 1, 2, 8 or 30 %, the last norm is zero in both."""
-    base, cpt = folder / "base", folder / "cpt"
-    model = save_reference(CONFIGS[kind], base, dtype)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        model.model.norm.weight.zero_()
-        model.save_pretrained(base, **saving)
-        for name, p in model.named_parameters():
-            change = (0.01, 0.02, 0.08, 0.3)[int(name.split(".")[2])] if ".layers." in name else 0.005
-            noise = torch.randn(p.shape, generator=generator) * p.float().norm() / p.numel() ** 0.5
-            p.add_((change * noise).to(p.dtype))
-        model.save_pretrained(cpt, **saving)
-    for path in (base, cpt):
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copyfile(tokenizer / file, path / file)
-    return base, cpt
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors that the folder's index, or its one file, names."""
-    return {name: load_file(file)[name] for name, file in hf.find_weights(folder).items()}
-
-
-def reference(a: torch.Tensor, b: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """The two terms of SLERP in float64, as mergekit's page has it, and the cosine."""
-    a, b = a.double().flatten(), b.double().flatten()
-    cos = float(a @ b / (a.norm() * b.norm())) if min(a.norm(), b.norm()) > 1e-8 else 0.0
-    if abs(cos) > DOT_THRESHOLD:
-        return (1 - t) * a, t * b, cos
-    theta = math.acos(cos)
-    return math.sin((1 - t) * theta) / math.sin(theta) * a, math.sin(t * theta) / math.sin(theta) * b, cos
-
-
-def assert_close(found: torch.Tensor, a: torch.Tensor, b: torch.Tensor, t: float, name: str = "") -> str:
-    """At most one unit in the last place of the larger term (16 bits), 1e-6 of the norm (float32); the branch."""
-    x, y, cos = reference(a, b, t)
-    error = (found.double().flatten() - (x + y)).abs()
-    if found.dtype == torch.float32:
-        assert error.norm() <= 1e-6 * (x + y).norm(), name
-    else:
-        larger = torch.maximum(torch.maximum(x.abs(), y.abs()), (x + y).abs()).clamp_min(torch.finfo(found.dtype).tiny)
-        assert (error <= torch.exp2(larger.log2().floor() - BITS[found.dtype])).all(), name
-        assert error.norm() <= 2.0 ** -BITS[found.dtype] * (x + y).norm(), name  # a systematic shift would show here
-    return "lerp" if abs(cos) > DOT_THRESHOLD else "slerp"
-
-
-def run(monkeypatch, *flags) -> None:
-    """merge.py in this process."""
-    monkeypatch.setattr(sys, "argv", ["merge.py", *map(str, flags)])
-    merge.main()
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    """Contents of every file below, by path."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-@pytest.fixture
-def pair(tmp_path, tiny):
-    return make_pair(tmp_path, tiny.model)
-
 
 # --- arithmetic ----------------------------------------------------------------------------------------------------
 
@@ -106,7 +25,7 @@ def test_bf16_in_and_out_is_torchs():
     every = np.arange(1 << 16, dtype=np.uint16)
     finite = every[(every & 0x7F80) != 0x7F80]
     wide = torch.from_numpy(finite.view(np.int16)).view(torch.bfloat16).float()
-    files, buffers = {}, (np.empty(stream.CHUNK, np.uint16), np.empty(stream.CHUNK, np.float32))
+    buffers = np.empty(stream.CHUNK, np.uint16), np.empty(stream.CHUNK, np.float32)
     rng = np.random.default_rng(0)
     bits = rng.integers(0, 1 << 32, 1 << 18, dtype=np.uint32)
     bits[: 1 << 17] &= 0xFFFF8000  # half of them exact ties
@@ -116,7 +35,6 @@ def test_bf16_in_and_out_is_torchs():
     assert np.array_equal(narrowed.view(np.int16), torch.from_numpy(x).bfloat16().view(torch.int16).numpy())
     again = stream.narrow(wide.numpy().copy(), "BF16", buffers[1], buffers[0])
     assert np.array_equal(again, finite)
-    assert not files
 
 
 @given(
@@ -273,180 +191,3 @@ def test_stats_only_tells_and_writes_nothing(pair, monkeypatch, capsys, tmp_path
     )
     line = next(line for line in shown.splitlines() if line.startswith("    3 "))
     assert float(line.split()[2].rstrip("%")) == pytest.approx(100 * change, abs=0.01)
-
-
-# --- a run folder --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def trained(tiny, tmp_path_factory):
-    """A run of two ranks: weights cut by rows into two files."""
-    out = tmp_path_factory.mktemp("run") / "run"
-    done = run_train(
-        tiny.flags(out, steps=4, checkpoint_every=2, eval_every=100, compile=None, **{"lr": 1e-3}), nproc=2
-    )
-    assert done.returncode == 0, done.stderr
-    return out
-
-
-def masters(run_folder: Path) -> dict[str, torch.Tensor]:
-    """The float32 weights of the newest checkpoint, through torch's own reader."""
-    metadata = dcp.FileSystemReader(whole(run_folder / "checkpoints")[-1][1]).read_metadata().state_dict_metadata
-    state = {key: torch.empty(entry.size) for key, entry in metadata.items() if key.startswith("model.")}
-    dcp.load(state, checkpoint_id=whole(run_folder / "checkpoints")[-1][1], no_dist=True)
-    return {key.removeprefix("model."): value for key, value in state.items()}
-
-
-def test_a_run_folder_gives_its_float32_weights(trained, tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(stream, "CHUNK", 700)  # chunks that cross from one rank's rows to the other's
-    run(monkeypatch, tiny.model, trained, tmp_path / "out", "--t", "0.5", "--dtype", "float32", "--verify")
-    assert "verified" in capsys.readouterr().out
-    base, cpt, out = tensors_of(tiny.model), masters(trained), tensors_of(tmp_path / "out")
-    assert out.keys() == cpt.keys()
-    assert any((v != v.bfloat16().float()).any() for v in cpt.values())
-    for name, found in out.items():
-        assert_close(found, base[name], cpt[name], 0.5, name)
-    assert "step 4" in (tmp_path / "out" / "merge_report.md").read_text()
-
-
-def test_a_run_without_checkpoints_gives_its_export_and_an_empty_one_is_refused(trained, tiny, tmp_path, monkeypatch):
-    copy = tmp_path / "run"
-    shutil.copytree(trained, copy)
-    shutil.rmtree(copy / "checkpoints")
-    run(monkeypatch, tiny.model, copy, tmp_path / "out", "--t", "1")
-    expected, found = tensors_of(trained / "hf"), tensors_of(tmp_path / "out")
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-    shutil.rmtree(copy / "hf")
-    with pytest.raises(InputError, match="no whole checkpoint"):
-        open_checkpoint(str(copy), "CPT")
-
-
-@pytest.mark.parametrize("what", ["cut", "missing", "metadata"])
-def test_a_broken_checkpoint_is_named(what, trained, tmp_path):
-    copy = tmp_path / "run"
-    shutil.copytree(trained, copy)
-    newest = whole(copy / "checkpoints")[-1][1]
-    victim = newest / ".metadata" if what == "metadata" else sorted(newest.glob("*.distcp"))[0]
-    if what == "missing":
-        victim.unlink()
-    else:
-        os.truncate(victim, victim.stat().st_size // 8)  # the weights come before the optimiser's means
-    with pytest.raises(InputError, match=victim.name if what != "metadata" else r"\.metadata") as error:
-        open_checkpoint(str(copy), "CPT")
-    assert "\n" not in str(error.value)
-
-
-# --- whole or not there; the report --------------------------------------------------------------------------------
-
-
-def test_what_lies_beside_the_weights(pair, tmp_path, monkeypatch):
-    base, cpt = pair
-    (base / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    (base / "generation_config.json").write_text('{"temperature": 0.7}')
-    (base / "notes.txt").write_text("not part of a checkpoint")
-    run(monkeypatch, base, cpt, tmp_path / "out", "--preset", "gradient")
-    written = files_of(tmp_path / "out")
-    for name in (
-        "config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "generation_config.json",
-    ):
-        assert written[name] == (base / name).read_bytes()
-    assert written.keys() - files_of(base).keys() == {
-        "README.md",
-        "merge_report.json",
-        "merge_report.md",
-        "merge_report.svg",
-    }
-    assert "notes.txt" not in written
-    ElementTree.fromstring(written["merge_report.svg"])
-    card = written["README.md"].decode()
-    assert card.startswith("---\nlibrary_name: transformers\n")
-    assert "merge_report.svg" in card
-    table = json.loads(written["merge_report.json"])["tensors"]
-    assert len(table) == len(tensors_of(base))
-    for row in table:
-        assert f"| {row['tensor']} | {row['t']:.4g} |" in written["merge_report.md"].decode()
-    assert not (tmp_path / "out.tmp").exists()
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
-
-
-def test_a_failure_leaves_nothing_and_a_kill_nothing_that_looks_whole(pair, tmp_path, monkeypatch):
-    run(monkeypatch, *pair, tmp_path / "right" / "out", "--t", "0.4")
-    with monkeypatch.context() as patch:
-        patch.setattr(report, "plot", lambda *_: (_ for _ in ()).throw(Killed))
-        with pytest.raises(Killed):
-            run(monkeypatch, *pair, tmp_path / "a" / "out", "--t", "0.4")
-    assert not any((tmp_path / "a").iterdir())
-    flags = [*map(str, pair), str(tmp_path / "a" / "out")]
-    script = (
-        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import merge; from nanomed.merging import report; "
-        f"report.plot = lambda *_: os.kill(os.getpid(), 9); sys.argv[1:] = {flags!r}; merge.main()"
-    )
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == -9
-    assert [p.name for p in (tmp_path / "a").iterdir()] == ["out.tmp"]
-    run(monkeypatch, *pair, tmp_path / "a" / "out", "--t", "0.4")
-    assert files_of(tmp_path / "a" / "out") == files_of(tmp_path / "right" / "out")
-    assert [p.name for p in (tmp_path / "a").iterdir()] == ["out"]
-
-
-@pytest.mark.parametrize("damage", ["bit", "swap", "tensor"])
-def test_verify_finds_damage(damage, pair, tmp_path, monkeypatch, capsys):
-    """A flipped bit, two tensors in each other's place, one left out."""
-    whole_write = write.verify
-
-    def damaged(inputs, folder, *rest):
-        tensors = load_file(folder / "model.safetensors")
-        victim, other = "model.layers.1.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight"
-        if damage == "bit":
-            tensors[victim].view(torch.int16).view(-1)[7] ^= 1 << 3
-        elif damage == "swap":
-            tensors[victim], tensors[other] = tensors[other], tensors[victim]
-        else:
-            del tensors[victim]
-        save_file(tensors, folder / "model.safetensors")
-        return whole_write(inputs, folder, *rest)
-
-    monkeypatch.setattr(write, "verify", damaged)
-    with pytest.raises(SystemExit) as exit_:
-        run(monkeypatch, *pair, tmp_path / "out", "--verify")
-    assert "model.layers.1.mlp.up_proj.weight" in str(exit_.value.code)
-    assert not (tmp_path / "out").exists()
-
-
-# Linux counts the parent's size at the start into ru_maxrss; VmHWM is the process's own.
-PEAK = """
-import pathlib, resource
-assert "torch" not in sys.modules
-status = pathlib.Path("/proc/self/status")
-if status.exists():
-    print(int(status.read_text().split("VmHWM:")[1].split()[0]) / 1e3)
-else:
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
-"""
-
-
-def test_memory_does_not_grow_with_a_tensor_and_torch_stays_out(tmp_path, tiny):
-    """Peak of the process for a pair with tensors of 4 MB and for one with a tensor of 200 MB."""
-    peaks = []
-    for rows in (10_000, 500_000):
-        for name, scale in (("base", 1.0), ("cpt", 1.5)):
-            folder = tmp_path / str(rows) / name
-            folder.mkdir(parents=True)
-            save_file(
-                {"model.embed_tokens.weight": torch.full((rows, 200), scale, dtype=torch.bfloat16)},
-                folder / "model.safetensors",
-            )
-            (folder / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1}')
-            shutil.copyfile(tiny.model / "tokenizer.json", folder / "tokenizer.json")
-        flags = [str(tmp_path / str(rows) / name) for name in ("base", "cpt", "out")]
-        script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import merge; sys.argv[1:] = {flags!r}; merge.main()\n{PEAK}"
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        peaks.append(float(done.stdout.split()[-1]))
-    assert peaks[1] - peaks[0] < 20, peaks  # MB

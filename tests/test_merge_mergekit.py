@@ -12,10 +12,10 @@ from transformers import MistralConfig
 
 import merge
 from conftest import save_reference
+from merge_pairs import CONFIGS, make_pair, reference, run, tensors_of
 from nanomed.merging import mergekit_yaml
 from nanomed.merging.schedule import depths, evaluate, read_rules, spell
 from nanomed.merging.slerp import DOT_THRESHOLD
-from test_merge import CONFIGS, make_pair, reference, run, tensors_of
 
 # BioMistral's own file, from its repository (Merges/MergeSLERP.py)
 BIOMISTRAL = """\

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merge
 from conftest import write_bins
+from merge_pairs import make_pair, run, tensors_of
 from nanomed import InputError
 from nanomed.bins import tokenizer_sha256
 from nanomed.hf import model_config
@@ -21,7 +22,6 @@ from nanomed.merging import losses, tune
 from nanomed.merging.tune import Trial, front, rules_of, search
 from nanomed.model import Decoder
 from nanomed.weights import load_weights
-from test_merge import make_pair, run, tensors_of
 
 CPU = torch.device("cpu")
 TEMPLATE = (

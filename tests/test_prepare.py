@@ -1,14 +1,9 @@
-"""Text → bins: the same bytes whatever the way; half a set is never taken for whole; every bad input is named."""
+"""Text → bins: the same bytes whatever the way, and no text can forge the separator."""
 
 import gzip
 import json
-import os
-import random
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -19,54 +14,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-import prepare as script
+from bpe import byte_level, with_bos
+from conftest import ROOT
 from nanomed import InputError
 from nanomed.bins import Bins, verify
 from prepare import prepare
-from test_bins import byte_level, with_bos
-
-ROOT = Path(__file__).resolve().parents[1]
-WORDS = ["Der", "Patient", "erhält", "täglich", "5", "mg", "Ramipril", ",", "die", "ß", "€", "😀", "\n", "\t"]
-
-
-def text_of(seed: int, n_words: int = 60) -> str:
-    rng = random.Random(seed)
-    return " ".join(rng.choice(WORDS) for _ in range(rng.randrange(1, n_words)))
-
-
-def write_jsonl(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)), "utf-8")
-    return path
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("shard-*"))}
+from texts import contents, fixture_corpus, fixture_small_batches, fixture_tok, text_of, write_jsonl  # noqa: F401
 
 
 def documents(bins: Bins) -> list[list[int]]:
     return [bins.tokens(doc, 0, bins.lengths[doc]).tolist() for doc in range(bins.n_docs)]
-
-
-@pytest.fixture(scope="module")
-def tok(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tok")
-    byte_level().save(str(folder / "tokenizer.json"))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """Two inputs, some texts empty, one blank line."""
-    folder = tmp_path_factory.mktemp("corpus")
-    first = write_jsonl(folder / "one.jsonl", [text_of(i) if i % 50 else "" for i in range(400)])
-    second = write_jsonl(folder / "two.jsonl", [text_of(1000 + i) for i in range(150)])
-    second.write_text(second.read_text("utf-8") + "\n", "utf-8")
-    return [first, second]
-
-
-@pytest.fixture
-def small_batches(monkeypatch):
-    monkeypatch.setattr(sys.modules["reading"], "BATCH_BYTES", 3_000)
 
 
 # ---- what comes out ----
@@ -199,244 +156,6 @@ def test_equals_datatrove(tmp_path, tok):
     assert ds.read_bytes() == (bins.folder / "shard-00000.bin").read_bytes()
     ends = np.fromfile(f"{ds}.index", "<u8")
     assert ends.tolist() == np.fromfile(bins.folder / "shard-00000.idx", "<u8")[1:].tolist()
-
-
-# ---- again, and after an interruption ----
-
-
-def test_a_second_run_has_nothing_to_do(tmp_path, tok, corpus, capsys):
-    first = prepare(corpus, tok, tmp_path / "a")
-    assert "542 documents" in capsys.readouterr().out
-    stamps = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
-    assert prepare(corpus, tok, tmp_path / "a").fingerprint == first.fingerprint
-    assert "already prepared" in capsys.readouterr().out
-    assert stamps == {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
-
-
-class PowerCut(BaseException):
-    pass
-
-
-def test_an_interruption_at_any_step_loses_nothing(tmp_path, tok, corpus, small_batches, monkeypatch):
-    """Stop before each rename in turn; the next run must give the same bytes, and the half set must be refused."""
-    expected = prepare(corpus, tok, tmp_path / "whole", slice_bytes=20_000)
-    replace, n_cuts = os.replace, 3 * len(expected.shards) + 1
-    for cut in range(n_cuts):
-        folder, n_calls = tmp_path / str(cut), iter(range(n_cuts))
-
-        def failing(source, target, cut=cut, n_calls=n_calls):
-            if next(n_calls) == cut:
-                raise PowerCut
-            replace(source, target)
-
-        monkeypatch.setattr(os, "replace", failing)
-        with pytest.raises(PowerCut):
-            prepare(corpus, tok, folder, slice_bytes=20_000)
-        monkeypatch.setattr(os, "replace", replace)
-        with pytest.raises(InputError, match="expected a finished set"):
-            Bins(folder)
-        committed = [(path, path.stat().st_mtime_ns) for path in folder.glob("shard-*.json")]
-        assert len(committed) == cut // 3
-        prepare(corpus, tok, folder, slice_bytes=20_000)
-        assert contents(folder) == contents(expected.folder)
-        assert all(path.stat().st_mtime_ns == stamp for path, stamp in committed)  # kept, not made again
-        assert verify(folder).fingerprint == expected.fingerprint
-
-
-def test_leftovers_go_and_other_files_stay(tmp_path, tok, corpus):
-    (tmp_path / "a").mkdir()
-    for name in ("shard-00007.idx.tmp", "shard-00007.bin", "manifest.json.tmp", "notes.txt"):
-        (tmp_path / "a" / name).touch()
-    verify(prepare(corpus, tok, tmp_path / "a").folder)
-    assert {path.name for path in (tmp_path / "a").iterdir() if not path.name.startswith("shard-0000")} == {
-        "manifest.json",
-        "notes.txt",
-    }
-    assert not (tmp_path / "a/shard-00007.bin").exists()
-
-
-def alive(pid: int) -> bool:
-    """Not gone and no zombie."""
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
-    return bool(state) and not state.startswith("Z")
-
-
-@pytest.mark.parametrize("moment", ["shard-00000.bin.tmp", "shard-00000.json", "shard-00002.json"])
-def test_kill_9(tmp_path, tok, moment):
-    path = write_jsonl(tmp_path / "a.jsonl", [text_of(i, 400) for i in range(4000)])
-    arguments = f"[{str(path)!r}], {str(tok)!r}, {str(tmp_path / 'a')!r}, workers=2, slice_bytes=700_000"
-    process = subprocess.Popen(
-        [sys.executable, "-c", f"from prepare import *; prepare({arguments})"], cwd=ROOT / "data"
-    )
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "a" / moment).exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL  # it was not through
-    while any(alive(int(pid)) for pid in found.split()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not any(alive(int(pid)) for pid in found.split())  # workers do not outlive it
-    with pytest.raises(InputError, match="expected a finished set"):
-        Bins(tmp_path / "a")
-    prepare([path], tok, tmp_path / "a", slice_bytes=700_000)
-    expected = prepare([path], tok, tmp_path / "whole", slice_bytes=700_000)
-    assert contents(tmp_path / "a") == contents(tmp_path / "whole")
-    assert verify(tmp_path / "a").fingerprint == expected.fingerprint
-
-
-def test_two_runs_cannot_write_to_one_folder(tmp_path, tok, corpus):
-    (tmp_path / "a").mkdir()
-    descriptor = script.lock(tmp_path / "a")
-    with pytest.raises(InputError, match="another run is writing here"):
-        prepare(corpus, tok, tmp_path / "a")
-    os.close(descriptor)
-    prepare(corpus, tok, tmp_path / "a")
-
-
-@pytest.mark.parametrize("finished", [True, False])
-def test_a_folder_made_otherwise_is_refused(tmp_path, tok, corpus, finished):
-    first = prepare(corpus, tok, tmp_path / "a", slice_bytes=20_000)
-    if not finished:
-        (first.folder / "manifest.json").unlink()
-    byte_level(50).save(str(tmp_path / "tokenizer.json"))
-    changed = tmp_path / corpus[0].name
-    changed.write_text(corpus[0].read_text("utf-8").replace("Der", "Die", 1), "utf-8")
-    cases = [
-        (corpus, tmp_path, {}, r"shard-00000.json: vocab_size is 319, expected 309"),
-        (corpus, tok, {"eos": "<|im_end|>"}, r"shard-00000.json: separator is 316, expected 318"),
-        (corpus, tok, {"text_key": "id"}, r"shard-00000.json: text_key is text, expected id"),
-        (corpus, tok, {"slice_bytes": 30_000}, r"slice_bytes is 20000, expected 30000"),
-        ([changed, corpus[1]], tok, {}, r"shard-00000.json: sha256 is"),
-        (corpus[::-1], tok, {}, r"shard-00000.json: name is one.jsonl, expected two.jsonl"),
-        (corpus[:1], tok, {}, r"name is two.jsonl, expected no further input"),
-    ]
-    if finished:
-        third = write_jsonl(tmp_path / "three.jsonl", ["neu"])
-        cases.append(([*corpus, third], tok, {}, r"is finished, without three.jsonl"))
-    for inputs, tokenizer, options, message in cases:
-        with pytest.raises(InputError, match=message):
-            prepare(inputs, tokenizer, tmp_path / "a", **{"slice_bytes": 20_000} | options)
-    assert verify(prepare(corpus, tok, tmp_path / "a", slice_bytes=20_000).folder).fingerprint == first.fingerprint
-
-
-# ---- what is refused ----
-
-
-def good(n: int = 300) -> bytes:
-    return b"".join(json.dumps({"text": text_of(i)}).encode() + b"\n" for i in range(n))
-
-
-def parquet_bytes(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    return sink.getvalue().to_pybytes()
-
-
-def not_utf8() -> pa.Array:
-    """A string column that is not valid UTF-8, as some writers make it."""
-    binary = pa.array([b"gut", b"\xff\xfe"])
-    return pa.Array.from_buffers(pa.string(), 2, binary.buffers())
-
-
-BAD = {
-    "missing key": (
-        "a.jsonl",
-        b'{"text": "a"}\n{"id": 1, "inhalt": "b"}\n',
-        r"line 2: no key 'text', it has 'id', 'inhalt'",
-    ),
-    "null": ("a.jsonl", b'{"text": null}\n', r"line 1: 'text' is of type NoneType, expected a string"),
-    "number": ("a.jsonl", b'{"text": "a"}\n\n{"text": 3}\n', r"line 3: 'text' is of type int, expected a string"),
-    "list": ("a.jsonl", b'["text"]\n', r"line 1: a JSON list, expected an object"),
-    "invalid JSON": ("a.jsonl", good(5) + b'{"text": "a"\n', r"line 6: not valid JSON"),
-    "deep JSON": ("a.jsonl", b"[" * 200_000 + b"\n", r"line 1: JSON nested too deeply"),
-    "cut last line": ("a.jsonl", good(5)[:-4], r"line 5: not valid JSON"),
-    "invalid UTF-8": ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"line 2: not valid UTF-8"),
-    "half a pair": ("a.jsonl", b'{"text": "\\ud800"}\n', r"line 1: not valid UTF-8"),
-    "UTF-16": ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), r"line 1: not valid UTF-8"),
-    "cut gz": ("a.jsonl.gz", gzip.compress(good())[:-900], r"unreadable after line \d+, truncated or damaged"),
-    "cut gz tail": ("a.jsonl.gz", gzip.compress(good())[:-3], r"unreadable after line 300, truncated or damaged"),
-    "no gz": ("a.jsonl.gz", good(), r"unreadable after line 0.*[Nn]ot a gzipped file"),
-    "empty gz": ("a.jsonl.gz", b"", r"has 0 bytes"),
-    "cut zst": ("a.jsonl.zst", zstandard.compress(good())[:-900], r"unreadable after line \d+, truncated or damaged"),
-    "cut zst tail": (
-        "a.jsonl.zst",
-        zstandard.compress(good())[:-1],
-        r"unreadable after line \d+, truncated or damaged",
-    ),
-    "no zst": ("a.jsonl.zst", good(), r"unreadable after line 0"),
-    "empty zst": ("a.jsonl.zst", b"", r"has 0 bytes"),
-    "cut parquet": ("a.parquet", parquet_bytes(pa.table({"text": ["a"] * 99}))[:-50], r"unreadable after row 0"),
-    "empty parquet": ("a.parquet", b"", r"unreadable after row 0"),
-    "other column": ("a.parquet", parquet_bytes(pa.table({"id": [1], "t": ["a"]})), r"no column 'text', it has id, t"),
-    "number column": ("a.parquet", parquet_bytes(pa.table({"text": [1]})), r"column 'text' is int64, expected string"),
-    "null row": (
-        "a.parquet",
-        parquet_bytes(pa.table({"text": ["a", None]})),
-        r"row 2: 'text' is null, expected a string",
-    ),
-    "bad row": ("a.parquet", parquet_bytes(pa.table({"text": not_utf8()})), r"row 2: not valid UTF-8"),
-    "extension": ("a.csv", b"text\na\n", r"unknown kind of file, expected .jsonl"),
-    "no text at all": ("a.jsonl", b'{"text": ""}\n\n', r"no text in any of the documents"),
-    "empty file": ("a.jsonl", b"", r"no text in any of the documents"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_input_is_named(tmp_path, tok, name):
-    file, data, message = BAD[name]
-    (tmp_path / file).write_bytes(data)
-    with pytest.raises(InputError, match=message) as error:
-        prepare([tmp_path / file], tok, tmp_path / "bins")
-    assert str(tmp_path / file) in str(error.value)
-    assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match="expected a finished set"):
-        Bins(tmp_path / "bins")
-
-
-def test_a_worker_reports_the_first_bad_line_too(tmp_path, tok, small_batches):
-    lines = good(200).splitlines()
-    lines[120] = lines[150] = b"{"
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    with pytest.raises(InputError, match=r"a.jsonl: line 121: not valid JSON"):
-        prepare([tmp_path / "a.jsonl"], tok, tmp_path / "bins", workers=2)
-
-
-def test_a_full_disk_is_one_line_and_the_next_run_goes_on(tmp_path, tok, corpus, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(InputError, match=r"bins: cannot be written: No space left on device; free space") as error:
-            prepare(corpus, tok, tmp_path / "bins")
-    assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match="expected a finished set"):
-        Bins(tmp_path / "bins")
-    verify(prepare(corpus, tok, tmp_path / "bins").folder)
-
-
-def test_other_wrong_arguments(tmp_path, tok, corpus):
-    (tmp_path / "folder.jsonl").mkdir()
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken/tokenizer.json").write_text('{"model": {"type": "BPE"}}')
-    (tmp_path / "file").touch()
-    byte_level(special=()).save(str(tmp_path / "bare.json"))
-    for inputs, tokenizer, out, message in (
-        ([tmp_path / "missing.jsonl"], tok, "a", "missing.jsonl: cannot be read: No such file"),
-        ([tmp_path / "folder.jsonl"], tok, "a", "folder.jsonl: cannot be read: Is a directory"),
-        ([], tok, "a", "0 inputs, expected one or more"),
-        ([corpus[0], corpus[0]], tok, "a", "each once"),
-        (corpus, tmp_path / "nowhere", "a", "nowhere: no such file; expected a folder"),
-        (corpus, tmp_path, "a", "tokenizer.json: no such file"),
-        (corpus, "nobody/nothing", "a", "nobody/nothing: no such folder, and not to be had from the hub"),
-        (corpus, tmp_path / "broken", "a", "broken/tokenizer.json: refused by tokenizers"),
-        (corpus, tmp_path / "bare.json", "a", "no <|endoftext|> and no eos_token".replace("|", r"\|")),
-        (corpus, tok, "file", "file: cannot be made"),
-    ):
-        with pytest.raises(InputError, match=message) as error:
-            prepare(inputs, tokenizer, tmp_path / out)
-        assert "\n" not in str(error.value)
 
 
 # ---- the command lines ----

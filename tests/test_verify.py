@@ -7,11 +7,12 @@ import sys
 
 import pytest
 
+from bpe import byte_level, with_bos
+from conftest import ROOT
 from nanomed import InputError
 from nanomed.bins import write_manifest
 from prepare import prepare
-from test_bins import byte_level, with_bos
-from test_prepare import ROOT, text_of, write_jsonl
+from texts import text_of, write_jsonl
 from verify import compare_text, sources
 
 

@@ -1,0 +1,142 @@
+"""An endpoint that misbehaves: what may pass is tried again, what will not ends in one line, and nothing is lost."""
+
+import time
+
+import pytest
+
+from chat_requests import _quick, collect, echo, requests  # noqa: F401
+from endpoint import completion, serving
+from nanomed import InputError, chat
+from nanomed.chat import ask
+
+PASSING = {
+    "429": 429,
+    "429 with Retry-After": (429, {"Retry_After": "0.01"}),
+    "429 with a date": (429, {"Retry_After": "Wed, 21 Oct 2026 07:28:00 GMT"}),
+    "500": 500,
+    "503": 503,
+    "408": 408,
+    "nonsense": b"<html>busy</html>",
+    "cut JSON": b'{"choices": [{"mess',
+    "cut body": "cut",
+    "no answer": "drop",
+    "not UTF-8": b'{"choices": "\xff\xfe"}',
+    "empty choices": {"choices": []},
+    "no choices": {"detail": "loading"},
+    "null": b"null",
+    "a list": b"[]",
+    "no message": {"choices": [{}]},
+    "content of another type": completion({"a": 1}),
+}
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_what_may_pass_is_tried_again(tmp_path, name):
+    with serving(lambda request, number: PASSING[name] if number <= 2 else echo(request, number)) as endpoint:
+        got = collect(endpoint, tmp_path / "cache", requests(3))
+    assert got == {i: f"to text {i}" for i in range(3)}
+    assert len(endpoint.bodies) == 9
+
+
+def test_a_hanging_endpoint_is_tried_again(tmp_path):
+    with serving(lambda request, number: "hang" if number == 1 else echo(request, number)) as endpoint:
+        assert collect(endpoint, tmp_path / "cache", requests(2), timeout_s=0.3) == {0: "to text 0", 1: "to text 1"}
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_what_does_not_pass_ends_in_one_line(tmp_path, name):
+    with serving(lambda *_: PASSING[name]) as endpoint:
+        with pytest.raises(InputError) as error:
+            collect(endpoint, tmp_path / "cache", requests(1), tries=3)
+        assert len(endpoint.bodies) == 3
+    line = str(error.value)
+    assert line.startswith(endpoint.url)
+    assert "tried 3 times" in line
+    assert "\n" not in line
+    assert len(line) < 400
+
+
+def test_a_hanging_endpoint_is_named(tmp_path):
+    with serving(lambda *_: "hang") as endpoint, pytest.raises(InputError, match=r"no answer within 0\.2 s, tried 2"):
+        collect(endpoint, tmp_path / "cache", requests(3), timeout_s=0.2, tries=2)
+
+
+def test_an_endpoint_that_trickles_is_a_hanging_one(tmp_path):
+    """A time-out between two bytes alone would start anew with every byte."""
+    with serving(lambda *_: "trickle") as endpoint:
+        started = time.perf_counter()
+        with pytest.raises(InputError, match="no answer within"):
+            collect(endpoint, tmp_path / "cache", requests(1), timeout_s=0.5, tries=1)
+    assert time.perf_counter() - started < 4  # the trickle lasts for six
+
+
+def test_retry_after_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(chat, "LONGEST_WAIT_S", 60)
+    times = []
+
+    def behave(request, number):
+        times.append(time.perf_counter())
+        return (429, {"Retry_After": "0.7"}) if number == 1 else "JA"
+
+    with serving(behave) as endpoint:
+        collect(endpoint, tmp_path / "cache", requests(1))
+    assert times[1] - times[0] >= 0.7
+
+
+def test_waits_grow_and_are_bounded(tmp_path, monkeypatch):
+    waits = []
+    sleep = chat.Endpoint._sleep
+    monkeypatch.setattr(chat.Endpoint, "_sleep", lambda self, seconds: waits.append(seconds) or sleep(self, 0.001))
+    monkeypatch.setattr(chat, "FIRST_WAIT_S", 1.0)
+    monkeypatch.setattr(chat, "LONGEST_WAIT_S", 10.0)
+    with serving(lambda *_: 500) as endpoint, pytest.raises(InputError):
+        collect(endpoint, tmp_path / "cache", requests(1), tries=7)
+    assert len(waits) == 6
+    assert all(
+        low <= wait <= high for wait, low, high in zip(waits, (0.5, 1, 2, 4, 8, 10), (1, 2, 4, 8, 10, 10), strict=True)
+    )
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
+def test_what_will_not_pass_is_not_tried_again(tmp_path, status):
+    with serving(lambda *_: status) as endpoint:
+        with pytest.raises(InputError, match=f"answers {status} .*said {status}"):
+            collect(endpoint, tmp_path / "cache", requests(1))
+        assert len(endpoint.bodies) == 1
+
+
+def test_nobody_there(tmp_path):
+    with serving(echo) as endpoint:
+        pass
+    with pytest.raises(InputError, match=r"no connection.* tried 2 times"):
+        collect(endpoint, tmp_path / "cache", requests(1), tries=2)
+
+
+def test_an_answer_without_words_is_an_answer(tmp_path):
+    with serving(lambda *_: completion(None, "content_filter")) as endpoint:
+        ((_, answer),) = ask(requests(1), endpoint.url, tmp_path / "cache")
+    assert (answer.text, answer.finish_reason) == ("", "content_filter")
+
+
+def test_after_a_failure_the_same_call_goes_on(tmp_path):
+    with serving(lambda request, n: 500 if "9" in request["messages"][0]["content"] else echo(request, n)) as endpoint:
+        with pytest.raises(InputError, match="500"):
+            collect(endpoint, tmp_path / "cache", requests(20), tries=2, concurrency=2)
+        kept = len(set(endpoint.paid()))
+        endpoint.behave = echo
+        assert len(collect(endpoint, tmp_path / "cache", requests(20))) == 20
+    assert kept >= 10
+    assert sum("9" not in text for text in endpoint.paid()) == 18
+
+
+def test_ctrl_c_in_the_loop_leaves_a_whole_cache(tmp_path):
+    def interrupted(endpoint) -> None:
+        for n, _ in enumerate(ask(requests(20), endpoint.url, tmp_path / "cache", concurrency=2)):
+            if n == 5:
+                raise KeyboardInterrupt
+
+    with serving(echo) as endpoint:
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(endpoint)
+        collect(endpoint, tmp_path / "cache", requests(20))
+    assert len(endpoint.bodies) <= 22

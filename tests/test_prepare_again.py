@@ -1,0 +1,133 @@
+"""prepare.py again, and after an interruption: half a set is never taken for whole, nothing is made twice."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import prepare as script
+from bpe import byte_level
+from conftest import ROOT
+from nanomed import InputError
+from nanomed.bins import Bins, verify
+from prepare import prepare
+from texts import contents, fixture_corpus, fixture_small_batches, fixture_tok, text_of, write_jsonl  # noqa: F401
+
+
+def test_a_second_run_has_nothing_to_do(tmp_path, tok, corpus, capsys):
+    first = prepare(corpus, tok, tmp_path / "a")
+    assert "542 documents" in capsys.readouterr().out
+    stamps = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
+    assert prepare(corpus, tok, tmp_path / "a").fingerprint == first.fingerprint
+    assert "already prepared" in capsys.readouterr().out
+    assert stamps == {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
+
+
+class PowerCut(BaseException):
+    pass
+
+
+def test_an_interruption_at_any_step_loses_nothing(tmp_path, tok, corpus, small_batches, monkeypatch):
+    """Stop before each rename in turn; the next run must give the same bytes, and the half set must be refused."""
+    expected = prepare(corpus, tok, tmp_path / "whole", slice_bytes=20_000)
+    replace, n_cuts = os.replace, 3 * len(expected.shards) + 1
+    for cut in range(n_cuts):
+        folder, n_calls = tmp_path / str(cut), iter(range(n_cuts))
+
+        def failing(source, target, cut=cut, n_calls=n_calls):
+            if next(n_calls) == cut:
+                raise PowerCut
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", failing)
+        with pytest.raises(PowerCut):
+            prepare(corpus, tok, folder, slice_bytes=20_000)
+        monkeypatch.setattr(os, "replace", replace)
+        with pytest.raises(InputError, match="expected a finished set"):
+            Bins(folder)
+        committed = [(path, path.stat().st_mtime_ns) for path in folder.glob("shard-*.json")]
+        assert len(committed) == cut // 3
+        prepare(corpus, tok, folder, slice_bytes=20_000)
+        assert contents(folder) == contents(expected.folder)
+        assert all(path.stat().st_mtime_ns == stamp for path, stamp in committed)  # kept, not made again
+        assert verify(folder).fingerprint == expected.fingerprint
+
+
+def test_leftovers_go_and_other_files_stay(tmp_path, tok, corpus):
+    (tmp_path / "a").mkdir()
+    for name in ("shard-00007.idx.tmp", "shard-00007.bin", "manifest.json.tmp", "notes.txt"):
+        (tmp_path / "a" / name).touch()
+    verify(prepare(corpus, tok, tmp_path / "a").folder)
+    assert {path.name for path in (tmp_path / "a").iterdir() if not path.name.startswith("shard-0000")} == {
+        "manifest.json",
+        "notes.txt",
+    }
+    assert not (tmp_path / "a/shard-00007.bin").exists()
+
+
+def alive(pid: int) -> bool:
+    """Not gone and no zombie."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return bool(state) and not state.startswith("Z")
+
+
+@pytest.mark.parametrize("moment", ["shard-00000.bin.tmp", "shard-00000.json", "shard-00002.json"])
+def test_kill_9(tmp_path, tok, moment):
+    path = write_jsonl(tmp_path / "a.jsonl", [text_of(i, 400) for i in range(4000)])
+    arguments = f"[{str(path)!r}], {str(tok)!r}, {str(tmp_path / 'a')!r}, workers=2, slice_bytes=700_000"
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"from prepare import *; prepare({arguments})"], cwd=ROOT / "data"
+    )
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "a" / moment).exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL  # it was not through
+    while any(alive(int(pid)) for pid in found.split()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(alive(int(pid)) for pid in found.split())  # workers do not outlive it
+    with pytest.raises(InputError, match="expected a finished set"):
+        Bins(tmp_path / "a")
+    prepare([path], tok, tmp_path / "a", slice_bytes=700_000)
+    expected = prepare([path], tok, tmp_path / "whole", slice_bytes=700_000)
+    assert contents(tmp_path / "a") == contents(tmp_path / "whole")
+    assert verify(tmp_path / "a").fingerprint == expected.fingerprint
+
+
+def test_two_runs_cannot_write_to_one_folder(tmp_path, tok, corpus):
+    (tmp_path / "a").mkdir()
+    descriptor = script.lock(tmp_path / "a")
+    with pytest.raises(InputError, match="another run is writing here"):
+        prepare(corpus, tok, tmp_path / "a")
+    os.close(descriptor)
+    prepare(corpus, tok, tmp_path / "a")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_folder_made_otherwise_is_refused(tmp_path, tok, corpus, finished):
+    first = prepare(corpus, tok, tmp_path / "a", slice_bytes=20_000)
+    if not finished:
+        (first.folder / "manifest.json").unlink()
+    byte_level(50).save(str(tmp_path / "tokenizer.json"))
+    changed = tmp_path / corpus[0].name
+    changed.write_text(corpus[0].read_text("utf-8").replace("Der", "Die", 1), "utf-8")
+    cases = [
+        (corpus, tmp_path, {}, r"shard-00000.json: vocab_size is 319, expected 309"),
+        (corpus, tok, {"eos": "<|im_end|>"}, r"shard-00000.json: separator is 316, expected 318"),
+        (corpus, tok, {"text_key": "id"}, r"shard-00000.json: text_key is text, expected id"),
+        (corpus, tok, {"slice_bytes": 30_000}, r"slice_bytes is 20000, expected 30000"),
+        ([changed, corpus[1]], tok, {}, r"shard-00000.json: sha256 is"),
+        (corpus[::-1], tok, {}, r"shard-00000.json: name is one.jsonl, expected two.jsonl"),
+        (corpus[:1], tok, {}, r"name is two.jsonl, expected no further input"),
+    ]
+    if finished:
+        third = write_jsonl(tmp_path / "three.jsonl", ["neu"])
+        cases.append(([*corpus, third], tok, {}, r"is finished, without three.jsonl"))
+    for inputs, tokenizer, options, message in cases:
+        with pytest.raises(InputError, match=message):
+            prepare(inputs, tokenizer, tmp_path / "a", **{"slice_bytes": 20_000} | options)
+    assert verify(prepare(corpus, tok, tmp_path / "a", slice_bytes=20_000).folder).fingerprint == first.fingerprint
