@@ -23,6 +23,7 @@ def test_floors_are_those_of_the_arithmetic():
     assert us["add_rms_norm"] == pytest.approx({"forward": 78.3, "backward": 78.3, "both": 156.6}, rel=1e-2)
     assert us["swiglu"]["backward"] == pytest.approx(517, rel=1e-2)
     assert us["rope"]["forward"] == pytest.approx(44.7, rel=1e-2)
+    assert us["norm_rope"] == pytest.approx({"forward": 44.7, "backward": 67.1, "both": 111.8}, rel=1e-2)
     assert us["cross_entropy"]["both"] == pytest.approx(2491, rel=1e-2)
     assert us["linear_cross_entropy"]["both"] == pytest.approx(33_480 + 2491, rel=1e-2)
 
