@@ -233,6 +233,9 @@ def check_weights(model, folder: Path) -> dict[str, Path]:
     files, params = find_weights(folder), dict(model.named_parameters())
     if not files:
         return {}
+    if model.config.tie_word_embeddings and "lm_head.weight" in files:
+        _check_copy(files, folder)
+        del files["lm_head.weight"]
     if missing := sorted(params.keys() - files.keys()):
         raise InputError(f"{folder}: tensor {missing[0]} is missing from its safetensors ({len(missing)} in all)")
     if extra := sorted(files.keys() - params.keys()):
@@ -251,6 +254,22 @@ def check_weights(model, folder: Path) -> dict[str, Path]:
         if found.get_dtype() not in READ_DTYPES:
             raise InputError(f"{file}: tensor {name} has dtype {found.get_dtype()}; {', '.join(READ_DTYPES)} are read")
     return files
+
+
+def _check_copy(files: dict[str, Path], folder: Path) -> None:
+    """InputError unless the lm_head of a model with tied weights, which small Qwen3's store all the same, is its embedding."""
+    names = "lm_head.weight", "model.embed_tokens.weight"
+    head, embedding = (open_safetensors(files[name]).get_slice(name) if name in files else None for name in names)
+    if embedding is None:
+        return  # the next check says so
+    same = head.get_shape() == embedding.get_shape() and head.get_dtype() == embedding.get_dtype()
+    for start in range(0, head.get_shape()[0], 4096) if same else ():
+        same = same and bool((head[start : start + 4096] == embedding[start : start + 4096]).all())
+    if not same:
+        raise InputError(
+            f"{folder}: config.json ties lm_head to the embedding, but its lm_head.weight is another one; which is meant? "
+            "Set tie_word_embeddings to false there, or leave the tensor out"
+        )
 
 
 def open_safetensors(path: Path, framework: str = "pt"):

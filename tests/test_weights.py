@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from conftest import save_reference
-from nanomed import hf, parallel, weights
+from nanomed import InputError, hf, parallel, weights
 from nanomed.config import Config
 from nanomed.model import Decoder
 from nanomed.parallel import World
@@ -41,6 +41,14 @@ def make_source(folder: Path, name: str, dtype=torch.float32, **saving) -> Path:
     (folder / "consolidated.safetensors").write_bytes(b"Mistral's own copy of the same weights, under other names")
     (folder / "README.md").write_text("no part of the model")
     return folder
+
+
+def store_head(folder: Path, change: float = 0.0) -> None:
+    """Put a copy of the embedding, changed or not, into a tied model's file as its lm_head: Qwen3-0.6B has one."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["lm_head.weight"][-1, -1] += change
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -98,6 +106,20 @@ def test_each_tensor_keeps_its_own_dtype(tmp_path):
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     untouched(source, tmp_path / "hf")
     assert_same_checkpoint(source, tmp_path / "hf")
+
+
+def test_a_tied_model_that_stores_its_head_too(tmp_path):
+    """The copy is read past and not written; another tensor under that name is refused."""
+    source = make_source(tmp_path / "source", "qwen2-tied", torch.bfloat16)
+    before = tensors_of(source)
+    store_head(source)
+    untouched(source, tmp_path / "hf")
+    after = tensors_of(tmp_path / "hf")
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    store_head(source, change=1.0)
+    with pytest.raises(InputError, match="ties lm_head to the embedding, but"):
+        untouched(source, tmp_path / "again")
 
 
 def test_many_shards_in_many_shards_out(tmp_path, monkeypatch):
