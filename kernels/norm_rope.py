@@ -129,7 +129,7 @@ def _norm_rope_backward(
     (n, n_heads, d), dy, dx = x.shape, walkable(dy), x.new_empty(x.shape)
     heads, half = next_power_of_2(n_heads), next_power_of_2(d // 2)
     warps = warps_for(heads, half)
-    parts = cos.new_empty(min(n, n_programs(x, per_sm=max(1, 12 // warps))), d)  # 12: what registers are there for
+    parts = cos.new_empty(min(n, n_programs(x, per_sm=max(1, 8 // warps))), d)  # 8 warps of 255 registers are resident
     if n:
         with on_device_of(x):
             _backward[(len(parts),)](

@@ -29,7 +29,8 @@ class Config:
     """Continue the pre-training of a Hugging Face checkpoint on packed token bins."""
 
     recipe: str = "miniature"
-    """The base that single flags override: qwen2.5-7b, mistral-7b, mistral-small-24b, smollm2-135m, miniature."""
+    """The base that single flags override: qwen2.5-7b, mistral-7b, mistral-small-24b, llama-3.1-8b, qwen3-8b, smollm2-135m
+    or miniature."""
 
     # --- what goes in and out
     init: str = ""

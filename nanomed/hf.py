@@ -25,25 +25,11 @@ CARRIED = (  # to the export as they are, whichever are there
 READ_DTYPES = ("F32", "BF16", "F16")  # of a safetensors file
 
 # Fields of config.json that do not change what the trunk computes.
-_HARMLESS = {
-    "architectures",
-    "model_type",
-    "transformers_version",
-    "torch_dtype",
-    "dtype",
-    "_name_or_path",
-    "use_cache",
-    "max_position_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "unk_token_id",
-    "initializer_range",
-    "pretraining_tp",
-    "max_window_layers",
-    "is_llama_config",
-    "transformers.js_config",
-}
+_HARMLESS = set(
+    "architectures model_type transformers_version torch_dtype dtype _name_or_path use_cache max_position_embeddings "
+    "bos_token_id eos_token_id pad_token_id unk_token_id initializer_range pretraining_tp max_window_layers "
+    "is_llama_config transformers.js_config _attn_implementation_autoset unsloth_fixed".split()
+)
 
 
 # --- config.json ---------------------------------------------------------------------------------------------------
@@ -68,7 +54,7 @@ class ModelConfig:
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
-    head_dim: int  # read, never derived: Mistral-Small has 5120 hidden and 32 heads of 128
+    head_dim: int  # not always hidden / heads: Mistral-Small has 5120 hidden and 32 heads of 128
     rms_norm_eps: float
     rope_theta: float
     tie_word_embeddings: bool
@@ -111,7 +97,8 @@ def model_config(folder: Path) -> ModelConfig:
         num_hidden_layers=n_layers,
         num_attention_heads=n_heads,
         num_key_value_heads=need("num_key_value_heads"),
-        head_dim=fields.pop("head_dim", None) or hidden_size // n_heads,
+        # Left out, it is hidden / heads; but qwen3's default is another.
+        head_dim=need("head_dim") if model_type == "qwen3" else fields.pop("head_dim", None) or hidden_size // n_heads,
         rms_norm_eps=need("rms_norm_eps"),
         rope_theta=rope_theta,
         tie_word_embeddings=bool(fields.pop("tie_word_embeddings", False)),
@@ -120,7 +107,7 @@ def model_config(folder: Path) -> ModelConfig:
         mlp_bias=bool(fields.pop("mlp_bias", False)),
         qk_norm=model_type == "qwen3",
         rope_scaling=rope_scaling,
-        windows=_windows(model_type, fields, n_layers),
+        windows=_windows(model_type, fields, n_layers, refuse),
         initializer_range=fields.get("initializer_range", 0.02),
         max_position_embeddings=fields.get("max_position_embeddings"),
     )
@@ -146,7 +133,7 @@ def _rope(fields: dict, refuse: Callable) -> tuple[float, Llama3Scaling | None]:
                 refuse(
                     f"{name} = {scheme}: llama3 needs {', '.join(Llama3Scaling._fields)}, the second below the third"
                 )
-        if kind not in ("default", "llama3") or any(x not in (None, 1, 1.0) for x in extra.values()):
+        if kind not in ("default", "llama3") or any(x is True or x not in (None, 1) for x in extra.values()):
             refuse(f"{name} = {scheme} is not supported; plain RoPE (rope_type default) and llama3 are")
         thetas.append(scheme.get("rope_theta"))
         scalings.append(scaling)
@@ -160,15 +147,27 @@ def _rope(fields: dict, refuse: Callable) -> tuple[float, Llama3Scaling | None]:
     return found.pop(), scalings[0] if scalings else None
 
 
-def _windows(model_type: str, fields: dict, n_layers: int) -> tuple[int | None, ...]:
-    """The sliding window of every layer where one is in force; Qwen2 files carry one that mostly is not."""
-    window, in_force = fields.pop("sliding_window", None), fields.pop("use_sliding_window", model_type == "mistral")
-    types = fields.pop("layer_types", None)
-    if model_type == "llama" or not in_force or window is None:
+def _windows(model_type: str, fields: dict, n_layers: int, refuse: Callable) -> tuple[int | None, ...]:
+    """The sliding window of every layer where one is in force; Qwen's files carry one that mostly is not.
+
+    As transformers decides it: Mistral's is for all layers, Qwen's begins at max_window_layers where no layer_types are given.
+    """
+    wanted, types = fields.pop("use_sliding_window", False), fields.pop("layer_types", None)
+    given, window = "sliding_window" in fields, fields.pop("sliding_window", None)
+    if model_type == "llama" or (model_type != "mistral" and not wanted):
         return ()
+    if not given:
+        refuse("sliding_window is missing; it changes the maths, so it is never guessed (null: none)")
+    if window is None:
+        return ()
+    if model_type == "mistral":
+        return (window,) * n_layers
     if types is None:
-        first = fields.get("max_window_layers", 0) if model_type in ("qwen2", "qwen3") else 0
+        if (first := fields.get("max_window_layers")) is None:
+            refuse("max_window_layers is missing; with use_sliding_window it changes the maths, so it is never guessed")
         types = ["sliding_attention" if i >= first else "full_attention" for i in range(n_layers)]
+    if len(types) != n_layers or set(types) - {"sliding_attention", "full_attention"}:
+        refuse(f"layer_types = {types} is not supported; full_attention or sliding_attention for every layer is")
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
@@ -233,12 +232,12 @@ def check_weights(model, folder: Path) -> dict[str, Path]:
     files, params = find_weights(folder), dict(model.named_parameters())
     if not files:
         return {}
-    if model.config.tie_word_embeddings and "lm_head.weight" in files:
-        _check_copy(files, folder)
-        del files["lm_head.weight"]
     if missing := sorted(params.keys() - files.keys()):
         raise InputError(f"{folder}: tensor {missing[0]} is missing from its safetensors ({len(missing)} in all)")
-    if extra := sorted(files.keys() - params.keys()):
+    # Some files hold what is no parameter: a tied model's head once more (small Qwen3's), old Llamas' RoPE frequencies.
+    copies = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    copies |= {name for name in files if name.endswith(".rotary_emb.inv_freq")}
+    if extra := sorted(files.keys() - params.keys() - copies):
         raise InputError(
             f"{folder}: tensor {extra[0]} has no place in the model that config.json describes ({len(extra)} in all)"
         )
@@ -246,6 +245,8 @@ def check_weights(model, folder: Path) -> dict[str, Path]:
     for name, file in files.items():
         if name not in set(handles[file].keys()):  # it is no mapping
             raise InputError(f"{file}: tensor {name} is missing, though the index names it")
+        if name not in params:
+            continue
         found = handles[file].get_slice(name)
         if list(found.get_shape()) != list(params[name].shape):
             raise InputError(
@@ -253,19 +254,18 @@ def check_weights(model, folder: Path) -> dict[str, Path]:
             )
         if found.get_dtype() not in READ_DTYPES:
             raise InputError(f"{file}: tensor {name} has dtype {found.get_dtype()}; {', '.join(READ_DTYPES)} are read")
-    return files
+    if "lm_head.weight" in files.keys() - params.keys():
+        _check_copy(
+            *(handles[files[name]].get_slice(name) for name in ("lm_head.weight", "model.embed_tokens.weight")), folder
+        )
+    return {name: files[name] for name in params}
 
 
-def _check_copy(files: dict[str, Path], folder: Path) -> None:
-    """InputError unless the lm_head of a model with tied weights, which small Qwen3's store all the same, is its embedding."""
-    names = "lm_head.weight", "model.embed_tokens.weight"
-    head, embedding = (open_safetensors(files[name]).get_slice(name) if name in files else None for name in names)
-    if embedding is None:
-        return  # the next check says so
+def _check_copy(head, embedding, folder: Path) -> None:
+    """InputError unless the two slices hold the same; 4,096 rows at a time."""
     same = head.get_shape() == embedding.get_shape() and head.get_dtype() == embedding.get_dtype()
-    for start in range(0, head.get_shape()[0], 4096) if same else ():
-        same = same and bool((head[start : start + 4096] == embedding[start : start + 4096]).all())
-    if not same:
+    starts = range(0, head.get_shape()[0], 4096)
+    if not (same and all(bool((head[i : i + 4096] == embedding[i : i + 4096]).all()) for i in starts)):
         raise InputError(
             f"{folder}: config.json ties lm_head to the embedding, but its lm_head.weight is another one; which is meant? "
             "Set tie_word_embeddings to false there, or leave the tensor out"

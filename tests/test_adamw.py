@@ -133,7 +133,9 @@ def test_steps_are_those_of_the_twin(dtype, means, rows, block, skipped):
             assert (x != y).sum() <= max(2, 0.01 * x.numel())
         else:  # bf16: what is rounded may differ in its last bit, and then falls to the other side
             rel = 2**-7 if x.dtype == torch.bfloat16 else 1e-5
-            torch.testing.assert_close(x, y, rtol=rel, atol=1e-6)
+            # A code that fell to its other neighbour has moved the steps after it, by less than a hundredth of lr.
+            torch.testing.assert_close(x, y, rtol=rel, atol=1e-4 if means == "int8" else 1e-6)
+            assert (~torch.isclose(x, y, rtol=rel, atol=1e-6)).float().mean() <= 0.01
             assert (x != y).float().mean() < 0.02 or x.dtype == torch.float32
     assert not torch.equal(ours[0], before)
 

@@ -177,6 +177,13 @@ def test_the_real_models_configs(tmp_path):
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}},
             "partial_rotary",
         ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_interleaved": True}},
+            "mrope_interleaved",
+        ),
+        ({"use_sliding_window": True, "max_window_layers": None}, "max_window_layers is missing"),
+        ({"use_sliding_window": True, "layer_types": ["chunked_attention"] * 28}, "chunked_attention"),
+        ({"use_sliding_window": True, "layer_types": ["full_attention"] * 27}, "layer_types"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"num_key_value_heads": None}, "num_key_value_heads"),
@@ -186,6 +193,24 @@ def test_the_real_models_configs(tmp_path):
 def test_what_changes_the_maths_is_refused_by_name(change, named, tmp_path):
     with pytest.raises(InputError, match=named):
         config_of(tmp_path, QWEN | change)
+
+
+def test_where_transformers_has_a_default_of_its_own_the_field_must_stand_there(tmp_path):
+    """Mistral's window is 4,096 if left out, Qwen3's heads have 128 numbers whatever the width."""
+    for raw, missing in (
+        (MISTRAL_SMALL, "sliding_window"),
+        (QWEN3, "head_dim"),
+        (QWEN | {"use_sliding_window": True}, "sliding_window"),
+    ):
+        with pytest.raises(InputError, match=f"{missing} is missing"):
+            config_of(tmp_path, {k: v for k, v in raw.items() if k != missing})
+    windowed = MISTRAL_SMALL | {
+        "sliding_window": 7,
+        "use_sliding_window": False,
+        "layer_types": ["full_attention"] * 40,
+    }
+    assert config_of(tmp_path, windowed).windows == (7,) * 40  # transformers asks neither
+    assert config_of(tmp_path, LLAMA31 | {"unsloth_fixed": True, "_attn_implementation_autoset": True}).head_dim == 128
 
 
 @pytest.mark.parametrize("missing", ["rope_theta", "num_key_value_heads", "hidden_size", "vocab_size", "model_type"])

@@ -117,9 +117,24 @@ def test_a_tied_model_that_stores_its_head_too(tmp_path):
     after = tensors_of(tmp_path / "hf")
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
+    index = {"weight_map": dict.fromkeys([*before, "lm_head.weight"], "model.safetensors")}
+    save_file(before, source / "model.safetensors", {"format": "pt"})
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))  # promises a head that is not there
+    with pytest.raises(InputError, match=r"lm_head\.weight is missing, though the index names it"):
+        untouched(source, tmp_path / "again")
+    (source / "model.safetensors.index.json").unlink()
     store_head(source, change=1.0)
     with pytest.raises(InputError, match="ties lm_head to the embedding, but"):
         untouched(source, tmp_path / "again")
+
+
+def test_the_rope_frequencies_of_old_llamas_are_read_past(tmp_path):
+    source = make_source(tmp_path / "source", "llama")
+    before = tensors_of(source)
+    frequencies = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(3) for i in range(3)}
+    save_file(before | frequencies, source / "model.safetensors", {"format": "pt"})
+    untouched(source, tmp_path / "hf")
+    assert tensors_of(tmp_path / "hf").keys() == before.keys()
 
 
 def test_many_shards_in_many_shards_out(tmp_path, monkeypatch):
