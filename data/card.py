@@ -14,6 +14,10 @@ FUNNEL = {
     "duplicate_ids": "identifier seen before",
     "kept": "**kept**",
 }
+RULE = """13 words in a row in common, or 8 where they cover half of a question, drop a document; so does a question of
+fewer than 8 words where all its options follow it. The question of {by_options:,} records is so short: documents that hold
+it without its options are here. {too_short:,} records have fewer than 8 words with their options, or no options, and
+cannot be kept out."""
 SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
 
 CARD = """---
@@ -82,8 +86,7 @@ def sections(report: dict) -> dict[str, str]:
     counts = report["counts"]
     sets = [(name, s["records"], s["dropped"], s["listed"]) for name, s in report["eval_sets"].items()]
     personal = [(name, found["documents"], found["occurrences"]) for name, found in report["personal"].items()]
-    rule = "13 words in a row in common, or 8 where they cover half of a question, drop a document"
-    short = f"{rule}. {report['eval_questions_too_short']:,} records have fewer than 8 words and cannot be kept out."
+    short = RULE.format(**report["eval_records"])
     head = ("set", "records", "hits that dropped a document", "weaker hits, listed")
     return {
         "funnel": table(("documents", "number"), [(text, counts[key]) for key, text in FUNNEL.items()]),

@@ -6,7 +6,8 @@
    (decontaminate.py), to OUT/kept/NAME.parquet with the hash of their text.
 2. Over all inputs: of equal texts the first stays (equal after Unicode composition, white space aside), and of equal
    ids; what stays goes to OUT/corpus/NAME.parquet: id, text, url, dump, date, score. url, dump and date are kept so that
-   anybody can attribute a document, rebuild the corpus, or have a document taken down.
+   anybody can attribute a document, rebuild the corpus, or have a document taken down. The folder is made anew, as
+   OUT/corpus.partial, and renamed when it is whole.
 3. decontamination.jsonl (every hit, kept documents too), report.json, report.md, README.md (the data card).
 
 FineWeb2 is already filtered and without near-duplicates; heuristics for prose are not applied again, since dosages,
@@ -20,6 +21,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -29,13 +31,17 @@ import numpy as np
 from tqdm import tqdm
 
 from card import write_card, write_report
+from decontaminate import Questions
 from documents import find_files, read_documents, write_parquet
 from keeping import CORPUS, EXTRA, Job, keep_file, load_questions, part_of
 from nanomed import InputError, run_script
 from nanomed.bins import read_json
 from personal import PATTERNS, count_personal
+from resuming import lock
 from scoring import classifier_identity
 from sweep import read_classifier
+
+REPORTS = ("report.json", "decontamination.jsonl", "report.md", "README.md")
 
 
 def first_of_equals(hashes: np.ndarray) -> np.ndarray:
@@ -70,50 +76,76 @@ def read_hashes(files: list[Path], out: Path, key: str) -> tuple[np.ndarray, lis
     return np.concatenate(parts), [part.size for part in parts]
 
 
-def write_corpus(path: Path, out: Path, stays: np.ndarray, totals: dict) -> None:
-    """Stage 2 of one input; personal data and dumps are counted here, in what is kept."""
+def chosen_documents(kept: Path, stays: np.ndarray, totals: dict) -> Iterator[dict]:
+    """Stage 2 of one input: what stays; personal data and dumps are counted here."""
+    for document, stay in zip(read_documents(kept, ("id", "text"), (*EXTRA, "score")), stays, strict=True):
+        if stay:
+            totals["counts"]["kept"] += 1
+            totals["text_bytes"] += len(document["text"].encode())
+            totals["dumps"][document["dump"] or "unknown"] += 1
+            count_personal(document["text"], totals["personal"])
+            yield document
 
-    def documents() -> Iterator[dict]:
-        for document, stay in zip(read_documents(part_of(path, out, "kept"), ("id", "text"), (*EXTRA, "score")), stays,
-                                  strict=True):  # fmt: skip
-            if stay:
-                totals["counts"]["kept"] += 1
-                totals["text_bytes"] += len(document["text"].encode())
-                totals["dumps"][document["dump"] or "unknown"] += 1
-                count_personal(document["text"], totals["personal"])
-                yield document
 
-    write_parquet(part_of(path, out, "corpus"), documents(), CORPUS, {})
+def withdraw_corpus(out: Path) -> Path:
+    """OUT/corpus.partial, empty. An earlier run's corpus goes, with what was said of it: it may be of other inputs."""
+    partial = out / "corpus.partial"
+    for name in REPORTS:
+        (out / name).unlink(missing_ok=True)
+    if partial.exists():
+        shutil.rmtree(partial)
+    if (out / "corpus").exists():
+        os.replace(out / "corpus", partial)  # first by one rename: a kill while files go must leave no part of it
+        shutil.rmtree(partial)
+    partial.mkdir()
+    return partial
 
 
 def clean(inputs: list[str], job: Job, facts: dict, workers: int) -> dict:
     """Both stages and the reports; returns what report.json holds. facts: of classifier and source, for the card."""
     files, out = find_files(inputs), Path(job.out)
-    for name in ("kept", "corpus"):
+    try:
+        (out / "kept").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out / 'kept'}: cannot be made: {error.strerror}; choose another --out") from None
+    descriptor = lock(out)
+    try:
+        questions = load_questions(job.eval_sets)
+        records = list(tqdm(keep_all(job, files, workers), total=len(files), desc="keep", unit=" files", disable=None))
+        counts = sum((Counter(record["counts"]) for record in records), Counter())
+        stays = choose_first(files, out, counts)
+        if not any(rows.any() for rows in stays):
+            raise InputError(f"{', '.join(map(str, inputs))}: no document is kept; the threshold is {job.threshold}")
+        hits = [hit for record in records for hit in record["hits"]]
+        report = about_questions(questions, hits) | facts
         try:
-            (out / name).mkdir(parents=True, exist_ok=True)
+            report = write_corpus(files, out, stays, counts) | report
+            write_reports(out, report, hits)
         except OSError as error:
-            raise InputError(f"{out / name}: cannot be made: {error.strerror}; choose another --out") from None
-    (out / "report.json").unlink(missing_ok=True)
-    questions = load_questions(job.eval_sets)
-    records = list(tqdm(keep_all(job, files, workers), total=len(files), desc="keep", unit=" files", disable=None))
-    counts = sum((Counter(record["counts"]) for record in records), Counter())
-    stays = choose_first(files, out, counts)
+            raise InputError(f"{out}: cannot be written: {error.strerror}; free space, then run again") from None
+    finally:
+        os.close(descriptor)
+    return report
+
+
+def write_corpus(files: list[Path], out: Path, stays: list[np.ndarray], counts: Counter) -> dict:
+    """Stage 2 of all inputs: OUT/corpus, which is there whole or not at all; what was counted."""
     totals = {"counts": counts, "text_bytes": 0, "dumps": Counter(), "personal": {name: Counter() for name in PATTERNS}}
+    partial = withdraw_corpus(out)
     for path, rows in tqdm([*zip(files, stays, strict=True)], desc="corpus", unit=" files", disable=None):
-        write_corpus(path, out, rows, totals)
-    if not counts["kept"]:
-        raise InputError(f"{', '.join(map(str, inputs))}: no document is kept; the threshold is {job.threshold}")
-    hits = [hit for record in records for hit in record["hits"]]
+        kept = part_of(path, out, "kept")
+        write_parquet(partial / kept.name, chosen_documents(kept, rows, totals), CORPUS, {})
+    os.replace(partial, out / "corpus")
+    return totals
+
+
+def about_questions(questions: Questions, hits: list[dict]) -> dict:
+    """What the report says of the evaluation sets."""
     eval_sets = {name: {"records": n, "dropped": 0, "listed": 0} for name, n in questions.n_records.items()}
     for hit in hits:
         eval_sets[hit["set"]]["dropped" if hit["drop"] else "listed"] += 1
-    report = totals | {"eval_sets": eval_sets, "eval_questions_too_short": questions.too_short} | facts
-    try:
-        write_reports(out, report, hits)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written: {error.strerror}; free space, then run again") from None
-    return report
+    short = {"by_options": questions.by_options, "too_short": questions.too_short}
+    return {"eval_sets": eval_sets, "eval_records": short}
 
 
 def write_reports(out: Path, report: dict, hits: list[dict]) -> None:
@@ -150,7 +182,7 @@ def plan(args: argparse.Namespace) -> tuple[Job, dict]:
     sets = []
     for path in args.eval:
         try:
-            sets.append(hashlib.sha256(path.read_bytes()).hexdigest())
+            sets.append([str(path), hashlib.sha256(path.read_bytes()).hexdigest()])  # hits name their set
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}; expected an evaluation set") from None
     keys = {"text_key": args.text_key, "id_key": args.id_key}

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from nanomed import InputError
 
 MARK, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
+FORGED = np.iinfo(np.uint32).max  # no token's id
 FORBIDDEN = re.compile(f"[{MARK}{OPEN}{CLOSE}]")
 
 
@@ -93,7 +94,7 @@ def aliases(spec: dict, protected: tuple[int | None, ...]) -> list[tuple[dict, s
 
 
 def conversation_engine(spec: dict, protected: tuple[int | None, ...]) -> Callable[[list[str]], list[np.ndarray]]:
-    """The function texts with aliases → uint32 ids of each."""
+    """The function texts with aliases → uint32 ids of each; FORGED where a text without alias gets a special id."""
     renamed = {token["id"]: {"content": alias, "special": True} for token, alias in aliases(spec, protected)}
     tokens = [token | renamed.get(token["id"], {}) for token in spec.get("added_tokens") or []]
     # The post-processor names tokens too, and is not used: the template says where BOS goes.
@@ -105,5 +106,7 @@ def conversation_engine(spec: dict, protected: tuple[int | None, ...]) -> Callab
     original = np.arange(1 + max(vocabulary.values()), dtype=np.uint32)  # a new spelling may have got a new id
     for token in tokens:
         original[vocabulary[token["content"]]] = token["id"]
+    ordinary = tokenizer.get_vocab(with_added_tokens=False)  # a word or a Unigram may be a special token
+    original[[token["id"] for token, _ in aliases(spec, protected) if token["content"] in ordinary]] = FORGED
     encode = tokenizer.encode_batch_fast
     return lambda texts: [original[np.array(code.ids, np.uint32)] for code in encode(texts, add_special_tokens=False)]

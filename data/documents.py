@@ -7,8 +7,10 @@ hub is streamed by range requests, so that a column that is not asked for is not
 Memory: 256 rows at a time. Whatever is not a whole document is an InputError that names file and row (line, for JSONL).
 """
 
+import glob
 import json
 import os
+import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -116,7 +118,7 @@ def _json_records(path: Path, only: np.ndarray | None) -> Iterator[tuple[int, di
             if (wanted is not None and number not in wanted) or not row.strip():
                 continue
             try:
-                record = json.loads(row)
+                record = json.loads(row.decode())  # of bytes it would take surrogates
                 if b"\\ud" in row or b"\\uD" in row:
                     json.dumps(record, ensure_ascii=False).encode()  # JSON can spell half a surrogate pair
             except (ValueError, RecursionError) as error:
@@ -160,20 +162,24 @@ def _first_line(error: BaseException) -> str:
 def write_parquet(path: Path, documents: Iterable[dict], columns: dict[str, str], about: dict) -> int:
     """Write documents, as they come, to a Parquet file that is there whole or not at all; how many there were.
 
-    columns: name → Arrow type ("string", "float32", ...). about: goes into the file's metadata under `nanomed`, as JSON.
+    columns: name → Arrow type ("string", "float32", ...); what is no string in a column of strings, a date say, is spelled
+    out. about: goes into the file's metadata under `nanomed`, as JSON.
     """
     pa = pyarrow()
     import pyarrow.parquet as pq
 
     schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in columns.items()])
     schema = schema.with_metadata({"nanomed": json.dumps(about, ensure_ascii=False)})
-    tmp, n_written, rows = path.with_name(path.name + ".tmp"), 0, []
+    spelled = lambda value, kind: str(value) if kind == "string" and value is not None else value  # noqa: E731
+    prefix, n_written, rows = f"{path.name}.{socket.gethostname()}.", 0, []
+    tmp = path.with_name(f"{prefix}{os.getpid()}.tmp")  # of this process alone: another may be writing the same file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, prefix)
         with tmp.open("wb") as file:
             with pq.ParquetWriter(file, schema, compression="zstd") as writer:
                 for document in documents:
-                    rows.append({name: document.get(name) for name in columns})
+                    rows.append({name: spelled(document.get(name), kind) for name, kind in columns.items()})
                     if len(rows) == 1000:
                         writer.write_table(pa.Table.from_pylist(rows, schema))
                         n_written, rows = n_written + len(rows), []
@@ -187,6 +193,18 @@ def write_parquet(path: Path, documents: Iterable[dict], columns: dict[str, str]
     finally:
         tmp.unlink(missing_ok=True)
     return n_written + len(rows)
+
+
+def remove_leftovers(folder: Path, prefix: str) -> None:
+    """Remove PREFIX+PID.tmp in a folder where the process is no more; it was of this machine."""
+    for path in folder.glob(f"{glob.escape(prefix)}*.tmp"):
+        pid = path.name.removeprefix(prefix).removesuffix(".tmp")
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            path.unlink(missing_ok=True)
+        except (PermissionError, ValueError):
+            pass  # it lives and is another user's; or the name is another machine's, which begins like ours
 
 
 def read_about(path: Path) -> dict:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from conversations import chat_template, conversation_engine, renderer
+from conversations import FORGED, chat_template, conversation_engine, renderer
 from engines import (
     FIRST_DOCS,
     LATER_DOCS,
@@ -172,10 +172,12 @@ def encode_rows(
         ids = [strip_separator(code, job.separator) for code in ids]
     lengths = np.array([code.size for code in ids], np.int64)
     flat = np.concatenate(ids) if ids else np.empty(0, np.uint32)
-    if (inside := np.flatnonzero(flat == job.separator)).size:
-        # A word-level vocabulary can do that, a Unigram one, or a chat template.
+    # A word-level vocabulary can do that, or a Unigram one. In a conversation the separator may end turns.
+    if (inside := np.flatnonzero(flat == (FORGED if job.messages else job.separator))).size:
         row = parsed.rows[int(np.searchsorted(np.cumsum(lengths), inside[0], "right"))]
         what = f"its text encodes to the separator's id {job.separator}; remove it, or choose another with --eos TOKEN"
+        if job.messages:
+            what = "a message encodes to the id of a special token; remove what spells it"
         raise InputError(f"{describe_row(path, row)}: {what}")
     numbers = (np.array(values, np.int64) for values in (parsed.n_bytes, parsed.rows))
     return Encoded(flat, lengths, *numbers, parsed.empty, first_row + len(rows), position, sample)

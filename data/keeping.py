@@ -8,6 +8,7 @@ OUT/kept/NAME.json, written last, holds the counts and every hit, and says that 
 import functools
 import hashlib
 import json
+import math
 import os
 import unicodedata
 from collections import Counter
@@ -100,6 +101,10 @@ def scored_documents(job: Job, path: Path) -> Iterator[tuple[dict, float | None]
                 if found != identifier:
                     what = f"document {row + 1} has the id {found!r}, its score is for {identifier!r}"
                     raise InputError(f"{path}: {what}; sweep this file again")
+                if score is not None and math.isnan(score):
+                    raise InputError(
+                        f"{source}: the score of {identifier!r} is not a number; delete it and sweep again"
+                    )
                 yield document, score
                 row += 1
     if next(documents, None):

@@ -223,7 +223,7 @@ def write_inputs(run: Run, job: Job, place: tuple[int, int, int]) -> None:
                 before = sum(source["size"] for source in run.sources[:i])
                 encoded = encode_file(job, run.inputs[i], row, run.pool, run.workers)
                 progress = lambda position, before=before: bar.update(before + position - bar.n)  # noqa: E731
-                shard_writer = lambda index: bins.ShardWriter(run.out, index, run.settings, engine)  # noqa: E731
+                shard_writer = lambda index: bins.ShardWriter(run.out, index, run.settings, engine, job.messages)  # noqa: E731
                 index = write_file(encoded, shard_writer, run.sources[i], index, row, progress)
                 row = 0
     except BrokenProcessPool:
@@ -263,7 +263,7 @@ def main() -> None:
     add("--out", required=True, type=Path, metavar="FOLDER", help="where the bins go")
     add("--text-key", default="text", metavar="KEY", help="key or column that holds the text (default: %(default)s)")
     add("--messages-key", metavar="KEY", help="instead: key or column of chat messages, for the model's chat template")
-    add("--eos", metavar="TOKEN", help="token that ends each document (default: <|endoftext|> if there, else the eos)")
+    add("--eos", metavar="TOKEN", help="token that ends documents (default: <|endoftext|>, <|end_of_text|> or the eos)")
     bos_help = "begin documents with BOS? auto: if the tokenizer itself does, so that training looks like inference"
     add("--bos", choices=("auto", "yes", "no"), default="auto", help=bos_help)
     workers_help = "processes that encode; the bins do not depend on it (default: the CPUs, %(default)s)"

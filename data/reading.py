@@ -5,6 +5,7 @@ not whole text is an error that names file and line (row, for Parquet; from 1): 
 on it.
 """
 
+import codecs
 import gzip
 import io
 import json
@@ -32,8 +33,8 @@ def read_rows(path: Path, key: str, nested: bool = False) -> Iterator[tuple[byte
             lines = gzip.GzipFile(fileobj=raw)
         elif path.suffix == ".zst":  # by pyarrow: zstandard's own reader takes a truncated file for a whole one
             lines = io.BufferedReader(pyarrow().CompressedInputStream(pyarrow().PythonFile(raw), "zstd"), 1 << 20)
-        for line in lines:
-            yield line, raw.tell()
+        for number, line in enumerate(lines):
+            yield line if number else line.removeprefix(codecs.BOM_UTF8), raw.tell()
 
 
 def read_parquet(path: Path, key: str, nested: bool) -> Iterator[tuple[bytes | None, int]]:
@@ -48,18 +49,26 @@ def read_parquet(path: Path, key: str, nested: bool) -> Iterator[tuple[bytes | N
             raise InputError(f"{path}: no column {key!r}, it has {', '.join(names)}; name one with {flag}")
         kind = file.schema_arrow.field(key).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_list(kind) if nested else pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        kinds = ("list", "large_list") if nested else ("string", "large_string", "string_view")
+        if not any(getattr(pa.types, f"is_{name}")(kind) for name in kinds):
             raise InputError(f"{path}: column {key!r} is {kind}, expected {expected}; name another with {flag}")
         n_read, n_rows, size = 0, file.metadata.num_rows, path.stat().st_size
         for batch in file.iter_batches(batch_size=256, columns=[key], use_threads=False):
             column = batch.column(0)
             if nested:
-                rows = [json.dumps({key: messages}).encode() for messages in column.to_pylist()]
+                rows = [json.dumps({key: messages}, default=spell).encode() for messages in column.to_pylist()]
             else:
                 rows = column.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
             for row in rows:
                 n_read += 1
                 yield row, size * n_read // n_rows
+
+
+def spell(value) -> str:
+    """A value that JSON has no form for, a timestamp say; ValueError for bytes, which nobody can read as text."""
+    if isinstance(value, bytes):
+        raise ValueError("bytes in the messages, expected strings")
+    return str(value)
 
 
 def pyarrow():

@@ -49,9 +49,11 @@ class Scoring:
     dtype: str  # "auto", "bf16" or "fp32"
     batch_tokens: int  # 0: 65,536 on a GPU, 4,096 on the CPU
     threads: int
+    raises: bool = False  # for executors that let the other tasks go on; datatrove's local one would end them
 
     def __call__(self, data, rank: int, world_size: int) -> None:
-        """Score the files of this task; an InputError is left where sweep.py finds it, whatever the executor."""
+        """Score the files of this task; an InputError is left where sweep.py finds it, and fails the task at its end."""
+        failed: InputError | None = None
         os.environ["RAYON_NUM_THREADS"] = str(self.threads)  # of the tokenizer
         os.environ["TOKENIZERS_PARALLELISM"] = "true"
         for name in self.files[rank::world_size]:
@@ -62,8 +64,11 @@ class Scoring:
                 if not is_committed(path, Path(self.out), self.identity):
                     score_file(self, path)
             except InputError as error:
+                failed = failed or error
                 note.parent.mkdir(parents=True, exist_ok=True)
                 note.write_text(f"{error}\n", "utf-8")
+        if failed and self.raises:
+            raise failed
 
 
 def score_path(path: Path, out: Path) -> Path:
@@ -104,7 +109,7 @@ def classifier_identity(folder: Path) -> str:
 
 
 def score_file(task: Scoring, path: Path) -> None:
-    """Write the scores of an input; an empty text has none (null)."""
+    """Write the scores of an input; an empty text has none (null). InputError where a text's score is not a number."""
     import torch
 
     torch.set_num_threads(task.threads)
@@ -115,7 +120,10 @@ def score_file(task: Scoring, path: Path) -> None:
     def rows() -> Iterator[dict]:
         row = 0
         for ids, tokens in read_ahead(read_windows(task, path)):
-            for identifier, score in zip(ids, scorer(tokens).tolist(), strict=True):
+            for identifier, score, text in zip(ids, scorer(tokens).tolist(), tokens, strict=True):
+                if text and np.isnan(score):
+                    what = f"document {row + 1}, {identifier!r}: the score is not a number"
+                    raise InputError(f"{path}: {what}; train {task.classifier} again, or give --dtype fp32")
                 yield {"id": identifier, "file": path.name, "row": row, "score": None if np.isnan(score) else score}
                 row += 1
             place.write_text(str(row))
@@ -256,9 +264,9 @@ def claim_device():
 
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all").replace("/", "_")
     for index in range(torch.cuda.device_count()):
-        path = Path(tempfile.gettempdir(), f"nanomed-sweep-{os.getuid()}-{visible}-{index}.lock")
+        card = torch.cuda.get_device_properties(index).uuid  # not the number: Slurm shows each job its card as 0
+        path = Path(tempfile.gettempdir(), f"nanomed-sweep-{os.getuid()}-{card}.lock")
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

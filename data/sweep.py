@@ -28,6 +28,7 @@ from tqdm import tqdm
 from documents import find_files
 from nanomed import InputError, run_script
 from nanomed.bins import read_json
+from resuming import lock
 from scoring import Scoring, classifier_identity, is_committed, score_path
 
 FINISHED = "sweep.json"
@@ -59,7 +60,7 @@ def plan(inputs: list[str], classifier: Path, out: Path, args: argparse.Namespac
     threads = args.threads or max(1, (os.cpu_count() or 1) // args.workers)
     names = tuple(map(str, files))
     return Scoring(names, str(out), str(classifier), identity, about["max_chars"], about["max_tokens"], args.text_key,
-                   args.id_key, args.dtype, args.batch_tokens, threads), files  # fmt: skip
+                   args.id_key, args.dtype, args.batch_tokens, threads, args.executor != "local"), files  # fmt: skip
 
 
 def make_executor(step: Scoring, args: argparse.Namespace):
@@ -137,7 +138,7 @@ def finish(step: Scoring, files: list[Path], threshold: float) -> dict:
     out, totals = Path(step.out), {"documents": 0, "empty": 0, "at_or_above_threshold": 0}
     for path in files:
         target, note = score_path(path, out), out / "errors" / f"{path.name}.txt"
-        if not target.exists():
+        if not is_committed(path, out, step.identity):  # again: a sweep of another configuration may have run meanwhile
             missing = f"{path}: its scores are missing; see {out / 'logs'}, then run the same command again"
             raise InputError(note.read_text("utf-8").strip() if note.exists() else missing)
         scores = pq.read_table(target, columns=["score"])["score"]
@@ -155,12 +156,21 @@ def finish(step: Scoring, files: list[Path], threshold: float) -> dict:
 
 def sweep(inputs: list[str], classifier: Path, out: Path, args: argparse.Namespace) -> None:
     """Score `inputs` into `out`; run again after an interruption, it scores what is missing."""
-    started = time.perf_counter()
     step, files = plan(inputs, classifier, out, args)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out}: cannot be made: {error.strerror}; choose another --out") from None
+    descriptor = lock(out)
+    try:
+        score_missing(step, files, read_classifier(classifier)["threshold"], args)
+    finally:
+        os.close(descriptor)
+
+
+def score_missing(step: Scoring, files: list[Path], threshold: float, args: argparse.Namespace) -> None:
+    """Run the executor if there is anything to do; the totals."""
+    started, out = time.perf_counter(), Path(step.out)
     missing = [path for path in files if not score_path(path, out).exists()]
     if missing:
         executor = make_executor(step, args)
@@ -170,7 +180,7 @@ def sweep(inputs: list[str], classifier: Path, out: Path, args: argparse.Namespa
             return
         with progress_bar(step):
             executor.run()
-    totals = finish(step, files, read_classifier(classifier)["threshold"])
+    totals = finish(step, files, threshold)
     share = totals["at_or_above_threshold"] / max(1, totals["documents"])
     print(f"{out}: {totals['documents']:,} documents, {totals['empty']:,} of them empty, {len(files)} files; "
           f"{totals['at_or_above_threshold']:,} ({share:.2%}) at or above the threshold")  # fmt: skip

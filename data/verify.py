@@ -3,10 +3,11 @@
     python data/verify.py bins/medical
     python data/verify.py bins/medical --tokenizer Qwen/Qwen2.5-7B-Instruct --inputs corpus.jsonl more.parquet [--deep]
 
-Always: every byte of the bins once: checksums, ids, one separator at the end of each document and none inside, BOS,
-totals. With --tokenizer: is it this one? And two documents, for the eye. With --inputs too: are they the files the bins
-were made of, do documents and bytes add up, and does a sample of the documents (--deep: every one) give these very ids
-with `tokenizers`, whichever engine made them? Stops at the first problem with one line and exit status 1.
+Always: every byte of the bins once: checksums, ids, one separator at the end of each document and none inside (in
+conversations: as many as were written), BOS, totals. With --tokenizer: is it this one? And two documents, for the eye.
+With --inputs too: are they the files the bins were made of, do documents and bytes add up, and does a sample of the
+documents (--deep: every one) give these very ids with `tokenizers`, whichever engine made them? Stops at the first
+problem with one line and exit status 1.
 
 Costs: a second per 1.3 GB of bins (sha256 decides); the sample a reading of the inputs, 100 to 200 MB/s of text; --deep
 what encoding costs, 2 to 3 MB/s a core.

@@ -7,8 +7,8 @@ A folder holds shards and, written last, a manifest (format `nanomed-bins`, vers
     shard-00000.json   counts, checksums, tokenizer, separator, BOS, source
     manifest.json      totals, fingerprint, the list of shards; without it the set is not finished
 
-A document is [BOS] tokens separator, the separator nowhere else; BOS is there only where the tokenizer itself adds one.
-No document crosses shards. Without BOS the .bin bytes are those of datatrove's `.ds`.
+A document is [BOS] tokens separator; BOS only where the tokenizer itself adds one. The separator is nowhere inside, but in
+conversations it may end turns. No document crosses shards. Without BOS the .bin bytes are those of datatrove's `.ds`.
 
 Why so: training reads at random places, and a memory map gives that with no decoding and no copy (RSS then counts pages
 of the file cache, which the kernel takes back when it needs them). Files are written as *.tmp, synced and renamed; the
@@ -30,6 +30,7 @@ from nanomed import InputError
 shard_name = "shard-{:05d}".format
 SETTINGS = ("dtype", "vocab_size", "separator", "bos", "tokenizer_sha256")  # the same in all shards of a set
 CONTENT = ("n_docs", "n_tokens", "n_bytes", "sha256_bin", "sha256_idx")  # each shard's own; bytes: UTF-8, of the texts
+ENDS = ("<|endoftext|>", "<|end_of_text|>")  # what base models end documents with
 CHUNK = 1 << 22  # tokens that verify looks at together: 8 or 16 MB
 
 
@@ -55,16 +56,15 @@ def tokenizer_sha256(tokenizer_json: dict | Path) -> str:
 
 
 def separator_id(tokenizer: Tokenizer, config: dict, eos: str | None = None) -> int:
-    """The id that ends every document: `eos` if given, else <|endoftext|> if there is one, else config's eos_token.
+    """The id that ends every document: `eos` if given, else that of the first of ENDS there is, else config's eos_token.
 
-    An instruct model's eos may be a chat token (Qwen: <|im_end|>): ending documents with it teaches the model to end
-    its turn there, so <|endoftext|> goes first. config: contents of tokenizer_config.json. InputError if there is none.
+    An instruct model's eos may be a chat token (Qwen: <|im_end|>, Llama: <|eot_id|>): ending documents with it teaches
+    the model to end its turn there, so ENDS go first. config: contents of tokenizer_config.json. InputError if none.
     """
-    has_endoftext = tokenizer.token_to_id("<|endoftext|>") is not None
-    token = eos or ("<|endoftext|>" if has_endoftext else _content(config, "eos_token"))
-    found = tokenizer.token_to_id(token) if token else None
+    names = [eos] if eos else [*ENDS, _content(config, "eos_token") or ""]
+    found = next((i for name in names if (i := tokenizer.token_to_id(name)) is not None), None)
     if found is None:
-        what = f"{token!r} is not in the vocabulary" if token else "the tokenizer has no <|endoftext|> and no eos_token"
+        what = f"the tokenizer has no {', no '.join(name or 'eos_token' for name in names)}"
         raise InputError(f"{what}; expected a token that ends documents: name one with --eos TOKEN")
     return found
 
@@ -101,12 +101,12 @@ def settings_of(vocab_size: int, separator: int, bos: int | None, tokenizer_sha2
 
 
 class ShardWriter:
-    """Streams one shard to *.tmp files, `commit` makes it durable. settings: `settings_of`; engine: for the record."""
+    """Streams one shard to *.tmp files, `commit` makes it durable. turns: may the separator end turns in documents?"""
 
-    def __init__(self, folder: Path, index: int, settings: dict, engine: str):
+    def __init__(self, folder: Path, index: int, settings: dict, engine: str, turns: bool = False):
         self.base = f"{Path(folder) / shard_name(index)}"
-        self.settings, self.engine = settings, engine
-        self.n_docs = self.n_tokens = self.n_bytes = 0
+        self.settings, self.engine, self.turns = settings, engine, turns
+        self.n_docs = self.n_tokens = self.n_bytes = self.n_separators = 0
         self._files = [open(f"{self.base}.{suffix}.tmp", "wb") for suffix in ("bin", "idx")]  # noqa: SIM115
         self._sums = [hashlib.sha256(), hashlib.sha256()]
         self._append(1, np.zeros(1, "<u8"))
@@ -126,7 +126,7 @@ class ShardWriter:
             raise ValueError(f"lengths sum to {lengths.sum()}, but there are {ids.size} tokens")
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:  # the cast below would wrap silently
             raise InputError(f"{self.base}.bin: ids {ids.min()} to {ids.max()} do not fit a vocabulary of {vocab_size}")
-        if (ids == separator).any():
+        if not self.turns and (ids == separator).any():
             raise InputError(f"{self.base}.bin: separator {separator} inside a document; name another with --eos")
         ids, ends = ids.astype(np.uint32), np.cumsum(lengths)
         if bos is None:
@@ -138,6 +138,7 @@ class ShardWriter:
         self._append(1, (self.n_tokens + np.cumsum(lengths + n_more)).astype("<u8"))
         self.n_docs, self.n_tokens = self.n_docs + lengths.size, self.n_tokens + framed.size
         self.n_bytes += int(n_bytes)
+        self.n_separators += int(np.count_nonzero(framed == separator))
 
     def commit(self, source: dict) -> None:
         """Make the shard durable: sync, rename, the JSON last. source: what it was made from (kept as it is)."""
@@ -147,8 +148,8 @@ class ShardWriter:
             file.close()
             os.replace(file.name, f"{self.base}.{suffix}")
         content = (self.n_docs, self.n_tokens, self.n_bytes, *(digest.hexdigest() for digest in self._sums))
-        record = dict(zip(CONTENT, content, strict=True)) | self.settings | {"engine": self.engine, "source": source}
-        _write_json(Path(f"{self.base}.json"), record)
+        about = {"n_separators": self.n_separators, "engine": self.engine, "source": source}
+        _write_json(Path(f"{self.base}.json"), dict(zip(CONTENT, content, strict=True)) | self.settings | about)
 
 
 def committed_shards(folder: Path) -> list[dict]:
@@ -254,9 +255,8 @@ def _verify_shard(bins: Bins, index: int, progress) -> None:
         _expect(path, f"every id < {bins.vocab_size}", int(chunk.max()) < bins.vocab_size, True)
         if progress:
             progress(chunk.nbytes)
-    _expect(path, "number of separators", n_separators, shard["n_docs"])
-    ends = tokens[offsets[1:] - np.uint64(1)]  # all are separators and there are no more of them: so none is inside
-    _expect(path, "a separator at every end", bool((ends == bins.separator).all()), True)
+    _expect(path, "number of separators", n_separators, shard.get("n_separators", shard["n_docs"]))
+    _expect(path, "a separator at every end", bool((tokens[offsets[1:] - np.uint64(1)] == bins.separator).all()), True)
     _expect(path, "BOS at every start", bins.bos is None or bool((tokens[offsets[:-1]] == bins.bos).all()), True)
     _expect(path, "sha256", digest.hexdigest(), shard["sha256_bin"])
     _expect(path.with_suffix(".idx"), "sha256", hashlib.sha256(offsets).hexdigest(), shard["sha256_idx"])

@@ -84,6 +84,17 @@ def test_a_separator_inside_a_document_is_refused(tmp_path):
         write_set(tmp_path, [[[5, 0, 6]]])
 
 
+def test_in_conversations_it_may_end_turns_and_is_counted(tmp_path):
+    writer = ShardWriter(tmp_path, 0, settings_of(300, 0, None, "abc"), "test", turns=True)
+    writer.write(np.array([5, 0, 6, 7]), np.array([3, 1]), n_bytes=4)
+    writer.commit({"name": "test"})
+    write_manifest(tmp_path)
+    assert [verify(tmp_path).tokens(i, 0, n).tolist() for i, n in enumerate((4, 2))] == [[5, 0, 6, 0], [7, 0]]
+    edit_json(tmp_path / "shard-00000.json", n_separators=2)
+    with pytest.raises(InputError, match="number of separators is 3, expected 2"):
+        verify(tmp_path)
+
+
 def test_fingerprint_is_of_the_data_only(tmp_path):
     a, b = (Bins(write_set(tmp_path / name, DOCUMENTS)) for name in "ab")
     other = Bins(write_set(tmp_path / "c", [DOCUMENTS[0], [[11], [12, 13, 14, 16]]]))

@@ -86,11 +86,13 @@ def test_separator():
     assert separator_id(qwen, chat, eos="<|im_end|>") == qwen.token_to_id("<|im_end|>")
     assert separator_id(mistral, {"eos_token": "</s>"}) == mistral.token_to_id("</s>")
     assert separator_id(mistral, {"eos_token": {"content": "</s>", "lstrip": False}}) == mistral.token_to_id("</s>")
+    llama = byte_level(special=("<|end_of_text|>", "<|eot_id|>"))
+    assert separator_id(llama, {"eos_token": "<|eot_id|>"}) == llama.token_to_id("<|end_of_text|>")  # nor here
     for tokenizer, config, eos, message in (
-        (bare, {}, None, "no <|endoftext|> and no eos_token"),
-        (bare, {"eos_token": None}, None, "no <|endoftext|> and no eos_token"),
-        (bare, {"eos_token": "</s>"}, None, "'</s>' is not in the vocabulary"),
-        (qwen, chat, "<eos>", "'<eos>' is not in the vocabulary"),
+        (bare, {}, None, "has no <|endoftext|>, no <|end_of_text|>, no eos_token"),
+        (bare, {"eos_token": None}, None, "has no <|endoftext|>, no <|end_of_text|>, no eos_token"),
+        (bare, {"eos_token": "</s>"}, None, "has no <|endoftext|>, no <|end_of_text|>, no </s>"),
+        (qwen, chat, "<eos>", "has no <eos>; expected a token that ends documents"),
     ):
         with pytest.raises(InputError, match=message.replace("|", r"\|")):
             separator_id(tokenizer, config, eos)

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import clean as script
 from card import write_card
 from clean import first_of_equals
-from decontaminate import find_hits, read_questions, words_of
+from decontaminate import words_of
 from documents import write_parquet
 from keeping import normalise
 from nanomed import InputError
@@ -41,8 +41,8 @@ def write_scores(files: list[Path], out: Path, scores: list[list[float | None]],
     return out
 
 
-@pytest.fixture
-def case(tmp_path):
+@pytest.fixture(name="case")
+def fixture_case(tmp_path):
     """Two files of ten documents: contaminated, doubled, below the threshold, empty; and what should stay."""
     clf = make_classifier(tmp_path / "clf")
     texts = [f"Dokument {i}: {text_of(i)} Schluss." for i in range(20)]
@@ -207,52 +207,6 @@ def test_first_of_equals(values):
     assert first_of_equals(np.array(values, "S32")).tolist() == expected
 
 
-def slow_hits(text: str, question: str) -> tuple[int, float]:
-    """(longest common run of 8 words or more, coverage of the question by such runs), word by word."""
-    a, b = words_of(text), words_of(question)
-    longest, covered = 0, set()
-    for i in range(len(a)):
-        for j in range(len(b)):
-            n = 0
-            while i + n < len(a) and j + n < len(b) and a[i + n] == b[j + n]:
-                n += 1
-            if n >= 8:
-                longest, covered = max(longest, n), covered | set(range(j, j + n))
-    return longest, len(covered) / len(b)
-
-
-@settings(max_examples=200, deadline=None)
-@given(data=st.data())
-def test_hits_are_those_of_the_slow_way(tmp_path_factory, data):
-    word = st.sampled_from(["das", "Herz", "pumpt", "Blut", "ß"])
-    question = data.draw(st.lists(word, min_size=8, max_size=30))
-    start = data.draw(st.integers(0, len(question)))
-    text = [
-        *data.draw(st.lists(word, max_size=20)),
-        *question[start : start + 16],
-        *data.draw(st.lists(word, max_size=9)),
-    ]
-    path = tmp_path_factory.mktemp("hits") / "eval.jsonl"
-    path.write_text(json.dumps({"q": ", ".join(question)}), "utf-8")
-    hits = find_hits(" ".join(text), read_questions([path]))
-    longest, coverage = slow_hits(" ".join(text), " ".join(question))
-    assert len(hits) == (longest > 0)
-    if hits:
-        assert (hits[0]["words"], hits[0]["coverage"]) == (longest, round(coverage, 4))
-        assert hits[0]["drop"] == (longest >= 13 or coverage >= 0.5)
-
-
-def test_a_weak_hit_is_listed_and_short_questions_are_counted(tmp_path):
-    long = " ".join(f"wort{i}" for i in range(40))
-    records = [{"question": long}, {"question": "Was ist das?", "options": ["A", "B"]}, {"q": "kurz", "o": ["b " * 8]}]
-    (tmp_path / "e.jsonl").write_text("\n".join(map(json.dumps, records)))
-    questions = read_questions([tmp_path / "e.jsonl"])
-    assert (questions.too_short, len(questions.texts)) == (1, 2)
-    [hit] = find_hits("x " + " ".join(long.split()[5:15]) + " y", questions)
-    assert (hit["words"], hit["coverage"], hit["drop"]) == (10, 0.25, False)
-    assert hit["match"] == " ".join(f"wort{i}" for i in range(5, 15))
-
-
 def test_normalise():
     assert normalise(" Gro\u0308ße\n\n  x\u00a0y ") == "Größe x y"
 
@@ -281,6 +235,6 @@ def test_personal_data_is_counted(name):
 
 def test_the_card_says_what_is_unknown(tmp_path):
     report = {"counts": Counter(kept=5, documents=9), "text_bytes": 7, "dumps": {}, "personal": {}, "eval_sets": {},
-              "eval_questions_too_short": 0, "threshold": 0.5, "source": "a/b", "language": "de"}  # fmt: skip
+              "eval_records": {"by_options": 0, "too_short": 0}, "threshold": 0.5, "source": "a/b", "language": "de"}  # fmt: skip
     write_card(tmp_path, report)
     assert "| base model | unknown |" in (tmp_path / "README.md").read_text("utf-8")

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from bpe import with_bos
@@ -18,6 +18,7 @@ from nanomed import InputError
 from nanomed.bins import read_json, verify
 from prepare import prepare
 from test_engines import SPECIAL, make_tokenizer
+from verify import compare_text
 
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
@@ -110,14 +111,29 @@ def test_bins_of_conversations(tmp_path, model):
     assert again.fingerprint == bins.fingerprint
 
 
-def test_the_separator_at_the_end_is_there_once(tmp_path, mistral):
-    path = write(tmp_path / "a.jsonl", [CHAT])
-    bins = prepare([path], mistral, tmp_path / "bins", messages_key="messages")
-    ids = bins.tokens(0, 0, int(bins.lengths[0])).tolist()
-    assert ids == reference(mistral, CHAT)[0]  # BOS first, </s> last, both the template's
+def test_the_separator_may_end_every_turn_and_the_last_one_is_there_once(tmp_path, mistral):
+    chats = [CHAT, CHAT + CHAT, CHAT]
+    path = write(tmp_path / "a.jsonl", chats)
+    bins = verify(prepare([path], mistral, tmp_path / "bins", messages_key="messages").folder)
+    for doc, chat in enumerate(chats):  # BOS first, </s> last, both the template's
+        assert bins.tokens(doc, 0, int(bins.lengths[doc])).tolist() == reference(mistral, chat)[0]
     assert bins.bos is None
-    with pytest.raises(InputError, match=r"line 1: its text encodes to the separator's id"):
-        prepare([write(tmp_path / "b.jsonl", [CHAT + CHAT])], mistral, tmp_path / "b", messages_key="messages")
+    assert bins.shards[0]["n_separators"] == 4
+    assert compare_text(bins, mistral / "tokenizer.json", [path], n_sample=3) == 3
+
+
+def test_a_vocabulary_of_words_cannot_forge_the_end_of_a_turn(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    template = "{% for m in messages %}{{ m['content'] + ' </s> ' }}{% endfor %}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "chat_template": template}))
+    good, bad = ([{"role": "user", "content": text}] * 2 for text in ("a", "a </s> a"))
+    bins = prepare([write(tmp_path / "a.jsonl", [good])], tmp_path, tmp_path / "bins", messages_key="messages")
+    assert bins.tokens(0, 0, int(bins.lengths[0])).tolist() == [0, 1, 0, 1]
+    with pytest.raises(InputError, match=r"line 2: a message encodes to the id of a special token; remove"):
+        prepare([write(tmp_path / "b.jsonl", [good, bad])], tmp_path, tmp_path / "b", messages_key="messages")
 
 
 def test_what_is_refused(tmp_path, model, mistral):

@@ -124,7 +124,7 @@ def test_other_wrong_arguments(tmp_path, tok, corpus):
         (corpus, tmp_path, "a", "tokenizer.json: no such file"),
         (corpus, "nobody/nothing", "a", "nobody/nothing: no such folder, and not to be had from the hub"),
         (corpus, tmp_path / "broken", "a", "broken/tokenizer.json: refused by tokenizers"),
-        (corpus, tmp_path / "bare.json", "a", "no <|endoftext|> and no eos_token".replace("|", r"\|")),
+        (corpus, tmp_path / "bare.json", "a", "no <|endoftext|>, no <|end_of_text|>, no eos_token".replace("|", r"\|")),
         (corpus, tok, "file", "file: cannot be made"),
     ):
         with pytest.raises(InputError, match=message) as error:

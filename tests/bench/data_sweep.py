@@ -122,7 +122,7 @@ def bench_million(args: argparse.Namespace, work: Path) -> None:
         print(f"{files[-1].name}: written", file=sys.stderr)
     (work / "sweep/sweep.json").write_text(json.dumps({"classifier_sha256": classifier_identity(clf)}))
     tokenizer = train_tokenizer(work / "tokenizer", sources, args.vocab)
-    (work / "eval.jsonl").write_text("".join(json.dumps({"q": text[:200]}) + "\n" for text in sources[:1000]))
+    (work / "eval.jsonl").write_text("".join(json.dumps({"question": text[:200]}) + "\n" for text in sources[:1000]))
     script = lambda name: [sys.executable, ROOT / f"data/{name}.py"]  # noqa: E731
     stages = {
         "sample": [*script("sample"), *files, "--n", args.documents * 26 // 1000, "--out", work / "sample.parquet"],

@@ -1,0 +1,117 @@
+"""clean.py twice into one folder, killed, or beside another run: OUT/corpus is one run's, whole, or not there."""
+
+import datetime
+import json
+import os
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import clean as script
+from nanomed import InputError
+from personal import PATTERNS, count_personal
+from resuming import lock
+from test_clean import corpus, fixture_case, run_clean, write_scores  # noqa: F401
+from test_sweep import make_classifier
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_fewer_inputs_leave_nothing_of_the_others(case):
+    folder, files, *_ = case
+    run_clean(folder, files)
+    assert names(folder / "out/corpus") == ["a.parquet", "b.parquet"]
+    report = run_clean(folder, files[:1])
+    assert names(folder / "out/corpus") == ["a.parquet"]
+    assert report["counts"]["kept"] == len(corpus(folder / "out"))
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_run_that_ends_in_stage_2_leaves_no_corpus(case, monkeypatch, earlier):
+    folder, files, *_ = case
+    if earlier:
+        run_clean(folder, files)
+    write = script.write_parquet
+
+    def failing(path, *rest):
+        if path.name == "b.parquet":
+            raise KeyboardInterrupt
+        return write(path, *rest)
+
+    monkeypatch.setattr(script, "write_parquet", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run_clean(folder, files)
+    assert names(folder / "out") == ["corpus.partial", "kept"]
+    monkeypatch.undo()
+    run_clean(folder, files)
+    assert names(folder / "out/corpus") == ["a.parquet", "b.parquet"]
+    assert not (folder / "out/corpus.partial").exists()
+
+
+def test_a_refused_run_leaves_the_earlier_corpus(case):
+    folder, files, *_ = case
+    run_clean(folder, files)
+    before = {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="of another run"):
+        run_clean(folder, files, "--threshold", "0.4")
+    assert {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()} == before
+
+
+def test_two_runs_at_once_are_refused(case):
+    folder, files, *_ = case
+    (folder / "out").mkdir()
+    descriptor = lock(folder / "out")
+    with pytest.raises(InputError, match="out: another run is writing here"):
+        run_clean(folder, files)
+    os.close(descriptor)
+    run_clean(folder, files)
+
+
+def test_a_timestamp_as_date(tmp_path):
+    rows = [{"id": str(i), "text": f"Text {i}", "date": datetime.datetime(2024, 3, 1)} for i in range(3)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    write_scores([tmp_path / "a.parquet"], tmp_path / "sweep", [[0.9] * 3], make_classifier(tmp_path / "clf"))
+    run_clean(tmp_path, [tmp_path / "a.parquet"])
+    assert [row["date"] for row in corpus(tmp_path / "out")] == ["2024-03-01 00:00:00"] * 3
+
+
+def test_the_card_says_what_was_not_kept_out_and_hits_stay_with_their_set(case):
+    folder, files, *_ = case
+    records = [
+        {"question": "Wo liegt sie?", "options": ["links unten im Bauch", "rechts"]},
+        {"question": "Was ist das?"},
+    ]
+    (folder / "short.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
+    run_clean(folder, files, "--eval", folder / "short.jsonl", folder / "eval.jsonl")
+    card = " ".join((folder / "out/README.md").read_text("utf-8").split())
+    assert "The question of 1 records is so short: documents that hold it without its options are here." in card
+    assert "1 records have fewer than 8 words with their options, or no options, and cannot be kept out." in card
+    assert "| short.jsonl | 2 | 0 | 0 | | eval.jsonl | 1 | 1 | 0 |" in card
+    (folder / "eval.jsonl").rename(folder / "renamed.jsonl")
+    with pytest.raises(InputError, match="of another run: identity was"):
+        run_clean(folder, files, "--eval", folder / "short.jsonl", folder / "renamed.jsonl")
+
+
+def test_a_score_that_is_not_a_number_is_refused(case):
+    folder, files, *_ = case
+    scores = folder / "sweep/scores/a.parquet"
+    table = pq.read_table(scores)
+    pq.write_table(table.set_column(3, "score", pa.array([float("nan")] * 10, pa.float32())), scores)
+    with pytest.raises(
+        InputError, match=r"scores/a.parquet: the score of '<0>' is not a number; delete it and sweep again"
+    ):
+        run_clean(folder, files)
+
+
+@pytest.mark.parametrize("text", ["a" * 40_000, "a.b-" * 10_000, "x@" + "a" * 40_000, "x@a." + "-" * 40_000])
+def test_personal_data_is_counted_in_linear_time(text):
+    """Within a second; the square of 40 thousand takes ten."""
+    started = time.perf_counter()
+    count_personal(text, {name: Counter() for name in PATTERNS})
+    assert time.perf_counter() - started < 1
