@@ -11,8 +11,13 @@ kill -9 the same command pays only for what was in flight. A body that comes twi
 no URL in it: another port is the same model; a model that changes must change its name.
 
 What may pass is tried again, up to `tries` times, waiting 1, 2, 4, ... 60 s or what Retry-After says: no connection, a
-time-out, 408, 409, 429, 5xx, a body that is cut or no chat completion. Then, and at once for any other status (a wrong
+time-out, 408, 409, 429, 5xx, a body that is cut or no chat completion. Then, and at once for most other statuses (a wrong
 key, an unknown model), the run ends with one line; what is in flight is waited for and kept first.
+
+400, 413 and 422 are said of one request: its words are filtered, or it is too long. It gets an Answer without words, kept
+like any other, whose finish_reason is what the endpoint said. But some endpoints also say 400 to a wrong model or setting,
+that is to everything: so nothing is believed before another request of the run has been answered, and 20 refusals with
+none answered end the run.
 """
 
 import asyncio
@@ -32,11 +37,15 @@ from nanomed import InputError
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 RETRIED = (408, 409, 429)  # and 5xx
+REFUSED = (400, 413, 422)  # this request, and maybe every other
+MEND = "mend that and run again, what is answered is kept"
+N_REFUSED = 20  # with none answered: then it is every other
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back. An answer without words is "", its reason in finish_reason ("length", "content_filter", ...)."""
+    """What came back. An answer without words is "", its reason in finish_reason ("length", "content_filter", or
+    "answers 400 (...)" where the endpoint refused the request)."""
 
     text: str
     finish_reason: str
@@ -62,6 +71,10 @@ class Cache:
             locked = "locked" in str(error)
             hint = "another run is using it; wait for it" if locked else "give another path, or delete it"
             raise InputError(f"{path}: cannot be used as the cache of answers ({error}); {hint}") from None
+
+    def is_empty(self) -> bool:
+        """Has no run kept an answer yet?"""
+        return self._db.execute("SELECT 1 FROM answers").fetchone() is None
 
     def get(self, request: str) -> Answer | None:
         """The answer to the request with this hash, if it is there."""
@@ -122,7 +135,8 @@ def _answers(requests, endpoint: "Endpoint", store: Cache, runner, concurrency: 
     """The loop of `ask`: fill up to `concurrency`, wait for the first that are done, keep and hand on their answers."""
     tasks: dict[asyncio.Task, str] = {}  # → hash of its request
     keys: dict[str, list] = {}  # hash of a request in flight → the keys that want its answer
-    requests, more = iter(requests), True
+    refused: dict[str, Refused] = {}  # hash of a request → why; until it is known whether every request is
+    requests, more, answered = iter(requests), True, False
     while more or tasks:
         while more and len(tasks) < concurrency:
             try:
@@ -134,18 +148,34 @@ def _answers(requests, endpoint: "Endpoint", store: Cache, runner, concurrency: 
             if request in keys:
                 keys[request].append(key)
             elif answer := store.get(request):
+                answered = True
                 yield key, answer
             else:
                 keys[request] = [key]
                 tasks[runner.get_loop().create_task(endpoint.answer(body))] = request
+        answers: dict[str, Answer] = {}
         for task in runner.run(_first(tasks)) if tasks else ():
-            request = tasks.pop(task)
-            if error := task.exception():
+            request, error = tasks.pop(task), task.exception()
+            if isinstance(error, Refused):
+                refused[request] = error
+            elif error:
                 runner.run(_keep_rest(tasks, endpoint, store))
                 raise error
-            store.put(request, task.result())
+            else:
+                answers[request] = task.result()
+                store.put(request, answers[request])
+        answered, at_end = answered or bool(answers), not (more or tasks)
+        if refused and not answered and (len(refused) >= N_REFUSED or (at_end and store.is_empty())):
+            runner.run(_keep_rest(tasks, endpoint, store))
+            raise next(iter(refused.values()))
+        if answered or at_end:  # of a run that goes on, the few that are left may all be refused
+            for request, error in refused.items():
+                answers[request] = error.answer
+                store.put(request, error.answer)
+            refused.clear()
+        for request, answer in answers.items():
             for key in keys.pop(request):
-                yield key, task.result()
+                yield key, answer
 
 
 async def _first(tasks: Iterable[asyncio.Task]) -> set[asyncio.Task]:
@@ -158,6 +188,14 @@ async def _keep_rest(tasks: dict[asyncio.Task, str], endpoint: "Endpoint", store
     for task, answer in zip(tasks, await asyncio.gather(*tasks, return_exceptions=True), strict=True):
         if isinstance(answer, Answer):
             store.put(tasks[task], answer)
+
+
+class Refused(InputError):
+    """The endpoint will not answer this request, whatever it does with others. answer: what stands for one."""
+
+    def __init__(self, line: str, answer: Answer):
+        super().__init__(line)
+        self.answer = answer
 
 
 class Endpoint:
@@ -184,7 +222,7 @@ class Endpoint:
                 self.n_paid += 1
                 return answer
             if not may_pass:
-                raise InputError(f"{self.url}: {reason}; mend that and run again, what is answered is kept")
+                raise InputError(f"{self.url}: {reason}; {MEND}")
             if attempt + 1 < self.tries and not self.stop.is_set():
                 self.n_retries += 1
                 wait_s = wait_s or FIRST_WAIT_S * 2**attempt * random.uniform(0.5, 1.0)  # not all at once again
@@ -200,6 +238,9 @@ class Endpoint:
                 return _read(await self.client.chat.completions.create(**body)), "", False, None
         except openai.APIStatusError as error:
             reason = f"answers {error.status_code} ({_first_line(error.message)})"
+            if error.status_code in REFUSED:
+                nothing = Answer("", reason, str(body.get("model")), 0, 0)
+                raise Refused(f"{self.url}: {reason}; {MEND}", nothing) from None
             may_pass = error.status_code in RETRIED or error.status_code >= 500
             return None, reason, may_pass, _seconds(error.response.headers.get("retry-after"))
         except (TimeoutError, openai.APITimeoutError):

@@ -105,6 +105,53 @@ def test_what_will_not_pass_is_not_tried_again(tmp_path, status):
         assert len(endpoint.bodies) == 1
 
 
+def refusing(*texts, status=400):
+    """Behave: refuse these texts at once, answer the others after a while, as models do."""
+    return lambda request, n: (
+        status if request["messages"][0]["content"] in texts else ("after", 0.05, echo(request, n))
+    )
+
+
+@pytest.mark.parametrize("concurrency", [1, 64])
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_one_request_that_is_refused_is_an_answer_without_words(tmp_path, status, concurrency):
+    """Though it is the first to come back. It is kept as any other."""
+    with serving(refusing("text 0", "text 3", status=status)) as endpoint:
+        answers = dict(ask(requests(5), endpoint.url, tmp_path / "cache", concurrency=concurrency))
+        assert [answers[i].text for i in range(5)] == ["", "to text 1", "to text 2", "", "to text 4"]
+        assert answers[3] == chat.Answer("", f"answers {status} (Error code: {status} - said {status})", "tiny", 0, 0)
+        assert dict(ask(requests(5), endpoint.url, tmp_path / "cache")) == answers
+    assert len(endpoint.bodies) == 5
+
+
+def test_after_an_answer_any_number_may_be_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(chat, "N_REFUSED", 1)
+    with serving(refusing("text 1", "text 2")) as endpoint:
+        got = collect(endpoint, tmp_path / "cache", requests(4), concurrency=1)
+    assert got == {0: "to text 0", 1: "", 2: "", 3: "to text 3"}
+
+
+def test_a_run_that_goes_on_may_have_nothing_left_but_what_is_refused(tmp_path):
+    with serving(refusing("text 2")) as endpoint:
+        collect(endpoint, tmp_path / "cache", requests(2))
+        assert collect(endpoint, tmp_path / "cache", requests(1, first=2)) == {2: ""}
+
+
+@pytest.mark.parametrize("n_kept", [0, 3])
+@pytest.mark.parametrize("concurrency", [1, 64])
+def test_where_everything_is_refused_the_run_ends_and_keeps_none(tmp_path, monkeypatch, concurrency, n_kept):
+    """A wrong name of the model, whatever another model has answered into the same cache."""
+    monkeypatch.setattr(chat, "N_REFUSED", 5)
+    with serving(echo) as endpoint:
+        collect(endpoint, tmp_path / "cache", requests(n_kept, first=500))
+        endpoint.behave = lambda *_: 400
+        with pytest.raises(InputError, match=r"answers 400 .*mend that and run again"):
+            collect(endpoint, tmp_path / "cache", requests(80), concurrency=concurrency)
+        assert len(endpoint.bodies) <= n_kept + chat.N_REFUSED + concurrency
+        endpoint.behave = echo
+        assert collect(endpoint, tmp_path / "cache", requests(9)) == {i: f"to text {i}" for i in range(9)}
+
+
 def test_nobody_there(tmp_path):
     with serving(echo) as endpoint:
         pass

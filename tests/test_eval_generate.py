@@ -1,6 +1,7 @@
 """generate: from prompts to answers, at a server with faults and in this process."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -41,17 +42,46 @@ def test_answers_from_an_endpoint_survive_its_faults_and_are_paid_once(command, 
         assert "max_new_tokens = 512, this one 9" in line
 
 
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+
+def chat_model(folder, source) -> Path:
+    """A copy of the model with a chat template."""
+    folder.mkdir()
+    for path in source.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    set_template(folder, TEMPLATE)
+    return folder
+
+
+def set_template(folder, template: str | None) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+
+
+def test_another_model_at_the_same_path_is_another_run(command, tmp_path, tiny):
+    """Neither finished by the first one's answers, nor gone on with."""
+    model = chat_model(tmp_path / "model", tiny.model)
+    prompts = write(tmp_path / "p.jsonl", [{"prompt": "Das Herz"}])
+    arguments = ("generate", model, "--prompts", prompts, "--max-new-tokens", 2, "--out", tmp_path / "a.jsonl")
+    assert command(*arguments)[0] == 0
+    assert "already finished" in command(*arguments)[1]
+    set_template(model, TEMPLATE.replace("assistant", "Arzt"))
+    assert "fingerprint = " in refused(command, *arguments)
+    set_template(model, TEMPLATE)
+    assert "already finished" in command(*arguments)[1]
+    weights = model / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert "fingerprint = " in refused(command, *arguments)
+
+
 def test_in_this_process_an_interruption_changes_no_byte(command, tmp_path, monkeypatch, tiny):
     """Batches after a kill are the batches of a run that never stopped, and equal one prompt at a time."""
     from nanomed.evaluation import generate
 
-    model = tmp_path / "model"
-    model.mkdir()
-    for path in tiny.model.iterdir():
-        (model / path.name).write_bytes(path.read_bytes())
-    settings = json.loads((model / "tokenizer_config.json").read_text())
-    settings["chat_template"] = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
-    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    model = chat_model(tmp_path / "model", tiny.model)
     prompts = write(tmp_path / "p.jsonl", [{"prompt": "Das Herz " * (i + 1)} for i in range(5)])
     flags = ("--prompts", prompts, "--max-new-tokens", 6)
     assert command("generate", model, *flags, "--batch", 2, "--out", tmp_path / "whole.jsonl")[0] == 0
@@ -77,12 +107,10 @@ def test_in_this_process_an_interruption_changes_no_byte(command, tmp_path, monk
     assert (tmp_path / "one.jsonl").read_bytes() == whole  # the padding on the left is not seen
 
     thinks = "{% if enable_thinking is not defined or enable_thinking %}{{ raise_exception('aloud') }}{% endif %}"
-    settings["chat_template"] = thinks + settings["chat_template"]
-    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    set_template(model, thinks + TEMPLATE)
     assert command("generate", model, *flags, "--batch", 2, "--out", tmp_path / "c.jsonl")[0] == 0
 
-    settings.pop("chat_template")
-    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    set_template(model, None)
     assert "has no chat template" in refused(command, "generate", model, *flags, "--out", tmp_path / "b.jsonl")
 
 

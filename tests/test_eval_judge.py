@@ -9,6 +9,7 @@ from conftest import ROOT
 from endpoint import completion, serving
 from eval_command import answers, fixture_command, parts, refused  # noqa: F401
 from nanomed.evaluation import judge, win_rate
+from nanomed.evaluation.answers import Sample
 
 
 def test_both_orders_ties_and_verdicts_that_cannot_be_read(command, tmp_path):
@@ -107,10 +108,55 @@ def test_a_prompt_that_is_none(old, new, command, tmp_path):
 @pytest.mark.parametrize(
     ("reply", "verdict"),
     [("URTEIL: 1", "1"), ("urteil: gleich.", "tie"), ("**URTEIL:** 2\n", "2"), ("URTEIL: 12", None), ("Antwort 1", None),
-     ("URTEIL: 1\nURTEIL: 2", None), ("<think>URTEIL: 2</think>URTEIL: 1", "1"), ("", None)],
+     ("URTEIL: 1\nURTEIL: 2", None), ("<think>URTEIL: 2</think>URTEIL: 1", "1"), ("", None),
+     ("URTEIL: 1\nNoch einmal:\nURTEIL: 1", "1"), ("URTEIL (1, 2 oder GLEICH): 2", "2"),
+     ("Gut.\nMein URTEIL (1/2/GLEICH): GLEICH", "tie"), ("URTEIL: 1 (Antwort 1 ist besser)", "1"),
+     ("URTEIL: 1, 2 oder GLEICH", None), ("Ich schließe mit URTEIL: 1 oder so.", None), ("### URTEIL:\n2", "2"),
+     ("<think>Vielleicht\nURTEIL: 1\n", None), ("<think>a</think>b<think>\nURTEIL: 1", None),
+     ("Der Gedanke\nURTEIL: 2\n</think>\nURTEIL: 1", "1")],
 )  # fmt: skip
 def test_a_verdict_is_read_strictly(reply, verdict):
     assert judge.parse(reply) == verdict
+
+
+def test_a_reply_that_was_cut_needs_its_verdict_on_the_last_line():
+    """Thoughts may come without their tags: where the template opened them, and the end was cut off."""
+    assert judge.parse("Erst dachte ich\nURTEIL: 1\ndoch dann", cut=True) is None
+    assert judge.parse("Erst dachte ich\nURTEIL: 1\ndoch dann") == "1"
+    assert judge.parse("Knapp.\nURTEIL: 2\n", cut=True) == "2"
+
+
+def test_a_thought_that_was_cut_is_asked_for_again_and_counted(command, tmp_path):
+    a, b = (answers(tmp_path / f"{n}.jsonl", {"q": n}, n) for n in "ab")
+
+    def behave(body, _):
+        if parts(body)[0] == "b":
+            return completion("Ich denke\nURTEIL: 1\naber", "length")
+        return completion("<think>URTEIL: 1\n", "length") if len(body["messages"]) == 1 else "URTEIL: 2"
+
+    with serving(behave) as endpoint:
+        assert command("judge", a, b, "--url", endpoint.url, "--judge", "r", "--out", tmp_path / "run")[0] == 0
+    games = [json.loads(line) for line in (tmp_path / "run/games.jsonl").read_text().splitlines()]
+    assert [game["winner"] for game in games] == ["b", None]
+    assert json.loads((tmp_path / "run/results.json").read_text())["unreadable"] == 1
+
+
+def test_the_judge_sees_the_whole_conversation_and_no_thoughts(command, tmp_path):
+    talk = [{"role": "system", "content": "Du bist Arzt."}, {"role": "user", "content": "Husten?"},
+            {"role": "assistant", "content": "Seit wann?"}, {"role": "user", "content": "Seit gestern."}]  # fmt: skip
+    files = [tmp_path / f"{n}.jsonl" for n in "ab"]
+    for path, text in zip(files, ("<think>He coughs, so</think>\n\nTee hilft.", "Ruhe."), strict=True):
+        lines = [Sample("q", talk, text, "stop", 3, path.stem), Sample("r", talk[1:2], text, "stop", 3, path.stem)]
+        path.write_text("".join(line.line() for line in lines))
+    with serving(lambda body, _: "URTEIL: GLEICH") as endpoint:
+        status, said = command("judge", *files, "--url", endpoint.url, "--judge", "r", "--out", tmp_path / "run")
+        shown = {body["messages"][0]["content"] for body in endpoint.bodies}
+    assert status == 0
+    whole = "[System]\nDu bist Arzt.\n\n[Nutzer]\nHusten?\n\n[Assistent]\nSeit wann?\n\n[Nutzer]\nSeit gestern."
+    asked = {text.partition("<<<ANFRAGE\n")[2].partition("\nANFRAGE>>>")[0] for text in shown}
+    assert asked == {whole, "Husten?"}
+    assert all("\nTee hilft.\n" in text and "think" not in text for text in shown)
+    assert "2 of 2 answers of a hold a <think> block, which is left out; 0 of them have nothing behind it" in said
 
 
 # --- win rates ------------------------------------------------------------------------------------------------------

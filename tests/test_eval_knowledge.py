@@ -4,12 +4,15 @@ import json
 import sys
 
 import pytest
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 
 import eval as command_line
 from knowledge_world import QUESTIONS, fixture_world, flags, run, write_jsonl  # noqa: F401
 from nanomed import InputError
 from nanomed.evaluation import knowledge, record
 from nanomed.evaluation.questions import fault
+from nanomed.merging.losses import render
 
 
 def test_a_run_of_two_models(world, tmp_path, monkeypatch, capsys):
@@ -116,14 +119,22 @@ def test_bad_command_lines_end_in_one_line(world, tmp_path, monkeypatch):
         assert not out.exists()
 
 
-def test_through_a_chat_template(world, tmp_path, monkeypatch):
-    folder = tmp_path / "chatty"
+TEMPLATE = (
+    "{% for m in messages %}<{{m.role}}>{{m.content}}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def chatty(model, folder, template):
+    """The model with a chat template."""
     folder.mkdir()
-    for path in (world / "a").iterdir():
+    for path in model.iterdir():
         (folder / path.name).symlink_to(path)
-    (folder / "chat_template.jinja").write_text(
-        "{% for m in messages %}<{{m.role}}>{{m.content}}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def test_through_a_chat_template(world, tmp_path, monkeypatch):
+    folder = chatty(world / "a", tmp_path / "chatty", TEMPLATE)
     run(monkeypatch, folder, "--task-path", world / "tasks", "--tasks", "one", "--shots", 1, "--chat", "--cue", "Answer:",
         "--out", tmp_path / "out")  # fmt: skip
     line = knowledge.read_samples(tmp_path / "out" / "samples" / "chatty" / "one.jsonl")[0]
@@ -131,6 +142,24 @@ def test_through_a_chat_template(world, tmp_path, monkeypatch):
     assert line["prompt"].endswith("Answer:\n<assistant>")
     assert "Antwort" not in line["prompt"]
     assert line["options"] == ["A", "B", "C", "D"]
+    assert "thinking" not in json.loads((tmp_path / "out" / "results.json").read_text())["lm_eval"][0]
+
+
+def test_a_model_that_may_think_is_told_not_to_here_and_in_lm_eval(world, tmp_path, monkeypatch):
+    """By the model that the printed command makes: the same prompts, the same log-probabilities."""
+    empty = "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+    folder = chatty(world / "a", tmp_path / "thinker", TEMPLATE + empty)
+    how = ("--tasks", "one", "--shots", 1, "--chat", "--out", tmp_path / "out")
+    run(monkeypatch, folder, "--task-path", world / "tasks", *how)
+    ours = knowledge.read_samples(tmp_path / "out" / "samples" / "thinker" / "one.jsonl")
+    command = json.loads((tmp_path / "out" / "results.json").read_text())["lm_eval"][0].split()
+    peer = HFLM.create_from_arg_string(command[command.index("--model_args") + 1], {"batch_size": 8, "device": "cpu"})
+    assert all(line["prompt"].endswith("<assistant><think>\n\n</think>\n\n") for line in ours)
+    requests = [Instance("loglikelihood", {}, (line["prompt"], o), 0) for line in ours for o in line["options"]]
+    theirs = peer.loglikelihood(requests, disable_tqdm=True)
+    assert [p for line in ours for p in line["log_p"]] == pytest.approx([p for p, _ in theirs], abs=1e-4)
+    hello = [{"role": "user", "content": "Hallo"}]
+    assert peer.apply_chat_template(hello) == render(folder, hello) == "<user>Hallo\n<assistant><think>\n\n</think>\n\n"
 
 
 def test_record_is_torn_by_nothing(tmp_path):

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanomed.evaluation import stats
+from nanomed.evaluation import accuracy, stats
+from nanomed.evaluation.tasks import Group, Task
 
 bits = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=40)
 
@@ -62,6 +63,40 @@ def test_bootstrap_covers():
         low, high = stats.paired_bootstrap(a, b)[1]
         hits += low <= truth <= high
     assert 180 <= hits <= 199
+
+
+X, Y, Z = (Task(name, {}, None, None) for name in "xyz")
+GROUP = Group("g", (Group("h", (X, Y), True), Z), False)
+
+
+def test_a_group_without_spread_has_the_interval_of_its_tasks():
+    """All right, or two models that answer alike: resampling shows no spread, but so few questions leave some."""
+    right = {name: np.ones(n) for name, n in (("x", 20), ("y", 10), ("z", 20))}
+    low, high = accuracy.group_entry(GROUP, right)["ci"]
+    assert high == 1
+    assert stats.wilson(1, 20)[0] < low < 0.97
+    found = accuracy.group_difference(GROUP, right, right)
+    assert found["delta"] == 0
+    bound = 1 - 0.025 ** (1 / 20)
+    assert found["ci"] == (pytest.approx(-found["ci"][1]), pytest.approx(found["ci"][1]))
+    assert bound / 2 < found["ci"][1] < bound
+    other = right | {"z": np.array([0.0, 1.0] * 10)}  # one task with spread hides no other's
+    alone = stats.paired_bootstrap(other["z"], right["z"])[1][0] / 2
+    assert accuracy.group_difference(GROUP, other, right)["ci"][0] < alone
+
+
+def test_a_group_s_interval_covers():
+    rng, hits = np.random.default_rng(2), [0, 0]
+    truth, sizes = {"x": 0.6, "y": 0.9, "z": 0.3}, {"x": 30, "y": 12, "z": 40}
+    macro = accuracy.value(GROUP, truth, sizes)
+    for _ in range(300):
+        hard = {name: rng.random(n) for name, n in sizes.items()}
+        a, b = ({name: (h < truth[name] - d).astype(float) for name, h in hard.items()} for d in (0, 0.1))
+        low, high = accuracy.group_entry(GROUP, a)["ci"]
+        hits[0] += low <= macro <= high
+        low, high = accuracy.group_difference(GROUP, b, a)["ci"]
+        hits[1] += low <= -0.1 <= high
+    assert 0.93 * 300 <= min(hits) <= max(hits) <= 0.985 * 300, hits
 
 
 def test_calibration_error():

@@ -100,6 +100,27 @@ def test_the_template_and_the_answers_are_transformers(chat_pair):
         assert generated[0, len(prompt) :].tolist() == answer
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_a_template_is_told_not_to_think_and_of_several_the_default_one_is_taken(several, chat_pair):
+    base, _, prompts = chat_pair
+    thinks = TEMPLATE + "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+    templates = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": thinks}]
+    path = base / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"chat_template": templates if several else thinks}
+    path.write_text(json.dumps(config))
+    (base / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    for message in losses.read_prompts(prompts):
+        expected = tokenizer.apply_chat_template(
+            message, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        assert losses.render(base, message) == expected
+        assert expected.endswith("<assistant><think></think>")
+    path.write_text(json.dumps(config | {"chat_template": templates[:1]}))
+    with pytest.raises(InputError, match="has no chat template"):
+        losses.render(base, message)
+
+
 def test_an_answer_stops_at_its_end(chat_pair):
     base, _, _ = chat_pair
     free = losses.greedy_answers(decoder(base), [[5, 6, 7]], set(), CPU)[0]
@@ -126,6 +147,18 @@ def test_kl_is_zero_at_base_and_the_definitions_elsewhere(chat_pair):
         n_bytes += len(chat.tokenizer.decode(answer, skip_special_tokens=False).encode())
     assert chat.kl(other, "check") == pytest.approx(total / math.log(2) / n_bytes, rel=1e-4)
     assert total > 0.01
+
+
+def test_kl_of_many_rows_runs_the_trunk_once(chat_pair, monkeypatch):
+    base, cpt, prompts = chat_pair
+    chat, other = losses.Chat(prompts, base, decoder(base), CPU), decoder(cpt)
+    expected = chat.kl(other, "check")
+    batch, rows, log_p, n_bytes = chat.halves["check"]
+    chat.halves["check"] = batch, rows.repeat(9), log_p.repeat(9, 1), n_bytes
+    calls, hidden = [], other.hidden
+    monkeypatch.setattr(other, "hidden", lambda batch: (calls.append(1), hidden(batch))[1])
+    assert chat.kl(other, "check") == pytest.approx(9 * expected)
+    assert len(calls) == 1
 
 
 # --- the search ----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ McNemar's test, which knows right and wrong only, uses the first seed.
 """
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,8 +114,7 @@ def group_entry(group: Group, values: dict[str, np.ndarray]) -> dict:
     sizes = {name: len(v) for name, v in values.items()}
     means = {name: float(v.mean()) for name, v in values.items()}
     micro = value(Group(group.name, group.children, True), means, sizes)
-    draws = {name: stats.resampled_means(v, i) for i, (name, v) in enumerate(values.items())}
-    ci = stats.interval(_macro(group, draws, sizes))
+    ci = macro_interval(group, means, {name: stats.wilson(mean, sizes[name]) for name, mean in means.items()}, sizes)
     return {"name": group.name, "macro": _macro(group, means, sizes), "micro": micro, "ci": ci,
             "children": [c.name for c in group.children]}  # fmt: skip
 
@@ -122,10 +122,19 @@ def group_entry(group: Group, values: dict[str, np.ndarray]) -> dict:
 def group_difference(group: Group, values: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> dict:
     """Of macro to the first model's, questions paired."""
     sizes = {name: len(v) for name, v in values.items()}
-    pairs = {name: v - reference[name] for name, v in values.items()}
-    draws = {name: stats.resampled_means(v, i) for i, (name, v) in enumerate(pairs.items())}
-    means = {name: float(v.mean()) for name, v in pairs.items()}
-    return {"delta": _macro(group, means, sizes), "ci": stats.interval(_macro(group, draws, sizes))}
+    found = {name: stats.paired_bootstrap(v, reference[name]) for name, v in values.items()}
+    means, intervals = ({name: both[i] for name, both in found.items()} for i in (0, 1))
+    return {"delta": _macro(group, means, sizes), "ci": macro_interval(group, means, intervals, sizes)}
+
+
+def macro_interval(group: Group, means: dict, intervals: dict, sizes: dict) -> tuple[float, float]:
+    """95 % interval of macro from those of its tasks, whose errors are independent: each side is the root of the summed
+    squares of theirs (MOVER, Zou and Donner 2008). So a task without any spread, as of two models that answer alike, counts
+    with what its own interval allows."""
+    weights = {name: _macro(group, {**dict.fromkeys(means, 0.0), name: 1.0}, sizes) for name in means}
+    low, high = (math.hypot(*(weights[n] * (intervals[n][i] - means[n]) for n in means)) for i in (0, 1))
+    middle = _macro(group, means, sizes)
+    return middle - low, middle + high
 
 
 # --- the console ---------------------------------------------------------------------------------------------------

@@ -3,15 +3,21 @@
     prompts     {"prompt": text} or {"messages": [...]}, and maybe an "id" (else the number of the line)
     answers     {id, prompt: messages, answer, finish_reason, completion_tokens, model}
 
-finish_reason is "stop" where the model ended its answer, "length" where it was cut off. No torch is imported here.
+finish_reason is "stop" where the model ended its answer, "length" where it was cut off. The file holds what the model
+wrote; what it thought aloud, in <think>...</think>, is left out where answers are read. No torch is imported here.
 """
 
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nanomed import InputError
 from nanomed.evaluation.record import read_jsonl
+
+THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
+ROLES = {"system": "System", "user": "Nutzer", "assistant": "Assistent"}  # in the judge's language
 
 
 @dataclass(frozen=True)
@@ -24,15 +30,23 @@ class Sample:
     finish_reason: str
     completion_tokens: int  # of the model's own tokenizer, the end token included
     model: str
+    thought: bool = False  # whether what it thought aloud was left out of the answer
 
     @property
     def question(self) -> str:
         """What the user said, all turns."""
         return "\n\n".join(m["content"] for m in self.prompt if m["role"] == "user")
 
+    @property
+    def conversation(self) -> str:
+        """The whole prompt as a judge reads it: one user's turn as it is, else every turn under its role."""
+        if [m["role"] for m in self.prompt] == ["user"]:
+            return self.question
+        return "\n\n".join(f"[{ROLES.get(m['role'], m['role'])}]\n{m['content']}" for m in self.prompt)
+
     def line(self) -> str:
         """The line of the JSONL file."""
-        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+        return json.dumps({key: x for key, x in asdict(self).items() if key != "thought"}, ensure_ascii=False) + "\n"
 
 
 def read_prompts(path: Path) -> dict[str, list[dict]]:
@@ -69,13 +83,32 @@ def read_answers(path: Path) -> dict[str, Sample]:
         for field, kind in kinds.items():
             if not isinstance(record.get(field), kind):
                 raise InputError(f"{where}: {field} is {record.get(field)!r}, expected {kind.__name__}")
-        sample = Sample(str(record["id"]), record["prompt"], *(record[field] for field in kinds))
+        said = without_thoughts(record["answer"])
+        about = (record[field] for field in kinds if field != "answer")
+        sample = Sample(str(record["id"]), record["prompt"], said, *about, thought=said != record["answer"])
         if sample.id in samples:
             raise InputError(f"{where}: id {sample.id!r} comes twice")
         samples[sample.id] = sample
     if not samples:
         raise InputError(f"{path}: has no answers")
     return samples
+
+
+def without_thoughts(text: str) -> str:
+    """What is said behind what is thought; some templates open <think> themselves. "" where a thought has no end: then the
+    answer never came."""
+    said = THOUGHT.sub("", text).rpartition("</think>")[2]
+    if "<think>" in said:
+        return ""
+    return said if said == text else said.strip()
+
+
+def thoughts_left_out(samples: list[Sample]) -> Iterator[str]:
+    """A line that says how many answers held thoughts, where one did."""
+    if n := sum(sample.thought for sample in samples):
+        without = sum(sample.thought and not sample.answer for sample in samples)
+        yield (f"{n} of {len(samples)} answers of {samples[0].model} hold a <think> block, which is left out; "
+               f"{without} of them have nothing behind it")  # fmt: skip
 
 
 def read_pair(a: Path, b: Path) -> list[tuple[Sample, Sample]]:

@@ -9,16 +9,18 @@
     verbosity    length, and its ratio to the reference's as the geometric mean over prompts; answers without an end;
                  repeated 4-grams; turns continued by the model itself; echoes of the prompt; empty answers
 
-Every figure has its 95 % interval, from resampling prompts. OUT/samples.jsonl says for each answer what was found in it.
+What a model thinks aloud, in <think>...</think>, is no part of its answer. Every figure has its 95 % interval, from
+resampling prompts. OUT/samples.jsonl says for each answer what was found in it.
 """
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from nanomed.evaluation import language, verbosity
-from nanomed.evaluation.answers import Sample, model_name, read_answers, read_pair
+from nanomed.evaluation.answers import Sample, model_name, read_answers, read_pair, thoughts_left_out
 from nanomed.evaluation.record import finish_run, open_run
 from nanomed.evaluation.win_rate import geometric_ratio, mean, ratio_of_sums, share
 
@@ -50,6 +52,8 @@ def run(args: argparse.Namespace) -> None:
     else:
         sides = {"a": list(read_answers(args.a).values())}
     names = {side: model_name(samples, args.a if side == "a" else args.ref) for side, samples in sides.items()}
+    for line in (line for samples in sides.values() for line in thoughts_left_out(samples)):
+        print(f"warning: {line}", file=sys.stderr)
     out = args.out or Path("runs/eval") / f"failures-{args.a.stem}"
     if open_run(out, "failures", {"tokenizer": args.tokenizer}, [args.a, *([args.ref] if args.ref else [])]):
         print(f"{out}: already finished")

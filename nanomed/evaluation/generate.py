@@ -23,7 +23,8 @@ from pathlib import Path
 
 from nanomed import InputError
 from nanomed.evaluation.answers import Sample, model_name, read_answers, read_prompts
-from nanomed.evaluation.record import finish_run, open_run, read_jsonl
+from nanomed.evaluation.record import fingerprint, finish_run, open_run, read_jsonl
+from nanomed.hf import fetch
 
 PROMPTS = Path(__file__).resolve().parents[2] / "data" / "tasks" / "prompts_de.jsonl"
 
@@ -65,19 +66,21 @@ def run(args: argparse.Namespace) -> None:
     folder = args.out.with_suffix(".run")
     config = {"model": name, "max_new_tokens": args.max_new_tokens, "limit": args.limit}
     config |= {"batch": None if at_url else args.batch, "where": "endpoint" if at_url else "in process"}
-    started = (folder / "run.json").exists()
-    if args.out.exists() and not started:
+    if args.out.exists() and not (folder / "run.json").exists():
         raise InputError(f"--out {args.out}: is there already, without {folder}; choose another, or delete it")
+    model = None if at_url else model_folder(args.source)
+    config |= {"fingerprint": fingerprint(model)} if model else {}
     if open_run(folder, "generate", config, [args.prompts]) and args.out.exists():
         return print(f"{args.out}: already finished")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    if at_url:
-        from_url(args, prompts, folder / "answers.sqlite")
+    if model:
+        in_process(args, prompts, name, model)
     else:
-        in_process(args, prompts, name)
+        from_url(args, prompts, folder / "answers.sqlite")
     results = summary(list(read_answers(args.out).values()), args.out)
     finish_run(folder, results)
-    print(f"{args.out}: {results['n']} answers of {name}, {results['cut']} of them cut at {args.max_new_tokens} tokens")
+    print(f"{args.out}: {results['n']} answers of {name}, {results['cut']} of them cut at {args.max_new_tokens} tokens, "
+          f"{results['empty']} without words")  # fmt: skip
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:
@@ -91,6 +94,7 @@ def summary(samples: list[Sample], path: Path) -> dict:
     """results.json of the run."""
     return {
         "model": model_name(samples, path), "n": len(samples), "cut": sum(s.finish_reason == "length" for s in samples),
+        "empty": sum(not s.answer.strip() for s in samples),
         "completion_tokens": sum(s.completion_tokens for s in samples), "answers": path.name,
     }  # fmt: skip
 
@@ -120,14 +124,14 @@ def from_url(args: argparse.Namespace, prompts: dict[str, list[dict]], cache: Pa
 # --- in this process -----------------------------------------------------------------------------------------------
 
 
-def in_process(args: argparse.Namespace, prompts: dict[str, list[dict]], name: str) -> None:
+def in_process(args: argparse.Namespace, prompts: dict[str, list[dict]], name: str, folder: Path) -> None:
     """Append batch after batch to the file, each synced before the next begins."""
     from tqdm import tqdm
 
     n_done = keep_whole_batches(args.out, args.batch, list(prompts))
     if n_done == len(prompts):
         return
-    model, tokenizer = load(args.source)
+    model, tokenizer = load(folder)
     tokens = render(tokenizer, dict(list(prompts.items())[n_done:]), args.source)
     check_lengths(tokens, model, args.max_new_tokens)
     bar = tqdm(total=len(prompts), initial=n_done, desc="generate", unit="answer", smoothing=0, disable=None)
@@ -156,12 +160,14 @@ def keep_whole_batches(path: Path, batch: int, names: list[str]) -> int:
     return n_whole
 
 
-def load(source: str):
-    """(model on its device, tokenizer that pads on the left). InputError without a chat template."""
-    from nanomed.hf import fetch
-
+def model_folder(source: str) -> Path:
+    """The checkpoint's folder; a run folder of train.py stands for its export."""
     run = Path(source) / "hf"
-    folder = run if (run / "config.json").is_file() else fetch(source, "MODEL")
+    return run if (run / "config.json").is_file() else fetch(source, "MODEL")
+
+
+def load(folder: Path):
+    """(model on its device, tokenizer that pads on the left). InputError without a chat template."""
     try:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, logging
@@ -175,12 +181,13 @@ def load(source: str):
             raise InputError(f"{folder}: has no chat template; give an instruct model, or one that was merged with one")
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"MODEL {source}: transformers cannot load it ({str(error).splitlines()[0]})") from None
+        raise InputError(f"MODEL {folder}: transformers cannot load it ({str(error).splitlines()[0]})") from None
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
 def render(tokenizer, prompts: dict[str, list[dict]], source: str) -> dict[str, list[int]]:
-    """id → tokens of the conversation up to where the assistant begins; special tokens are the template's alone."""
+    """id → tokens of the conversation up to where the assistant begins. A special token that a prompt spells is read as
+    one, as transformers and vLLM do."""
     tokens = {}
     for name, messages in prompts.items():
         try:

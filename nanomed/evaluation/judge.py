@@ -2,11 +2,11 @@
 
     python eval.py judge a.jsonl b.jsonl --url http://localhost:8000/v1 --judge NAME
 
-Every prompt is played twice, A's answer first and B's answer first, since judges favour a place. A wins a prompt that it
-wins in both orders; verdicts that disagree are a tie. A verdict that cannot be read is asked for again in the same
-conversation, twice; then it counts as no decision, and is counted. The prompt is a file with a version (data/tasks/
-judge-de-v1.toml); it tells the judge that German is expected, so language mixing weighs here too: `failures` measures it
-apart.
+The judge sees the whole conversation and both answers, without what the models think aloud. Every prompt is played twice,
+A's answer first and B's answer first, since judges favour a place. A wins a prompt that it wins in both orders; verdicts
+that disagree are a tie. A verdict that cannot be read is asked for again in the same conversation, twice; then it counts
+as no decision, and is counted. The prompt is a file with a version (data/tasks/judge-de-v1.toml); it tells the judge that
+German is expected, so language mixing weighs here too: `failures` measures it apart.
 
 Reported beside the win rate with its interval: the rate at equal lengths, how often both orders agree, how often the
 first place wins. A judge of a contestant's own family favours it, and draws a warning.
@@ -27,7 +27,7 @@ from pathlib import Path
 
 from nanomed import InputError
 from nanomed.chat import Answer, ask
-from nanomed.evaluation.answers import Sample, model_name, read_pair
+from nanomed.evaluation.answers import Sample, model_name, read_pair, thoughts_left_out, without_thoughts
 from nanomed.evaluation.generate import check_positive
 from nanomed.evaluation.record import finish_run, open_run
 from nanomed.evaluation.win_rate import summarise
@@ -35,7 +35,9 @@ from nanomed.evaluation.win_rate import summarise
 PROMPT = Path(__file__).resolve().parents[2] / "data" / "tasks" / "judge-de-v1.toml"
 UNREADABLE = 0.1  # share of verdicts from which on a warning is due
 N_AGAIN = 2  # times that an unreadable verdict is asked for again
-VERDICT = re.compile(r"URTEIL\W{0,8}(1|2|GLEICH)(?!\w)", re.IGNORECASE)
+# A line of its own, maybe with a word before (Mein URTEIL) and brackets before or behind the verdict: both quote the prompt.
+BRACKETS = r"(?:\([^()\n]*\)\W*)?"
+VERDICT = re.compile(rf"^\W*(?:\w+\W+)?URTEIL\W*{BRACKETS}(1|2|GLEICH)\W*?{BRACKETS}$", re.IGNORECASE | re.MULTILINE)
 FAMILIES = {  # a part of the name, in lower case → who trained it
     "mistral": "Mistral", "mixtral": "Mistral", "ministral": "Mistral", "magistral": "Mistral", "qwen": "Qwen",
     "qwq": "Qwen", "llama": "Llama", "meditron": "Llama", "gemma": "Google", "gemini": "Google", "gpt": "OpenAI",
@@ -146,11 +148,12 @@ def read_prompt(path: Path) -> Prompt:
     return Prompt(*texts, hashlib.sha256(raw).hexdigest())
 
 
-def parse(reply: str) -> str | None:
+def parse(reply: str, cut: bool = False) -> str | None:
     """ "1", "2" or "tie" by the verdict in the judge's words; None where there is none, or two that differ. What a
-    reasoning judge thinks aloud before </think> is not its verdict."""
-    found = {verdict.upper() for verdict in VERDICT.findall(reply.rpartition("</think>")[2])}
-    if len(found) != 1:
+    reasoning judge thinks aloud is not its verdict; in a reply that was cut the last line must have it."""
+    said = without_thoughts(reply).strip()
+    found = {verdict.upper() for verdict in VERDICT.findall(said)}
+    if len(found) != 1 or (cut and not VERDICT.match(said.rpartition("\n")[2])):
         return None
     (verdict,) = found
     return "tie" if verdict == "GLEICH" else verdict
@@ -163,7 +166,7 @@ def play(
     pairs: list[tuple[Sample, Sample]], prompt: Prompt, settings: dict, url: str, cache: Path, how: dict
 ) -> list[dict]:
     """Both games of every prompt, in order. Verdicts that cannot be read are asked for again, all in one round."""
-    games = [{"id": a.id, "first": first, "messages": prompt.messages(a.question, *texts), "replies": [], "cut": 0}
+    games = [{"id": a.id, "first": first, "messages": prompt.messages(a.conversation, *texts), "replies": [], "cut": 0}
              for a, b in pairs
              for first, texts in (("a", (a.answer, b.answer)), ("b", (b.answer, a.answer)))]  # fmt: skip
     todo = list(range(len(games)))
@@ -172,16 +175,19 @@ def play(
         desc = f"judge, asked again ({attempt})" if attempt else "judge"
         answers: dict[int, Answer] = dict(ask(requests, url, cache, len(todo), desc=desc, **how))
         for i in todo:
+            cut = answers[i].finish_reason == "length"
             games[i]["replies"].append(answers[i].text)
-            games[i]["cut"] += answers[i].finish_reason == "length"
-        todo = [i for i in todo if parse(games[i]["replies"][-1]) is None]
+            games[i]["cut"] += cut
+            games[i]["winner"] = winner(games[i]["first"], parse(answers[i].text, cut))
+        todo = [i for i in todo if games[i]["winner"] is None]
         if not todo:
             break
-    for game in games:
-        verdict = parse(game["replies"][-1])
-        other = {"a": "b", "b": "a"}[game["first"]]
-        game["winner"] = {"1": game["first"], "2": other, "tie": "tie", None: None}[verdict]
     return games
+
+
+def winner(first: str, verdict: str | None) -> str | None:
+    """ "a", "b" or "tie"; None where there is no verdict. first: whose answer was shown as the first."""
+    return {"1": first, "2": {"a": "b", "b": "a"}[first], "tie": "tie", None: None}[verdict]
 
 
 def conversation(game: dict, prompt: Prompt) -> list[dict]:
@@ -230,6 +236,7 @@ def warnings(pairs: list[tuple[Sample, Sample]], a: str, b: str, judge: str) -> 
         if name == judge or (family(judge) and family(name) == family(judge)):
             yield f"the judge {judge} is of the family of {name}, and judges favour their own; take another judge"
     for name, i in ((a, 0), (b, 1)):
+        yield from thoughts_left_out([pair[i] for pair in pairs])
         if cut := sum(pair[i].finish_reason == "length" for pair in pairs):
             yield f"{cut} of {len(pairs)} answers of {name} are cut at max_new_tokens, and are judged as they are"
 

@@ -12,7 +12,6 @@ samples file.
 """
 
 import argparse
-import hashlib
 import json
 import logging
 import os
@@ -27,7 +26,7 @@ from nanomed.evaluation import accuracy, record, tasks
 from nanomed.evaluation.scorer import DecoderLM, load_decoder
 from nanomed.evaluation.tasks import Task
 from nanomed.hf import fetch, find_weights
-from nanomed.merging.losses import render
+from nanomed.merging.losses import chat_template, render
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -60,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--chat",
         action="store_true",
-        help="prompts through the model's chat template, shots as turns of a conversation",
+        help="prompts through the model's chat template, shots as turns of a conversation, thinking switched off",
     )
     add("--limit", type=int, metavar="N", help="only the first N questions of every task, for a trial")
     add(
@@ -97,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     config = {
-        "models": {name: {"path": str(path), "fingerprint": fingerprint(path)} for name, path in models.items()},
+        "models": {name: {"path": str(path), "fingerprint": record.fingerprint(path)} for name, path in models.items()},
         "tasks": {task.name: {k: v for k, v in task.config.items() if k != "dataset_kwargs"} for task in group.tasks()},
         "shots": args.shots, "seeds": seeds, "cue": args.cue, "chat": args.chat, "limit": args.limit, "dtype": dtype,
     }  # fmt: skip
@@ -155,22 +154,6 @@ def named_models(given: list[str]) -> dict[str, Path]:
             raise InputError(f"MODEL {text}: the name {name!r} is taken or holds a slash; give another as NAME=MODEL")
         found[name] = folder.resolve()
     return found
-
-
-def fingerprint(folder: Path) -> str:
-    """sha256 over config, tokenizer, and of every weights file its size and 17 pieces of it: tells checkpoints apart in
-    milliseconds, so that a run does not go on with another model at the same path."""
-    digest = hashlib.sha256()
-    for name in ("config.json", "tokenizer.json"):
-        digest.update((folder / name).read_bytes() if (folder / name).exists() else b"")
-    for path in sorted(set(find_weights(folder).values())):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for i in range(17):
-                file.seek(max(0, size - 2**16) * i // 16)
-                digest.update(file.read(2**16))
-    return digest.hexdigest()
 
 
 # --- samples -------------------------------------------------------------------------------------------------------
@@ -263,8 +246,10 @@ def command(path: Path, out: Path, args: argparse.Namespace, dtype: str, wanted:
     flags = f" --num_fewshot {args.shots}" if any(task.test is None for task in wanted) else ""
     flags += " --apply_chat_template --fewshot_as_multiturn" if args.chat else ""
     flags += f" --limit {args.limit}" if args.limit else ""
+    thinks = args.chat and "enable_thinking" in chat_template(path)  # by default: lm-eval leaves it to the template
+    answer = ",enable_thinking=False" if thinks else ""
     folder = out / "tasks" / "seed-0" if any(task.test for task in wanted) else args.task_path[-1]
     return (
-        f"lm-eval run --model hf --model_args pretrained={path},dtype={dtype} --include_path {folder} "
+        f"lm-eval run --model hf --model_args pretrained={path},dtype={dtype}{answer} --include_path {folder} "
         f"--tasks {names} --batch_size 8{flags}"
     )

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import nanomed
 from nanomed import InputError
-from nanomed.hf import read_json
+from nanomed.hf import CARRIED, find_weights, read_json
 
 PACKAGES = ("torch", "lm_eval", "tokenizers", "transformers", "numpy")
 
@@ -92,6 +92,23 @@ def sha256(path: Path) -> str:
     """Of the file's bytes; OSError, which names the file, where it cannot be read."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 over config, tokenizer, chat template, and of every weights file its size and 17 pieces of it: tells
+    checkpoints apart in milliseconds, so that a run does not go on with another model at the same path."""
+    digest = hashlib.sha256()
+    for path in (folder / name for name in CARRIED):
+        if path.exists():
+            digest.update(f"{path.name} {sha256(path)}".encode())
+    for path in sorted(set(find_weights(folder).values())):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for i in range(17):
+                file.seek(max(0, size - 2**16) * i // 16)
+                digest.update(file.read(2**16))
+    return digest.hexdigest()
 
 
 def _check_same(out: Path, found: dict, wanted: dict) -> None:

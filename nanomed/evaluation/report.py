@@ -157,14 +157,16 @@ def over_t(runs: list[dict]) -> list[tuple]:
 
     found: dict[str, dict[str, dict]] = {}  # curve → path of the model → {value, ci}
     for about in runs:
-        r = about["results"]
+        r, config = about["results"], about["config"]
         if about["kind"] == "knowledge":
+            how = [f"{config['shots']} shots", *(["chat"] if config["chat"] else []), config["cue"]]
+            how += [f"first {config['limit']}"] if config["limit"] else []
             for model in r["models"]:
                 for task in model["tasks"]:
-                    label = f"accuracy, {task['task']}, {task['shots']} shots"
+                    label = ", ".join([f"accuracy, {task['task']}", *how])
                     found.setdefault(label, {})[model["path"]] = {"value": task["accuracy"], "ci": task["ci"]}
         elif about["kind"] == "judge":
-            label = f"win rate against {short(r['b'])}"
+            label = f"win rate against {short(r['b'])}, by {short(r['judge'])}, {r['prompt']}"
             found.setdefault(label, {})[r["a"]] = {"value": r["win_rate"], "ci": r["ci"]}
         elif about["kind"] == "failures":
             found.setdefault("answers that mix languages", {})[r["a"]] = r["language"]["mixed"]

@@ -9,16 +9,20 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from nanomed import InputError
 from nanomed.evaluation.answers import Sample
 
 WORD = re.compile(r"\w+(?:[-'’]\w+)*")
-TURN = re.compile(
-    r"(?:^|\n)[\s#*>\-]*(?:user|human|assistant|instruction|frage|antwort|nutzer|benutzer|patient(?:in)?|anfrage)\**\s*:|"
+TURN = re.compile(  # what no German answer holds
+    r"^[\s#*>\-]*(?:user|human|assistant|instruction)\**\s*:|"
     r"<\|im_(?:start|end)\|>|\[/?INST\]|<\|(?:user|assistant|eot_id|start_header_id)\|>|</?s>",
-    re.IGNORECASE,
+    re.IGNORECASE | re.MULTILINE,
+)
+ROLE = re.compile(
+    r"^(?:#+ *|\*\*)?(?:(frage|anfrage|nutzer|benutzer)|antwort|assistent)\**\s*:", re.IGNORECASE | re.MULTILINE
 )
 ECHO_WORDS = 12  # so many words of the prompt, in a row, make an echo
 N_GRAM = 4
@@ -73,8 +77,18 @@ def repeated_share(words: list[str]) -> float:
 
 
 def continues(answer: str) -> bool:
-    """Whether a turn begins behind the answer's first words. A label at its very start ("Antwort: ...") is none."""
-    return any(answer[: match.start()].strip() for match in TURN.finditer(answer))
+    """Whether a turn begins behind the answer's first words. A label at its very start ("Antwort: ...") is none.
+
+    German labels stand in good answers too: a letter's "Patientin:", "**Antwort:** B" at the end, an anamnesis as a list of
+    "Frage:". So a user's label counts where an assistant's comes next, or where it is the only label and begins the last
+    line: a user's turn is ended by the token that ends answers."""
+    behind = lambda match: bool(answer[: match.start()].strip())  # noqa: E731
+    if any(map(behind, TURN.finditer(answer))):
+        return True
+    roles = [match for match in ROLE.finditer(answer) if behind(match)]
+    if len(roles) == 1:
+        return roles[0][1] is not None and "\n" not in answer[roles[0].end() :].strip()
+    return any(user[1] and not then[1] for user, then in pairwise(roles))
 
 
 def echoes(words: list[str], prompt: list[str]) -> bool:

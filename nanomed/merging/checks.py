@@ -6,15 +6,19 @@ talks nonsense: so each of these is one line here.
 
 import os
 import shutil
+from itertools import groupby
 from pathlib import Path
 
 from nanomed import InputError
+from nanomed.hf import model_config
 from nanomed.merging.source import Checkpoint, tokenizer_of
 
-# Fields of config.json that may differ: they name versions and habits, not maths. (vocab_size is compared by shape too.)
+# Fields of config.json that may differ: they name versions and habits, not maths, or are compared by what they mean.
+# (vocab_size is compared by shape too.)
 FREE = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache", "max_position_embeddings",
         "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "pretraining_tp", "attention_dropout",
-        "layer_types", "max_window_layers", "rope_theta", "rope_parameters", "rope_scaling"}  # fmt: skip
+        "layer_types", "max_window_layers", "sliding_window", "use_sliding_window",
+        "rope_theta", "rope_parameters", "rope_scaling"}  # fmt: skip
 
 
 def check_pair(base: Checkpoint, other: Checkpoint, role: str) -> list[str]:
@@ -35,7 +39,7 @@ def check_pair(base: Checkpoint, other: Checkpoint, role: str) -> list[str]:
 
 def _check_architecture(base: Checkpoint, other: Checkpoint, role: str) -> None:
     ours, theirs = base.config(), other.config()
-    if not theirs:
+    if not (ours and theirs):
         return  # a run that has not exported: its tensors tell
     for config in (ours, theirs):  # what may be left out means the same as its default
         config["tie_word_embeddings"] = bool(config.get("tie_word_embeddings"))
@@ -46,6 +50,20 @@ def _check_architecture(base: Checkpoint, other: Checkpoint, role: str) -> None:
     ours, theirs = _rope(ours), _rope(theirs)
     for field in sorted(ours.keys() | theirs.keys()):
         _expect(role, other, field, theirs.get(field), ours.get(field))
+    ours, theirs = _windows(base, other)
+    _expect(role, other, "sliding_window (as it is in force)", theirs, ours)
+
+
+def _windows(*checkpoints: Checkpoint) -> list[str]:
+    """The sliding windows that are in force, in words: of Qwen2's four fields for them hub files and transformers' own
+    hold different values that mean the same."""
+    try:
+        configs = [model_config(checkpoint.folder) for checkpoint in checkpoints]
+    except InputError:  # maths that train.py lacks, as other families have: the field itself must do
+        raw = [checkpoint.config() for checkpoint in checkpoints]
+        return [str(None if c.get("use_sliding_window") is False else c.get("sliding_window")) for c in raw]
+    layers = [c.windows or (None,) * c.num_hidden_layers for c in configs]
+    return [", ".join(f"{window} in {len([*run])} layers" for window, run in groupby(windows)) for windows in layers]
 
 
 def _expect(role: str, other: Checkpoint, field: str, found, expected) -> None:

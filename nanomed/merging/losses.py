@@ -77,7 +77,7 @@ class Chat:
             mine = slice(i, None, 2)
             batch, rows = self._rows(prompts[mine], answers[mine])
             n_bytes = sum(len(self.tokenizer.decode(a, skip_special_tokens=False).encode()) for a in answers[mine])
-            self.halves[half] = batch, rows, log_probs(model, batch, rows), n_bytes
+            self.halves[half] = batch, rows, log_probs(model, model.hidden(batch), rows), n_bytes
 
     def _rows(self, prompts: list[list[int]], answers: list[list[int]]) -> tuple[Batch, Tensor]:
         """All conversations in one batch, and the positions that predict an answer's token."""
@@ -90,14 +90,15 @@ class Chat:
     def kl(self, model: Decoder, half: str) -> float:
         """Σ KL(BASE ‖ model) in bits over the answered tokens / bytes of the answers."""
         batch, rows, base, n_bytes = self.halves[half]
-        total = sum(F.kl_div(log_probs(model, batch, r), b, reduction="sum", log_target=True).double()
+        states = model.hidden(batch)  # once; only the logits, of the whole vocabulary, are too large for one go
+        total = sum(F.kl_div(log_probs(model, states, r), b, reduction="sum", log_target=True).double()
                     for r, b in zip(rows.split(64), base.split(64), strict=True))  # fmt: skip
         return max(0.0, total.item()) / math.log(2) / max(1, n_bytes)
 
 
-def log_probs(model: Decoder, batch: Batch, rows: Tensor) -> Tensor:  # (R,) -> (R, V) float32
-    """Of the next token at the chosen positions."""
-    return model.logits(model.hidden(batch), rows).float().log_softmax(-1)
+def log_probs(model: Decoder, states: Tensor, rows: Tensor) -> Tensor:  # (N, D), (R,) -> (R, V) float32
+    """Of the next token at the chosen positions. states: the model's hidden ones of a batch."""
+    return model.logits(states, rows).float().log_softmax(-1)
 
 
 def pack_documents(documents: list[list[int]]) -> Batch:
@@ -157,14 +158,27 @@ def read_prompts(path: Path) -> list[list[dict]]:
     return conversations
 
 
-def render(folder: Path, messages: list[dict]) -> str:
-    """The conversation through BASE's chat template, up to where the assistant begins."""
+def tokenizer_config(folder: Path) -> dict:
+    """Contents of tokenizer_config.json; empty where there is none."""
     path = folder / "tokenizer_config.json"
-    config = read_json(path) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
+
+
+def chat_template(folder: Path) -> str:
+    """The model's chat template; of several the default one. InputError where it has none."""
     file = folder / "chat_template.jinja"
-    template = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
+    template = file.read_text(encoding="utf-8") if file.exists() else tokenizer_config(folder).get("chat_template")
+    if isinstance(template, list):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...}]
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if not isinstance(template, str):
         raise InputError(f"{folder}: has no chat template, which --chat needs; is BASE an instruct model?")
+    return template
+
+
+def render(folder: Path, messages: list[dict]) -> str:
+    """The conversation through BASE's chat template, up to where the assistant begins. A model that may think before it
+    answers (Qwen3) is told not to, as in eval.py generate."""
+    config, template = tokenizer_config(folder), chat_template(folder)
 
     def refuse(message: str):
         raise TemplateError(message)
@@ -176,6 +190,7 @@ def render(folder: Path, messages: list[dict]) -> str:
     )
     try:
         compiled = environment.from_string(template)
-        return compiled.render(messages=messages, add_generation_prompt=True, raise_exception=refuse, **names)
+        settings = {"add_generation_prompt": True, "enable_thinking": False}
+        return compiled.render(messages=messages, raise_exception=refuse, **settings, **names)
     except TemplateError as error:
         raise InputError(f"{folder}: its chat template refuses a prompt ({error})") from None

@@ -18,6 +18,8 @@ from nanomed.bins import tokenizer_sha256
 from nanomed.hf import fetch, find_weights, read_json
 from nanomed.shards import ITEM_BYTES, has_entries, n_elements, read_header
 
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
 
 @dataclass(frozen=True)
 class Part:
@@ -75,7 +77,33 @@ def open_checkpoint(name: str, role: str) -> Checkpoint:
     if (Path(name) / "run.json").is_file():
         return _open_run(Path(name), name, role)
     folder = fetch(name, role)
-    return Checkpoint(name, folder, safetensors_in(folder, role), tokenizer_of(folder), "safetensors")
+    return _of_folder(name, folder, role, "safetensors")
+
+
+def _of_folder(name: str, folder: Path, role: str, kind: str) -> Checkpoint:
+    """A Hugging Face folder, without what is no parameter though some hub files hold it: old Llamas' RoPE frequencies, and
+    small Qwen3s' copy of the embedding as a head that config.json ties to it. InputError where that is no copy: which of
+    the two is meant cannot be known."""
+    tensors = {n: t for n, t in safetensors_in(folder, role).items() if not n.endswith(".rotary_emb.inv_freq")}
+    checkpoint = Checkpoint(name, folder, tensors, tokenizer_of(folder), kind)
+    head = tensors.pop(HEAD, None) if checkpoint.config().get("tie_word_embeddings") else None
+    if head and not (EMBEDDING in tensors and _same_bytes(head, tensors[EMBEDDING])):
+        raise InputError(
+            f"{role} {name}: config.json has tie_word_embeddings, but its {HEAD} is no copy of {EMBEDDING}; set "
+            "tie_word_embeddings to false there if the head is its own, else fetch the checkpoint again"
+        )
+    return checkpoint
+
+
+def _same_bytes(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of safetensors files are equal, bit for bit; a MB at a time."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    with a.parts[0].path.open("rb") as left, b.parts[0].path.open("rb") as right:
+        left.seek(a.parts[0].offset)
+        right.seek(b.parts[0].offset)
+        sizes = (min(2**20, a.n_bytes - start) for start in range(0, a.n_bytes, 2**20))
+        return all(left.read(size) == right.read(size) for size in sizes)
 
 
 def tokenizer_of(folder: Path) -> dict[str, str]:
@@ -119,7 +147,7 @@ def _open_run(run: Path, name: str, role: str) -> Checkpoint:
     if not steps and not exported:
         raise InputError(f"{role} {name}: the run has no whole checkpoint and no hf/ yet; let train.py reach one")
     if not steps:
-        return Checkpoint(name, exported, safetensors_in(exported, role), tokenizer_of(exported), "safetensors of hf/")
+        return _of_folder(name, exported, role, "safetensors of hf/")
     step, path = steps[-1]
     init = Path(read_json(run / "config.json").get("init", ""))
     folder = exported or (init if (init / "config.json").is_file() else None)

@@ -4,6 +4,7 @@ Everything is written in OUT.tmp and renamed last, so OUT appears in one instant
 would take longer than the merge itself, and a power cut in the half minute after costs a merge that can be made again.
 """
 
+import json
 import os
 import shutil
 import sys
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from nanomed import InputError, shards
 from nanomed.hf import CARRIED
 from nanomed.merging import checks, report
-from nanomed.merging.mergekit_yaml import Recipe
+from nanomed.merging.mergekit_yaml import DTYPES, Recipe
 from nanomed.merging.schedule import Rule, evaluate
 from nanomed.merging.slerp import Stats, factors
 from nanomed.merging.source import Checkpoint
@@ -77,9 +78,19 @@ def create(folder: Path, base: Checkpoint, plan: dict, dtypes: dict[str, str]) -
     for name in CARRIED:
         if (base.folder / name).exists():
             shutil.copyfile(base.folder / name, folder / name)
+    name_dtype(folder / "config.json", base.config(), set(dtypes.values()))
     for file, tensors in plan.items():
         shards.write_header(folder / file, tensors)
     shards.write_index(folder, plan)
+
+
+def name_dtype(path: Path, config: dict, dtypes: set[str]) -> None:
+    """Write config.json anew where it names another dtype than all the weights have: what says "auto" loads that one."""
+    if len(dtypes) > 1:
+        return
+    name = next(name for name, dtype in DTYPES.items() if dtype in dtypes)
+    if wrong := {key: name for key in ("dtype", "torch_dtype") if config.get(key) not in (None, name)}:
+        path.write_text(json.dumps(config | wrong, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def progress(inputs: list[Checkpoint], passes: int, what: str = "merge") -> tqdm:
