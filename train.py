@@ -7,12 +7,13 @@ Stopped by anything at all, the same command goes on from its newest whole check
 On SIGTERM, Ctrl-C or SIGUSR1 it saves one first.
 """
 
+import contextlib
 import errno
 import gc
 import math
 import os
-import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,35 +22,40 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from nanomed import InputError, batches, guard, hf, optim, parallel, runs, weights
+from nanomed import InputError, batches, guard, optim, parallel, runs, weights
 from nanomed.batches import Batch, Shape
-from nanomed.bins import tokenizer_sha256
 from nanomed.checkpoint import Checkpointer
-from nanomed.config import MINIATURE, Config, parse
+from nanomed.config import Config, parse
 from nanomed.guard import Guard, Stopped, StopSignal
-from nanomed.hf import ModelConfig
+from nanomed.inputs import Inputs, open_inputs
 from nanomed.kernels.providers import kernels
 from nanomed.metrics import Metrics, print_start
 from nanomed.model import Decoder
 from nanomed.parallel import World, print0
 from nanomed.plot import plot_curves
-from nanomed.stream import Stream, open_sources
+from nanomed.stream import Stream
+
+SHARED_FOLDER_S = 60.0
 
 
 def train(config: Config, world: World) -> None:
     """One run, from the command line's config to RUN/hf. InputError where it cannot be; then nothing was trained."""
-    out, windows = Path(config.out), config.batch_tokens // config.seq_len  # of one step
-    source, model_config, stream, vals, shape, n_steps = open_inputs(config, world)
-    identity = runs.data_identity(stream, vals)
+    out, inputs = Path(config.out), open_inputs(config, world)
+    identity = runs.data_identity(inputs.stream, inputs.vals)
     runs.check_run(out, config, identity)
     if runs.is_finished(out):
         return print0(f"{out}: this run is finished; its model is in {out / 'hf'}")
+    with torch.device("meta"):  # described on no device; then cut over the ranks, then filled
+        model = Decoder(inputs.model_config, config.dtype, kernels(config.kernels))
+    has_weights = weights.check_weights(model, inputs.source)
+    with claim_folder(out, config, identity, world):
+        run(config, world, inputs, model, has_weights)
 
-    # --- the model: described on no device, cut over the ranks, then filled
-    with torch.device("meta"):
-        model = Decoder(model_config, config.dtype, kernels(config.kernels))
-    has_weights = weights.check_weights(model, source)
-    claim_folder(out, config, identity, world)
+
+def run(config: Config, world: World, inputs: Inputs, model: Decoder, has_weights: bool) -> None:
+    """The training itself, from the newest checkpoint, the given weights or random ones to RUN/hf."""
+    source, model_config, stream, vals, shape, n_steps = inputs
+    out, windows = Path(config.out), config.batch_tokens // config.seq_len  # of one step
     mesh = parallel.parallelize(model, config, world)
     model.to_empty(device="cpu" if config.offload else world.device)
     optimizer, watch = optim.make_adamw(model, config), Guard(world.device)
@@ -106,7 +112,7 @@ def train(config: Config, world: World) -> None:
         checkpoints.ensure(step)
         return print0(f"stopped by {signal} after step {step}; the same command goes on from there")
     except InputError:
-        checkpoints.wait()  # or the one being written, perhaps the newest sound one, would never be marked whole
+        checkpoints.wait()  # or this process, leaving, would cut the one being written short, perhaps the newest sound one
         raise
     finally:
         loader.close()
@@ -126,30 +132,30 @@ def finish(model: Decoder, source: Path, out: Path, world: World) -> None:
     print0(f"model:  {out / 'hf'}")
 
 
-def open_inputs(config: Config, world: World) -> tuple[Path, ModelConfig, Stream, dict[str, Stream], Shape, int]:
-    """What goes in: folder and config of the model, training and validation sets, shape of the batches, number of steps."""
-    source = get_source(config, world)
-    model_config = hf.model_config(source)
-    if config.seq_len > (model_config.max_position_embeddings or config.seq_len):
-        raise InputError(f"--seq-len {config.seq_len}: the model was made for {model_config.max_position_embeddings}")
-    stream, vals = open_data(config, source, model_config.vocab_size)
-    n_steps = count_steps(config, stream)
-    return source, model_config, stream, vals, Shape(config.seq_len, config.micro_batch), n_steps
-
-
 def due(step: int, n_steps: int, *everies: int) -> list[bool]:
     """What happens every so many steps: does it after this one? After the last, everything does."""
     return [step == n_steps or step % every == 0 for every in everies]
 
 
-def claim_folder(out: Path, config: Config, identity: dict, world: World) -> None:
-    """Make the run folder once every rank has found its input whole. InputError where a rank does not see it then."""
+@contextlib.contextmanager
+def claim_folder(out: Path, config: Config, identity: dict, world: World) -> Iterator[None]:
+    """A context that holds the run folder, made once every rank has found its input whole. InputError where a rank does not
+    see it: over NFS within a minute, for so long a machine may believe that it is not there."""
     world.barrier()
-    if world.first():
-        runs.create_run(out, config, identity, world.device)
-    world.barrier()
-    if not (out / "run.json").exists():
-        raise InputError(f"--out {out}: not the same folder on all machines; checkpoints need one that all of them see")
+    held = runs.create_run(out, config, identity, world.device) if world.first() else None
+    try:
+        world.barrier()
+        given_up = time.monotonic() + SHARED_FOLDER_S
+        while not (out / "run.json").exists():
+            if time.monotonic() > given_up:
+                raise InputError(
+                    f"--out {out}: not the same folder on all machines; checkpoints need one that all of them see"
+                )
+            time.sleep(1)
+        yield
+    finally:
+        if held is not None:
+            os.close(held)
 
 
 def add_gradients(
@@ -173,57 +179,6 @@ def add_gradients(
     loss = loss.double()
     dist.all_reduce(loss)
     return loss, len2
-
-
-def get_source(config: Config, world: World) -> Path:
-    """The folder of the model to start from, downloaded or made: by the first process of all, then by one a machine."""
-    for my_turn in (world.first(), world.local_rank == 0):
-        if my_turn and config.init == str(MINIATURE / "model") and not MINIATURE.exists():
-            script = Path(__file__).resolve().parent / "data" / "miniature.py"
-            if subprocess.run([sys.executable, script, "--out", MINIATURE]).returncode:
-                raise InputError(f"{MINIATURE}: the built-in corpus could not be made, see above")
-        if my_turn:
-            hf.fetch(config.init)
-        world.barrier()
-    return hf.fetch(config.init)
-
-
-def open_data(config: Config, source: Path, vocab_size: int) -> tuple[Stream, dict[str, Stream]]:
-    """The training stream and the validation sets by name; their tokens must be the model's tokens."""
-    stream = Stream(open_sources(config.data), config.seed, vocab_size)
-    vals = {}
-    for spec in config.val:
-        name, _, folder = spec.rpartition("=")
-        if not name.isidentifier() or name in vals or "@" in folder:
-            raise InputError(
-                f"--val {spec}: must be NAME=BINS, each name once, of letters, digits and _; no share after @"
-            )
-        vals[name] = Stream(open_sources([folder]), None, vocab_size)
-    tokenizer = source / "tokenizer.json"
-    expected = tokenizer_sha256(tokenizer)
-    for bins in [*stream.bins, *(b for v in vals.values() for b in v.bins)]:
-        if bins.tokenizer_sha256 != expected:
-            raise InputError(
-                f"{bins.folder}: was made with another tokenizer than {tokenizer}; prepare it with --tokenizer {source}"
-            )
-        if bins.vocab_size > vocab_size:
-            raise InputError(f"{bins.folder}: its vocabulary has {bins.vocab_size} entries, the model's {vocab_size}")
-    return stream, vals
-
-
-def count_steps(config: Config, stream: Stream) -> int:
-    """Steps of the run: --steps, or as many whole ones as --epochs hold."""
-    if stream.start_of(1) == 0:
-        raise InputError(f"--data {' '.join(config.data)}: so small a share holds no document in the first epoch")
-    n_tokens = stream.start_of(config.epochs)
-    n_steps = config.steps or n_tokens // config.batch_tokens
-    if n_steps == 0:
-        raise InputError(
-            f"--data: {n_tokens:,} tokens in {config.epochs} epochs are fewer than one step of {config.batch_tokens:,}"
-        )
-    if config.warmup_steps >= n_steps:
-        raise InputError(f"--warmup-steps {config.warmup_steps}: the run has only {n_steps} steps")
-    return n_steps
 
 
 @torch.no_grad()

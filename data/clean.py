@@ -36,8 +36,8 @@ from documents import find_files, read_documents, write_parquet
 from keeping import CORPUS, EXTRA, Job, keep_file, load_questions, part_of
 from nanomed import InputError, run_script
 from nanomed.bins import read_json
+from nanomed.files import lock
 from personal import PATTERNS, count_personal
-from resuming import lock
 from scoring import classifier_identity
 from sweep import read_classifier
 

@@ -36,8 +36,9 @@ from conversations import chat_template
 from encoding import Encoded, Job, encode_file, find_tokenizer, worker_pool
 from engines import Unproven, engine_version, load_tokenizer
 from nanomed import InputError, bins, run_script
+from nanomed.files import lock
 from reading import SUFFIXES
-from resuming import committed_part, lock, remove_leftovers
+from resuming import committed_part, remove_leftovers
 
 SLICE_BYTES = 256 << 20  # text of a shard
 

@@ -4,8 +4,6 @@ The JSON of a shard is its commit point (nanomed/bins.py). What lies there witho
 must be what this run would write, or the run ends with one line.
 """
 
-import fcntl
-import os
 import re
 from pathlib import Path
 
@@ -38,15 +36,3 @@ def remove_leftovers(out: Path) -> None:
         own = re.fullmatch(r"(shard-\d{5}\.(bin|idx|json)|manifest\.json)(\.tmp)?", path.name)
         if own and (path.suffix == ".tmp" or not path.with_suffix(".json").exists()):
             path.unlink()
-
-
-def lock(out: Path) -> int:
-    """Let no second run write here; the lock ends with the process, however it ends."""
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{out}: another run is writing here; wait for it, or choose another --out") from None
-    except OSError:
-        pass  # a file system without locks
-    return descriptor

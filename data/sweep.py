@@ -28,7 +28,7 @@ from tqdm import tqdm
 from documents import find_files
 from nanomed import InputError, run_script
 from nanomed.bins import read_json
-from resuming import lock
+from nanomed.files import lock
 from scoring import Scoring, classifier_identity, is_committed, score_path
 
 FINISHED = "sweep.json"

@@ -38,7 +38,7 @@ class Batch:
     positions: Tensor  # (N,) int64, from 0 in each document piece
     cu_seqlens: Tensor  # (N + 1,) int32 borders of the pieces; after the last piece N repeats, so that no shape varies
     extent: Tensor  # (2,) int64, always on the CPU: pieces, tokens of the longest
-    sum_squared_lens: int  # Σ len² over the pieces: the work of attention
+    sum_squared_lens: int  # Σ len² over the documents' pieces: the work of attention that the model needs
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on the device; asynchronous where its memory is pinned."""
@@ -68,7 +68,7 @@ def pack(stream: Stream, window: int, shape: Shape, stop: int) -> Batch:
     n = shape.micro_batch * shape.seq_len
     tokens, positions = np.zeros(n, np.int64), np.zeros(n, np.int64)
     labels, lengths = np.full(n, IGNORED, np.int64), []
-    at = 0
+    at = work = 0
     for w in range(window, window + shape.micro_batch):
         start, end = w * shape.seq_len, min((w + 1) * shape.seq_len, stop)
         for doc, a, b in stream.pieces(start, end) if start < end else ():
@@ -77,6 +77,7 @@ def pack(stream: Stream, window: int, shape: Shape, stop: int) -> Batch:
             labels[at : at + len(text) - 1] = text[1:]
             lengths.append(b - a)
             at += b - a
+            work += (b - a) ** 2
         if end < start + shape.seq_len:
             lengths.append(start + shape.seq_len - max(start, end))
             at += lengths[-1]
@@ -86,7 +87,7 @@ def pack(stream: Stream, window: int, shape: Shape, stop: int) -> Batch:
     cu_seqlens = np.full(n + 1, n, np.int32)
     cu_seqlens[0], cu_seqlens[1 : len(borders) + 1] = 0, borders
     extent = np.array((len(lengths), lengths.max()))
-    return Batch(*map(torch.from_numpy, (tokens, labels, positions, cu_seqlens, extent)), int((lengths**2).sum()))
+    return Batch(*map(torch.from_numpy, (tokens, labels, positions, cu_seqlens, extent)), work)
 
 
 def train_batches(stream: Stream, shape: Shape, step: int, windows: int, rank: int, world: int) -> Iterator[Batch]:
@@ -139,10 +140,13 @@ class Prefetch:
     def __init__(self, items: Iterable, depth: int = 4):
         self.wait_s = 0.0
         self._queue, self._stop = queue.Queue(depth), threading.Event()
+        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._thread = threading.Thread(target=self._fill, args=(iter(items),), daemon=True)
         self._thread.start()
 
     def _fill(self, items: Iterator) -> None:
+        if self._device is not None:  # every thread begins on GPU 0: pinning memory would make a context there
+            torch.cuda.set_device(self._device)
         try:
             for item in items:
                 self._put((item, None))

@@ -1,9 +1,10 @@
 """Checkpoints that are whole or not there: written beside the training, marked DONE last, the newest K kept.
 
 `save` copies weights and AdamW's means to the CPU (the only time training waits), and threads of torch's distributed
-checkpoint, of the lowest priority, write every rank's own rows to disk. When all ranks have finished and synced, rank 0
-writes DONE. Only a folder with DONE counts; older ones are removed only after it. So a kill at any moment costs the steps
-since the newest DONE and nothing else. The rows are re-cut on loading: any number of ranks may go on.
+checkpoint, of the lowest priority, write every rank's own rows to disk. When all ranks have finished and synced, such a
+thread of rank 0 writes DONE, whatever may have become of the training. Only a folder with DONE counts; older ones are
+removed only after it. So a kill at any moment costs the steps since the newest DONE and nothing else. The rows are re-cut
+on loading: any number of ranks may go on.
 
 DONE lists the SHA-256 of every file, which each rank takes of its own ones, beside the training (a second for 1 to 2
 GB): torch would load a flipped bit without a word. A checkpoint that is damaged is passed over for the one before. A
@@ -18,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import threading
@@ -32,24 +34,19 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from nanomed import InputError
+from nanomed.files import write_durably
 from nanomed.guard import Guard
 from nanomed.parallel import SLOW_TIMEOUT, World, print0
 
 
-def write_durably(path: Path, text: str) -> None:
-    """The file with this text, or no file of this name: written aside, synced, renamed."""
-    tmp = path.with_name(path.name + ".tmp")
-    with tmp.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(tmp, path)
-
-
 def whole(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of the checkpoints in FOLDER that carry DONE, oldest first."""
-    found = [(int(p.name.removeprefix("step-")), p) for p in folder.glob("step-*") if (p / "DONE").exists()]
-    return sorted(found)
+    return sorted((int(p.name.removeprefix("step-")), p) for p in _ours(folder) if (p / "DONE").exists())
+
+
+def _ours(folder: Path) -> list[Path]:
+    """What a Checkpointer has made there: a copy that somebody put beside it, step-00000100-good, is theirs."""
+    return [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name)]
 
 
 class Checkpointer:
@@ -147,9 +144,10 @@ class Checkpointer:
             write_durably(path / "state.json", json.dumps({"step": step}))
         dist.barrier(group=self._group)
         # From that thread, for the one that torch writes in inherits its low priority. Here the copying is waited for.
-        begin = partial(dcp.async_save, self._state(), checkpoint_id=path, process_group=self._group)
+        writer = Writer(path)
+        begin = partial(dcp.async_save, self._state(), storage_writer=writer, process_group=self._group)
         written = self._sealer.submit(begin).result()
-        self._pending = path, self._sealer.submit(self._digests, path, written)
+        self._pending = path, self._sealer.submit(self._seal, path, written)
         self.step = step
 
     def _is_finite(self) -> bool:
@@ -160,16 +158,18 @@ class Checkpointer:
         dist.all_reduce(sound, dist.ReduceOp.MIN, group=self._group)
         return bool(sound)
 
-    def _digests(self, path: Path, written: Future) -> dict[str, str]:
-        """In the sealing thread: when all has been written, every file's SHA-256, known to every rank."""
+    def _seal(self, path: Path, written: Future) -> None:
+        """In the sealing thread: when all has been written, on every rank, DONE with every file's SHA-256."""
         written.result()
         mine = [*path.glob(f"__{self.world.rank}_*"), *([path / ".metadata"] if self.world.first() else [])]
         everyone = [None] * self.world.size
         dist.all_gather_object(everyone, {file.name: _sha256(file) for file in mine}, group=self._group)
-        return {name: digest for digests in everyone for name, digest in digests.items()}
+        digests = {name: digest for files in everyone for name, digest in files.items()}
+        if self.world.first():
+            write_durably(path / "DONE", json.dumps(digests, indent=1))
 
     def poll(self) -> None:
-        """Mark the checkpoint in flight DONE if it has become whole. InputError if it could not be written."""
+        """Let the checkpoint in flight, if it has become whole, take the oldest's place. InputError if it could not be written."""
         if self._pending and self._pending[1].done():
             self.wait()
 
@@ -179,9 +179,7 @@ class Checkpointer:
             return
         (path, future), self._pending = self._pending, None
         try:
-            digests = future.result()
-            if self.world.first():
-                write_durably(path / "DONE", json.dumps(digests, indent=1))
+            future.result()
         except (CheckpointException, OSError, RuntimeError) as error:
             free_gb = shutil.disk_usage(self.folder).free / 1e9  # on a full disk torch may only say "unexpected pos"
             if self.world.first():
@@ -201,13 +199,27 @@ class Checkpointer:
 
     def _prune(self) -> None:
         keep = {path for _, path in whole(self.folder)[-self.keep :]}
-        for path in self.folder.glob("step-*"):
+        for path in _ours(self.folder):
             if path not in keep:
                 (path / "DONE").unlink(
                     missing_ok=True
                 )  # first, so that a kill half-way leaves nothing that looks whole
                 # In a thread: removing 100 GB takes a while, and the other ranks already wait in the next step.
                 threading.Thread(target=shutil.rmtree, args=(path,), kwargs={"ignore_errors": True}).start()
+
+
+class Writer(dcp.FileSystemWriter):
+    """torch's, whose thread would make itself at home on GPU 0, on every rank: a thread begins there."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    def write_data(self, plan, planner) -> Future:
+        """As torch's."""
+        if self._device is not None:
+            torch.cuda.set_device(self._device)
+        return super().write_data(plan, planner)
 
 
 def _give_way() -> None:

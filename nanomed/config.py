@@ -10,6 +10,7 @@ packing. It publishes no learning rate, batch size or window: those of the recip
 import argparse
 import dataclasses
 import importlib.util
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ class Config:
     lr: float = 1e-5
     """Peak learning rate. Continual pre-training wants a small one; large ones learn faster and forget more."""
     warmup_steps: int = 500
-    """Linear warm-up from 0; then linear decay to 0 at the last step."""
+    """Linear warm-up from 0; then linear decay that would reach 0 one step after the last."""
     weight_decay: float = 0.1
     """AdamW's decoupled decay; norms and biases are spared."""
     beta1: float = 0.9
@@ -194,11 +195,12 @@ def parse(argv: list[str]) -> Config:
     config = parse_without_data(argv)
     if not config.data:
         raise InputError("--data: no training bins given; make some with data/prepare.py")
+    check_machine(config)
     return config
 
 
 def parse_without_data(argv: list[str]) -> Config:
-    """As parse; --data may be missing (the planner needs none)."""
+    """As parse, for the planner: --data may be missing, and the machine be another."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="miniature")
     name = first.parse_known_args(argv)[0].recipe
@@ -224,20 +226,33 @@ def parse_without_data(argv: list[str]) -> Config:
 
 def validated(c: Config) -> Config:
     """The config itself, or InputError naming the first flag that cannot be."""
-    positive = [
-        "seq_len",
-        "batch_tokens",
-        "micro_batch",
-        "epochs",
-        "log_every",
-        "checkpoint_every",
-        "eval_every",
-        "keep",
-        "replicas",
-    ]
-    for field in positive + ["steps"] * (c.steps is not None):
+    counts = "seq_len batch_tokens micro_batch epochs log_every checkpoint_every eval_every keep replicas".split()
+    for field in counts + ["steps"] * (c.steps is not None):
         if getattr(c, field) < 1:
             raise InputError(f"--{field.replace('_', '-')} {getattr(c, field)}: must be at least 1")
+    if not 0 < c.lr < math.inf or c.warmup_steps < 0:
+        raise InputError(f"--lr {c.lr}, --warmup-steps {c.warmup_steps}: need lr > 0 and warm-up >= 0")
+    for field, low, high in (("beta1", 0, 1), ("beta2", 0, 1), ("weight_decay", 0, math.inf), ("seed", 0, math.inf)):
+        if not low <= getattr(c, field) < high:
+            what = "0 or more" if high == math.inf else "from 0 to below 1"
+            raise InputError(f"--{field.replace('_', '-')} {getattr(c, field)}: must be {what}")
+    if not c.eps > 0:
+        raise InputError(f"--eps {c.eps}: must be above 0")
+    if not c.clip_norm > 0:
+        raise InputError(f"--clip-norm {c.clip_norm}: must be above 0; inf does not clip")
+    if c.batch_tokens % (c.seq_len * c.micro_batch):
+        raise InputError(
+            f"--batch-tokens {c.batch_tokens}: not a multiple of --seq-len {c.seq_len} x --micro-batch {c.micro_batch}"
+        )
+    if c.float8 and c.precision == "fp32":
+        raise InputError("--float8: needs --precision bf16 or pure-bf16")
+    if c.float8 and c.seq_len * c.micro_batch % 16:
+        raise InputError(f"--float8: --seq-len {c.seq_len} x --micro-batch {c.micro_batch} must be a multiple of 16")
+    return c
+
+
+def check_machine(c: Config) -> None:
+    """InputError naming the first flag that this machine cannot follow: no GPU for it, a package that is missing."""
     for package, wanted in (("tensorboard", c.tensorboard), ("wandb", c.wandb)):
         if wanted and importlib.util.find_spec(package) is None:
             raise InputError(f"--{package}: not installed; pip install -e '.[log]'")
@@ -250,13 +265,6 @@ def validated(c: Config) -> Config:
         providers.kernels(c.kernels)
     except ValueError as error:
         raise InputError(f"--kernels {c.kernels}: {error}") from None
-    if c.batch_tokens % (c.seq_len * c.micro_batch):
-        raise InputError(
-            f"--batch-tokens {c.batch_tokens}: not a multiple of --seq-len {c.seq_len} x --micro-batch {c.micro_batch}"
-        )
-    if not c.lr > 0 or c.warmup_steps < 0:
-        raise InputError(f"--lr {c.lr}, --warmup-steps {c.warmup_steps}: need lr > 0 and warm-up >= 0")
-    return c
 
 
 def _check_float8(c: Config) -> None:
@@ -266,10 +274,6 @@ def _check_float8(c: Config) -> None:
     if (found := torch.cuda.get_device_capability()) < (9, 0):
         name = torch.cuda.get_device_name()
         raise InputError(f"--float8: needs compute capability 9.0 (Hopper) or newer, {name} has {found[0]}.{found[1]}")
-    if c.precision == "fp32":
-        raise InputError("--float8: needs --precision bf16 or pure-bf16")
-    if c.seq_len * c.micro_batch % 16:
-        raise InputError(f"--float8: --seq-len {c.seq_len} x --micro-batch {c.micro_batch} must be a multiple of 16")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ are (causal attention: half of 12). Recomputation is not counted. MFU is that ra
 peak.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -25,9 +26,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanomed import batches
-from nanomed.checkpoint import write_durably
 from nanomed.config import Config
 from nanomed.devices import bf16_peak
+from nanomed.files import write_durably
 from nanomed.guard import reason
 from nanomed.model import Decoder
 from nanomed.parallel import World, print0
@@ -164,7 +165,8 @@ class Metrics:
         """Say above the bar that the guard skipped a step, and why; its documents go to the file in full."""
         seq_len, tokens = self.config.seq_len, self.config.batch_tokens
         documents = batches.documents(self.stream, seq_len, step - 1, tokens // seq_len)
-        self._write([{"step": step, "tokens": step * self.config.batch_tokens, "why": why, "documents": documents}])
+        # To the file alone: TensorBoard takes numbers only, W&B no step that it has already seen.
+        self._append([{"step": step, "tokens": step * self.config.batch_tokens, "why": why, "documents": documents}])
         some = "; ".join(
             f"{folder} {', '.join(map(str, numbers[:5]))}{f' and {len(numbers) - 5} more' if numbers[5:] else ''}"
             for folder, numbers in documents.items()
@@ -178,13 +180,16 @@ class Metrics:
     def _write(self, rows: list[dict]) -> None:
         if not self.world.first():
             return
+        self._append(rows)
+        for row in rows:
+            for sink in self._sinks:
+                sink(row)
+
+    def _append(self, rows: list[dict]) -> None:
         with self.path.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
             file.flush()
             os.fsync(file.fileno())
-        for row in rows:
-            for sink in self._sinks:
-                sink(row)
 
     def _show(self, row: dict, flop_s: float) -> None:
         mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}"
@@ -224,6 +229,7 @@ def _sinks(out: Path, config: Config) -> list:
     if config.wandb:
         import wandb
 
-        run = wandb.init(project=config.wandb, dir=out, id=out.name, resume="allow")
+        unique = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:12]  # another folder's run may have this name
+        run = wandb.init(project=config.wandb, dir=out, name=out.name, id=unique, resume="allow")
         sinks.append(lambda row: run.log(row, step=row["step"]))
     return sinks

@@ -82,6 +82,12 @@ def held(job: Job, regime: Regime) -> dict[str, float]:
     return {part: size * n_params for part, size in sizes.items()}
 
 
+def on_cpu(job: Job, regime: Regime) -> float:
+    """Bytes a GPU in the machine's memory: the copy that a checkpoint is written from, and what --offload keeps there."""
+    parts = held(job, regime)
+    return parts["weights"] + parts["optimiser states"] + (sum(parts.values()) if job.config.offload else 0)
+
+
 def memory(job: Job, regime: Regime, recompute: str) -> dict[str, float]:
     """Bytes on each GPU by part; their sum is the peak.
 
@@ -150,7 +156,7 @@ def offload_advice(job: Job, limit: float) -> str:
     offloaded = replace(job, config=replace(job.config, offload=True))
     if job.config.offload or peak(offloaded, REGIMES[0], "full") > limit:
         return ""
-    n_bytes = sum(held(job, REGIMES[0]).values()) * job.n_gpus
+    n_bytes = on_cpu(offloaded, REGIMES[0]) * job.n_gpus
     return f", or --offload --recompute full, slow, these {job.n_gpus} and {n_bytes / 1e9:.0f} GB of the CPUs' memory"
 
 
@@ -200,8 +206,6 @@ def memory_table(job: Job) -> list[str]:
     lines = [f"{'GB on each GPU':34}" + "".join(f"{regime.name:>14}" for regime in REGIMES)]
     for part in ("weights", "gradients", "optimiser states"):
         lines.append(row(part, lambda regime, part=part: memory(job, regime, "none")[part]))
-    if job.config.offload:
-        lines.append(row("these three, in the CPU's memory", lambda regime: sum(held(job, regime).values())))
     lines += modes("activations", lambda mode, regime: memory(job, regime, mode)["activations"])
     lines.append("of these the largest:")
     lines.append(row("  loss, logits in chunks", partial(moment, "loss", "none")))
@@ -214,6 +218,7 @@ def memory_table(job: Job) -> list[str]:
         marks = ["" if t <= job.gpu.memory_bytes - SPARE_BYTES else "!" for t in totals]
         cells = [f"{t / 1e9:.1f}{mark}" for t, mark in zip(totals, marks, strict=True)]
         lines.append(f"{'peak, --recompute ' + mode:34}" + "".join(f"{c:>14}" for c in cells))
+    lines.append(row("CPU memory for it, at a checkpoint", partial(on_cpu, job)))
     return lines + [f"(!: leaves less than {SPARE_BYTES / 1e9:.0f} of {job.gpu.memory_bytes / 1e9:.1f} GB free)"]
 
 

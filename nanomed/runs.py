@@ -19,8 +19,8 @@ import torch
 
 import nanomed
 from nanomed import InputError
-from nanomed.checkpoint import write_durably
 from nanomed.config import FREE_FIELDS, Config
+from nanomed.files import lock, write_durably
 from nanomed.hf import read_json
 from nanomed.stream import Stream
 
@@ -59,11 +59,22 @@ def check_run(out: Path, config: Config, identity: dict) -> None:
             raise InputError(f"--out {out}: the run began on other data ({key} differs); a run cannot change its data")
 
 
-def create_run(out: Path, config: Config, identity: dict, device: torch.device) -> None:
-    """Write config.json and run.json of a new run; those of one that goes on stay as they are."""
-    if (out / "run.json").exists():
-        return
-    out.mkdir(parents=True, exist_ok=True)
+def create_run(out: Path, config: Config, identity: dict, device: torch.device) -> int:
+    """Write config.json and run.json of a new run; those of one that goes on stay as they are. The folder's lock.
+
+    InputError where another process holds it, or where nothing can be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        held = lock(out)
+        if not (out / "run.json").exists():
+            _describe(out, config, identity, device)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error.strerror}); choose another") from None
+    return held
+
+
+def _describe(out: Path, config: Config, identity: dict, device: torch.device) -> None:
     run = {
         "identity": identity,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",

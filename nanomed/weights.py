@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from nanomed import shards
+from nanomed.files import sync
 from nanomed.hf import CARRIED, check_weights, find_weights, open_safetensors, read_json
 from nanomed.parallel import World
 
@@ -82,9 +83,12 @@ def export(model: nn.Module, source: Path, out: Path, world: World) -> None:
         for name in CARRIED:
             if (source / name).exists():
                 shutil.copyfile(source / name, tmp / name)
+                sync(tmp / name)
         for file, tensors in plan.items():
             shards.write_header(tmp / file, tensors)
         shards.write_index(tmp, plan)
+        for path in tmp.glob("*.index.json"):
+            sync(path)
     world.barrier()
     params = dict(model.named_parameters())
     for file, tensors in plan.items():
@@ -92,7 +96,9 @@ def export(model: nn.Module, source: Path, out: Path, world: World) -> None:
     world.barrier()
     if first:
         shutil.rmtree(out, ignore_errors=True)
+        sync(tmp)
         os.replace(tmp, out)
+        sync(out.parent)
 
 
 def source_dtypes(model: nn.Module, source: Path) -> dict[str, torch.dtype]:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import sys
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import train
 from conftest import ROOT, read_losses, run_train, write_bins
 from nanomed.checkpoint import whole
+from nanomed.files import lock
 from refusals import contents, fixture_refused, hash_of, only_error  # noqa: F401
 
 
@@ -52,6 +54,19 @@ def test_the_same_data_elsewhere_is_the_same_run(tiny, finished, tmp_path, monke
     moved = shutil.copytree(tiny.train, tmp_path / "moved")
     trained(monkeypatch, tiny.flags(finished, data=moved, keep=7))
     assert "this run is finished" in capsys.readouterr().err
+
+
+def test_a_folder_that_another_run_writes_to(tiny, tmp_path, refused):
+    """The same command typed twice, or put back into the queue while it still runs."""
+    out = tmp_path / "run"
+    out.mkdir()
+    held = lock(out)
+    assert "another run is writing here" in refused(tiny.flags(out), str(out))
+    os.close(held)
+
+
+def test_a_folder_that_cannot_be_made(tiny, refused):
+    refused(tiny.flags("/proc/run"), "--out /proc/run: cannot be written")
 
 
 def test_a_folder_that_is_no_runs(tiny, tmp_path, refused):

@@ -1,5 +1,8 @@
 """The stream, the windows and the packed batches, against a slow and obvious reading of the same documents."""
 
+import sys
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -141,6 +144,35 @@ def test_a_share_that_is_none(spec, tmp_path):
     write_bins(tmp_path / "set", [[1, 2]], vocab_size=50)
     with pytest.raises(InputError, match="share"):
         open_sources([f"{tmp_path / 'set'}{spec}"])
+
+
+def test_two_threads_find_the_same_epochs():
+    """After a resume beyond what --epochs has counted, the thread that packs and the training ask at once."""
+    for seed in range(5):
+        bins = [(MemoryBins([3] * 300), 0.5)]
+        right, shared = (Stream(bins, seed, VOCAB) for _ in range(2))
+        barrier = threading.Barrier(2)
+
+        def ask(shared=shared, barrier=barrier):
+            barrier.wait()
+            shared.epoch_at(40 * 450)
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(interval)
+        assert [shared.start_of(e) for e in range(41)] == [right.start_of(e) for e in range(41)]
+
+
+def test_padding_is_no_work():
+    """What a rank without a window computes does not count as attention that the model needs."""
+    stream = Stream([(MemoryBins([4, 4]), 1.0)], None, VOCAB)
+    whole, half, none = (batches.pack(stream, window, Shape(8, 1), stop) for window, stop in ((0, 8), (0, 4), (1, 8)))
+    assert [b.sum_squared_lens for b in (whole, half, none)] == [32, 16, 0]
 
 
 def test_prefetch_passes_items_and_errors():

@@ -3,12 +3,13 @@
 import os
 import shutil
 import sys
+import time
 
 import pytest
 from torch.distributed.checkpoint import FileSystemWriter
 
 from conftest import read_losses
-from nanomed import checkpoint
+from nanomed import InputError, checkpoint, guard
 from nanomed.checkpoint import whole
 
 
@@ -53,6 +54,34 @@ def test_no_sound_checkpoint_at_all(tiny, run, undisturbed, tmp_path, capsys):
     assert f"error: {out}/checkpoints: none of its 2 checkpoints can be read" in capsys.readouterr().err
     assert (out / "metrics.jsonl").read_text() == metrics
     assert len(whole(out / "checkpoints")) == 2
+
+
+def test_copies_beside_the_checkpoints_are_left_alone(tiny, run, undisturbed, tmp_path):
+    """Somebody's step-00000020-good is neither read as a checkpoint nor removed as one."""
+    out = shutil.copytree(undisturbed, tmp_path / "run")
+    shutil.rmtree(out / "hf")
+    (_, newest), folder = whole(out / "checkpoints")[-1], out / "checkpoints"
+    shutil.copytree(newest, folder / f"{newest.name}-good")
+    (folder / "step-best").mkdir()
+    shutil.rmtree(newest)
+    assert run(tiny.flags(out, keep=1))
+    assert {p.name for p in folder.iterdir()} == {newest.name, f"{newest.name}-good", "step-best"}
+
+
+def test_done_is_written_though_the_training_has_failed(tiny, run, tmp_path, monkeypatch):
+    """By the thread that has hashed the files: on this rank the training may wait for one that is gone."""
+    monkeypatch.setattr(checkpoint.Checkpointer, "poll", lambda self: None)
+    monkeypatch.setattr(checkpoint.Checkpointer, "wait", lambda self: None)
+
+    def fails(*_):
+        raise InputError("a rank has failed")
+
+    monkeypatch.setattr(guard.Guard, "check", lambda self, step: fails() if step == 10 else None)
+    assert not run(tiny.flags(tmp_path / "run", log_every=10))
+    deadline = time.monotonic() + 20
+    while not whole(tmp_path / "run" / "checkpoints") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert [step for step, _ in whole(tmp_path / "run" / "checkpoints")] == [5]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="priorities of single threads")

@@ -13,8 +13,8 @@ import pytest
 
 import clean as script
 from nanomed import InputError
+from nanomed.files import lock
 from personal import PATTERNS, count_personal
-from resuming import lock
 from test_clean import corpus, fixture_case, run_clean, write_scores  # noqa: F401
 from test_sweep import make_classifier
 

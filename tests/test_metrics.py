@@ -114,6 +114,21 @@ def test_rows_are_whole_and_unrounded(world, tmp_path, monkeypatch):
     assert rows[0]["mfu"] == pytest.approx(flops / seconds / 1e12)
 
 
+def test_tensorboard_and_wandb_get_numbers_only(world, tmp_path, monkeypatch):
+    """TensorBoard raises at words, W&B at steps that it has seen: why a step was skipped goes to the file alone."""
+    seen = []
+    monkeypatch.setattr(metrics, "_sinks", lambda *_: [seen.append])
+    monkeypatch.setattr(metrics.batches, "documents", lambda *_: {"bins": [1]})
+    m = metrics_of(tmp_path, world)
+    skip = torch.tensor(True), torch.full((2,), torch.inf, dtype=torch.float64)
+    m.add(1, 0.5, torch.tensor(float("nan")), torch.tensor(2.0), skip, len2=7)
+    m.flush(0.0)
+    m.close()
+    assert "why" in rows_of(tmp_path)[-1]
+    assert len(seen) == 1
+    assert all(value is None or isinstance(value, int | float) for row in seen for value in row.values())
+
+
 def test_an_unknown_device_has_no_mfu(world, tmp_path):
     m = metrics_of(tmp_path, world)
     add_steps(m, [1])

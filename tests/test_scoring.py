@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import scoring
 import sweep as script
 from nanomed import InputError
-from resuming import lock
+from nanomed.files import lock
 from scoring import claim_device, score_path
 from test_sweep import make_classifier, step_for, sweep, text_of, write_documents
 
