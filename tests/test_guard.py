@@ -186,8 +186,8 @@ def test_documents_of_several_sets(tiny):
 
 def test_too_many_in_a_row_end_the_run(tiny, run, tmp_path, monkeypatch, capsys):
     """With exit status 1 and one line; checkpoints of before the trouble stay, the one still being written too."""
-    digests = checkpoint.Checkpointer._digests
-    monkeypatch.setattr(checkpoint.Checkpointer, "_digests", lambda *args: time.sleep(0.5) or digests(*args))
+    seal = checkpoint.Checkpointer._seal
+    monkeypatch.setattr(checkpoint.Checkpointer, "_seal", lambda *args: time.sleep(0.5) or seal(*args))
     poison(monkeypatch, dict.fromkeys(range(8, 99), math.nan), tiny)
     assert not run(tiny.flags(tmp_path / "run", keep=5, log_every=6))
     assert "error: step 18: 10 steps in a row were skipped" in capsys.readouterr().err

@@ -131,7 +131,7 @@ def test_float8_keeps_names_and_nearly_the_loss():
 
 def refused(**fields) -> str:
     with pytest.raises(InputError) as error:
-        config.validated(dataclasses.replace(Config(data=("bins",), kernels="torch"), **fields))
+        config.check_machine(config.validated(dataclasses.replace(Config(data=("bins",), kernels="torch"), **fields)))
     assert "\n" not in str(error.value)
     return str(error.value)
 
