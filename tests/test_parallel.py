@@ -106,7 +106,11 @@ def test_selective_recomputes_norms_and_swiglu_but_no_matrix_product_and_no_atte
     assert products["full"] >= (2 + 6 / 7) * 7 * LAYERS  # a block's last product is needed by nothing within it
     attention = {r: counts[r].get("document_attention", 0) for r in RECOMPUTE}
     assert attention == {"none": 0, "selective": 0, "full": LAYERS}
-    assert [counts[r].get("rsqrt", 0) for r in RECOMPUTE] == [0, 2 * LAYERS, 2 * LAYERS]  # norms
+    assert [counts[r].get("rsqrt", 0) for r in RECOMPUTE] == [
+        0,
+        4 * LAYERS,
+        4 * LAYERS,
+    ]  # norms, two of the block's and two of heads'
     assert [counts[r].get("silu", 0) for r in RECOMPUTE] == [LAYERS, 2 * LAYERS, 2 * LAYERS]  # SwiGLU keeps none itself
     # silu(gate) * up and the norms' results; what full keeps is each block's input and what lies outside of blocks
     assert alive["none"] - alive["selective"] >= LAYERS * N * (F + D) * 4
