@@ -53,7 +53,7 @@ def _bars(axes, models: list[dict], paper: bool) -> None:
     axes.set(title="Accuracy, 95 % interval", xlabel="% right", xlim=(0, 100))
     axes.set_yticks(ticks, labels, size=9)
     axes.invert_yaxis()
-    axes.legend(frameon=False, fontsize=8, loc="upper right")
+    _legend_below(axes, 3)
 
 
 def _letters(axes, models: list[dict]) -> None:
@@ -74,9 +74,8 @@ def _letters(axes, models: list[dict]) -> None:
         x = np.arange(n) + (i - (len(shown) - 1) / 2) * width
         axes.bar(x, 100 * total / total.sum(), 0.92 * width, color=colour, label=label)
     axes.set(title="Letter chosen", ylabel="% of questions", xticks=range(n), xticklabels="ABCDEFGHIJ"[:n])
-    axes.margins(y=0.35)  # for the legend
     axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= 100])
-    axes.legend(frameon=False, fontsize=8)
+    _legend_below(axes, 2)
 
 
 def _reliability(axes, models: list[dict]) -> None:
@@ -95,4 +94,9 @@ def _reliability(axes, models: list[dict]) -> None:
         axes.plot(x, y, color=f"C{m}", lw=1, label=f"{model['name']}: off by {100 * error:.1f} points")
         axes.scatter(x, y, size, color=f"C{m}")
     axes.set(title="Calibration", xlabel="confidence, %", ylabel="% right", xlim=(0, 100), ylim=(0, 100))
-    axes.legend(frameon=False, fontsize=8)
+    _legend_below(axes, 2)
+
+
+def _legend_below(axes, columns: int) -> None:
+    """Where no bar and no curve can be, however many models there are."""
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns)
