@@ -35,8 +35,7 @@ from decontaminate import Questions
 from documents import find_files, read_documents, write_parquet
 from keeping import CORPUS, EXTRA, Job, keep_file, load_questions, part_of
 from nanomed import InputError, run_script
-from nanomed.bins import read_json
-from nanomed.files import lock
+from nanomed.files import lock, read_json, write_json
 from personal import PATTERNS, count_personal
 from scoring import classifier_identity
 from sweep import read_classifier
@@ -154,9 +153,7 @@ def write_reports(out: Path, report: dict, hits: list[dict]) -> None:
         file.writelines(json.dumps(hit, ensure_ascii=False) + "\n" for hit in hits)
     write_report(out, report)
     write_card(out, report)
-    tmp = out / "report.json.tmp"
-    tmp.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(tmp, out / "report.json")
+    write_json(out / "report.json", report)
 
 
 def keep_all(job: Job, files: list[Path], workers: int) -> Iterator[dict]:

@@ -19,50 +19,24 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from nanomed import InputError
+from nanomed.prompts import template_renderer
 
 MARK, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
 FORGED = np.iinfo(np.uint32).max  # no token's id
 FORBIDDEN = re.compile(f"[{MARK}{OPEN}{CLOSE}]")
 
 
-def chat_template(path: Path, config: dict) -> str:
-    """The template of tokenizer.json at `path`: chat_template.jinja beside it, else that of its config (the default
-    one of several). InputError if there is none."""
-    file = path.parent / "chat_template.jinja"
-    template = file.read_text("utf-8") if file.is_file() else config.get("chat_template")
-    if isinstance(template, list):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...}]
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if not template:
-        raise InputError(f"{path.parent}: no chat template, expected one for --messages-key; give an instruct model")
-    return template
-
-
-def renderer(
-    spec: dict, protected: tuple[int | None, ...], template: str, config: dict
-) -> Callable[[list], tuple[str, str]]:
+def renderer(folder: Path, spec: dict, protected: tuple[int | None, ...]) -> Callable[[list], tuple[str, str]]:
     """The function messages → (text with aliases, text as it reads). It raises ValueError for what it cannot render.
 
-    spec: tokenizer.json; protected: ids that count as special; config: tokenizer_config.json, whose bos_token and so on
-    the template may name.
+    folder: of the tokenizer, with its chat template; spec: tokenizer.json; protected: ids that count as special.
     """
-    try:
-        from transformers.utils.chat_template_utils import render_jinja_template
-    except ImportError:
-        raise InputError("--messages-key needs transformers and jinja2: pip install -e '.[data]'") from None
-    names = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()}
-    variables = {key: value for key, value in names.items() if key.endswith("_token") and isinstance(value, str)}
+    render_template = template_renderer(folder)
     alias = {token["content"]: alias for token, alias in aliases(spec, protected)}
     special = re.compile("|".join(re.escape(token) for token in sorted(alias, key=len, reverse=True)) or "(?!)")
 
     def render(messages: list) -> tuple[str, str]:
-        try:
-            [[text], _] = render_jinja_template([map_strings(messages, lambda s: mark(s, special))],
-                                                chat_template=template, **variables)  # fmt: skip
-        except ValueError:
-            raise
-        except Exception as error:  # jinja's own, and whatever a template's raise_exception says
-            raise ValueError(f"the chat template refuses it: {str(error).splitlines()[0]}") from None
+        text = render_template(map_strings(messages, lambda s: mark(s, special)))
         aliased = special.sub(lambda match: alias[match[0]], text)
         return aliased.replace(MARK, ""), text.replace(MARK, "")
 

@@ -5,7 +5,6 @@ read all of a long document only to throw most of it away. Batches hold document
 padding: sorted outright for scoring, sorted within random windows for training. bf16 on a GPU, softmax in fp32.
 """
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nanomed import InputError
+from nanomed.files import whole_file
 
 LABELS = ("not_medical", "medical")  # in the order of their class numbers
 WINDOW = 50  # batches that are sorted by length together
@@ -152,12 +152,8 @@ def schedule(step: int, n_steps: int) -> float:
 
 def save_epoch(partial: Path, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write PARTIAL/epoch.pt, whole or not at all."""
-    tmp = partial / "epoch.pt.tmp"
-    with tmp.open("wb") as file:
+    with whole_file(partial / "epoch.pt") as file:
         torch.save({"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(tmp, partial / "epoch.pt")
 
 
 def load_epoch(partial: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:

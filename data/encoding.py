@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from conversations import FORGED, chat_template, conversation_engine, renderer
+from conversations import FORGED, conversation_engine, renderer
 from engines import (
     FIRST_DOCS,
     LATER_DOCS,
@@ -36,7 +36,8 @@ from engines import (
     reference_engine,
     warm_up,
 )
-from nanomed import InputError, bins
+from nanomed import InputError
+from nanomed.files import read_json
 from reading import parse_row, read_batches
 
 
@@ -67,11 +68,10 @@ class Encoded:
     sample: list[tuple[str, str, np.ndarray]]  # (where, text, ids) of a few, to be compared with the reference
 
 
-def find_tokenizer(model: str | Path) -> tuple[Path, dict]:
-    """tokenizer.json of a folder, that file itself, or of a hub id; and the configuration beside it.
+def find_tokenizer(model: str | Path) -> Path:
+    """tokenizer.json of a folder, that file itself, or of a hub id: then only the tokenizer's files come.
 
-    From the hub only the tokenizer's files come. The configuration is tokenizer_config.json over
-    special_tokens_map.json, {} where neither is. InputError if there is no tokenizer.json.
+    InputError if there is no tokenizer.json.
     """
     path = Path(model)
     if not path.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model)):
@@ -86,11 +86,7 @@ def find_tokenizer(model: str | Path) -> tuple[Path, dict]:
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a folder with tokenizer.json, that file or a hub id")
-    config: dict = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (path.parent / name).is_file():
-            config |= {key: value for key, value in bins.read_json(path.parent / name).items() if value is not None}
-    return path, config
+    return path
 
 
 @functools.lru_cache(maxsize=1)  # loading takes up to a second; a worker does it once
@@ -98,7 +94,7 @@ def load_engine(job: Job) -> Encode:
     """The function that encodes texts (conversations: with aliases) to uint32 ids."""
     path, protected = Path(job.tokenizer), (job.separator, job.bos)
     if job.messages:
-        return conversation_engine(bins.read_json(path), protected)
+        return conversation_engine(read_json(path), protected)
     reference = functools.partial(load_reference, job)  # loaded where it is needed
     return fast_engine(path, protected, reference) if job.engine == "gigatoken" else reference()
 
@@ -112,8 +108,8 @@ def load_reference(job: Job) -> Encode:
 @functools.lru_cache(maxsize=1)
 def load_renderer(job: Job) -> Callable[[list], tuple[str, str]]:
     """The function messages → (text with aliases, text as it reads)."""
-    path, config = find_tokenizer(job.tokenizer)
-    return renderer(bins.read_json(path), (job.separator, job.bos), chat_template(path, config), config)
+    path = Path(job.tokenizer)
+    return renderer(path.parent, read_json(path), (job.separator, job.bos))
 
 
 @dataclass

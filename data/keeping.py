@@ -7,9 +7,7 @@ OUT/kept/NAME.json, written last, holds the counts and every hit, and says that 
 
 import functools
 import hashlib
-import json
 import math
-import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -19,7 +17,7 @@ from pathlib import Path
 from decontaminate import Questions, find_hits, read_questions
 from documents import open_parquet, read_documents, write_parquet
 from nanomed import InputError
-from nanomed.bins import read_json
+from nanomed.files import read_json, write_json
 from scoring import score_path
 
 EXTRA = ("url", "dump", "date")
@@ -58,12 +56,10 @@ def keep_file(job: Job, path: Path) -> dict:
         return found
     record |= {"counts": Counter(), "personal": Counter(), "hits": []}
     write_parquet(target, kept_documents(job, path, record), KEPT, {})
-    tmp = target.with_suffix(".json.tmp")
     try:
-        tmp.write_text(json.dumps(record, ensure_ascii=False), "utf-8")
-        os.replace(tmp, target.with_suffix(".json"))
+        write_json(target.with_suffix(".json"), record)
     except OSError as error:
-        raise InputError(f"{tmp}: cannot be written: {error.strerror}; free space, then run again") from None
+        raise InputError(f"{target}: cannot be written: {error.strerror}; free space, then run again") from None
     return record
 
 

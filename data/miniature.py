@@ -44,6 +44,7 @@ from miniature_templates import (
     sheet,
 )
 from nanomed import InputError, run_script
+from nanomed.files import write_json
 
 SETS = ("med", "general", "val-med", "val-general")
 TABLES = {
@@ -155,11 +156,6 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Readable JSON with German letters as they are."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_model(folder: Path, tokenizer: Tokenizer, shape: dict | None = None) -> None:

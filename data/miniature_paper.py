@@ -37,6 +37,7 @@ import miniature_exam as exam
 from documents import write_parquet
 from miniature_templates import Table, brief, entry, leaflet, sheet
 from nanomed import InputError, run_script
+from nanomed.files import write_json
 
 FACTS = ("name", "organ", "symptom", "cause", "therapy", "test")
 FORMS = (entry, brief, brief, sheet, leaflet)
@@ -201,7 +202,7 @@ def build(out: Path, size: Size, seed: int) -> None:
     (partial / "exam" / "medizin.yaml").write_text(TASK.format(path=(out / "exam" / "medizin.jsonl").resolve()))
     write_crawl(partial, rows, size, seed)
     write_models(partial, prose + medical + [f"{p} {a}" for p, a in chats], size, seed)
-    miniature.write_json(partial / "truth.json", {"seed": seed, "size": asdict(size), "crawl": truth})
+    write_json(partial / "truth.json", {"seed": seed, "size": asdict(size), "crawl": truth})
     partial.rename(out)
 
 

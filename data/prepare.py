@@ -32,11 +32,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from conversations import chat_template
 from encoding import Encoded, Job, encode_file, find_tokenizer, worker_pool
 from engines import Unproven, engine_version, load_tokenizer
 from nanomed import InputError, bins, run_script
 from nanomed.files import lock
+from nanomed.prompts import chat_template
+from nanomed.tokenizer import bos_id, separator_id, tokenizer_config, tokenizer_sha256
 from reading import SUFFIXES
 from resuming import committed_part, remove_leftovers
 
@@ -140,9 +141,9 @@ def prepare(
         raise InputError(f"{len(inputs)} inputs, expected one or more, each once")
     if workers < 1:
         raise InputError(f"--workers is {workers}, expected 1 or more")
-    path, config = find_tokenizer(tokenizer_dir)
+    path = find_tokenizer(tokenizer_dir)
     with worker_pool(workers, path) as pool:
-        job, settings = plan(path, config, text_key, messages_key, eos, bos)
+        job, settings = plan(path, text_key, messages_key, eos, bos)
         run = Run(inputs, describe_inputs(inputs, job, slice_bytes), settings, out, pool, workers)
         return write_bins(run, job, engine)
 
@@ -178,20 +179,18 @@ def write_bins(run: Run, job: Job, engine: str) -> bins.Bins:
     return bins.Bins(out)
 
 
-def plan(
-    path: Path, config: dict, text_key: str, messages_key: str | None, eos: str | None, bos: str
-) -> tuple[Job, dict]:
+def plan(path: Path, text_key: str, messages_key: str | None, eos: str | None, bos: str) -> tuple[Job, dict]:
     """What the workers and the shards need to know of the tokenizer; the engine is not chosen yet."""
-    tokenizer = load_tokenizer(path)
-    identity, separator = bins.tokenizer_sha256(path), bins.separator_id(tokenizer, config, eos)
+    tokenizer, config = load_tokenizer(path), tokenizer_config(path.parent)
+    identity, separator = tokenizer_sha256(path), separator_id(tokenizer, config, eos)
     if messages_key:
-        chat_template(path, config)
+        chat_template(path.parent)
         if bos == "yes":
             raise InputError("--bos yes: with --messages-key the chat template says where BOS goes; leave --bos out")
-    bos_id = None if messages_key else bins.bos_id(tokenizer, config, bos)
-    job = Job(str(path), identity, separator, bos_id, messages_key or text_key, bool(messages_key), "tokenizers")
+    begin = None if messages_key else bos_id(tokenizer, config, bos)
+    job = Job(str(path), identity, separator, begin, messages_key or text_key, bool(messages_key), "tokenizers")
     n_ids = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())  # a vocabulary may have holes: do not count
-    return job, bins.settings_of(n_ids, separator, bos_id, identity)
+    return job, bins.settings_of(n_ids, separator, begin, identity)
 
 
 def write_all(run: Run, job: Job, place: tuple[int, int, int], engine: str) -> None:

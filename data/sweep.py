@@ -27,8 +27,7 @@ from tqdm import tqdm
 
 from documents import find_files
 from nanomed import InputError, run_script
-from nanomed.bins import read_json
-from nanomed.files import lock
+from nanomed.files import lock, read_json, write_json
 from scoring import Scoring, classifier_identity, is_committed, score_path
 
 FINISHED = "sweep.json"
@@ -148,9 +147,7 @@ def finish(step: Scoring, files: list[Path], threshold: float) -> dict:
     names = {path.name: score_path(path, out).name for path in files}
     record = json.loads(step.identity) | totals | {"threshold": threshold, "files": names}
     record["versions"] = {name: importlib.metadata.version(name) for name in ("datatrove", "transformers", "torch")}
-    tmp = out / f"{FINISHED}.tmp"
-    tmp.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-    os.replace(tmp, out / FINISHED)
+    write_json(out / FINISHED, record)
     return totals
 
 

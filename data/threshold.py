@@ -15,13 +15,13 @@ Both figures are against the annotator's labels; what those are worth, `annotate
 import argparse
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 
 from documents import read_documents
 from nanomed import InputError, run_script
+from nanomed.files import write_durably
 
 
 def wilson(hits: int, n: int, z: float = 1.959964) -> list[float]:
@@ -94,9 +94,7 @@ def set_threshold(folder: Path, target_precision: float, about: dict) -> dict:
     result |= measure(*parts["report"], threshold) | about
     draw_curve(folder / "precision_recall.svg", parts, threshold, result)
     draw_histogram(folder / "scores.svg", parts["report"], threshold)
-    tmp = folder / "threshold.json.tmp"
-    tmp.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(tmp, folder / "threshold.json")
+    write_durably(folder / "threshold.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     return result
 
 

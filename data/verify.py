@@ -23,7 +23,8 @@ from tqdm import tqdm
 from encoding import Job, describe_row, find_tokenizer, load_engine, parse_rows, strip_separator
 from engines import load_tokenizer
 from nanomed import InputError, run_script
-from nanomed.bins import Bins, tokenizer_sha256, verify
+from nanomed.bins import Bins, verify
+from nanomed.tokenizer import tokenizer_sha256
 from reading import read_batches
 
 SAMPLE = 1000  # documents
@@ -47,7 +48,7 @@ def table(bins: Bins) -> str:
 
 def check_tokenizer(bins: Bins, model: str) -> Path:
     """The tokenizer.json of a model; InputError if the bins are another tokenizer's."""
-    path, _ = find_tokenizer(model)
+    path = find_tokenizer(model)
     found = tokenizer_sha256(path)
     if found != bins.tokenizer_sha256:
         what = f"identity {found}, but {bins.folder} was made with {bins.tokenizer_sha256}"

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from nanomed import InputError, hf
+from nanomed.files import read_json
 from nanomed.kernels.linear_cross_entropy import IGNORED
 from nanomed.stream import Stream, open_sources
 
@@ -194,7 +195,7 @@ def prefetch(stream: Stream, shape: Shape, steps: range, windows: int, rank: int
 
 def show(run: Path, step: int) -> None:
     """Print the windows of a run's step (counted from 1, as in metrics.jsonl), every document piece with its origin."""
-    config = hf.read_json(run / "config.json")
+    config = read_json(run / "config.json")
     length, windows = config["seq_len"], config["batch_tokens"] // config["seq_len"]
     stream = Stream(open_sources(config["data"]), config["seed"], vocab_size=2**32)
     tokenizer = Tokenizer.from_file(str(hf.fetch(config["init"]) / "tokenizer.json"))

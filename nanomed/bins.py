@@ -1,4 +1,4 @@
-"""Bins: tokenised text on disk. Write it, read it, verify it; and the rules that begin and end a document.
+"""Bins: tokenised text on disk. Write it, read it, verify it.
 
 A folder holds shards and, written last, a manifest (format `nanomed-bins`, version 1):
 
@@ -23,75 +23,14 @@ import os
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from nanomed import InputError
+from nanomed.files import read_json, write_durably
 
 shard_name = "shard-{:05d}".format
 SETTINGS = ("dtype", "vocab_size", "separator", "bos", "tokenizer_sha256")  # the same in all shards of a set
 CONTENT = ("n_docs", "n_tokens", "n_bytes", "sha256_bin", "sha256_idx")  # each shard's own; bytes: UTF-8, of the texts
-ENDS = ("<|endoftext|>", "<|end_of_text|>")  # what base models end documents with
 CHUNK = 1 << 22  # tokens that verify looks at together: 8 or 16 MB
-
-
-def tokenizer_sha256(tokenizer_json: dict | Path) -> str:
-    """The identity of a tokenizer: sha256 of the canonical JSON of what turns text into ids.
-
-    Not covered: truncation and padding (mere use changes them), post_processor (the bins record BOS), decoder. A file
-    that was saved again compares equal, however it spells merges and what it does not use.
-    """
-    spec = read_json(tokenizer_json) if isinstance(tokenizer_json, Path) else tokenizer_json
-    if not isinstance(spec.get("model"), dict):
-        raise InputError("tokenizer.json has no model; expected that of a Hugging Face fast tokenizer")
-    # In a model null, "" and false all mean "unused" (transformers 5 turns null affixes into ""). `is`: an id may be 0.
-    model = {key: value for key, value in spec["model"].items() if not (value is None or value is False or value == "")}
-    if "merges" in model:
-        model["merges"] = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    # Old files leave out use_regex, which meant true.
-    with_default = lambda step: {"use_regex": True} | step if step.get("type") == "ByteLevel" else step  # noqa: E731
-    parts = {"model": model, "normalizer": spec.get("normalizer")}
-    parts["pre_tokenizer"] = json.loads(json.dumps(spec.get("pre_tokenizer")), object_hook=with_default)
-    parts["added_tokens"] = sorted(spec.get("added_tokens") or [], key=lambda token: token["id"])
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def separator_id(tokenizer: Tokenizer, config: dict, eos: str | None = None) -> int:
-    """The id that ends every document: `eos` if given, else that of the first of ENDS there is, else config's eos_token.
-
-    An instruct model's eos may be a chat token (Qwen: <|im_end|>, Llama: <|eot_id|>): ending documents with it teaches
-    the model to end its turn there, so ENDS go first. config: contents of tokenizer_config.json. InputError if none.
-    """
-    names = [eos] if eos else [*ENDS, _content(config, "eos_token") or ""]
-    found = next((i for name in names if (i := tokenizer.token_to_id(name)) is not None), None)
-    if found is None:
-        what = f"the tokenizer has no {', no '.join(name or 'eos_token' for name in names)}"
-        raise InputError(f"{what}; expected a token that ends documents: name one with --eos TOKEN")
-    return found
-
-
-def bos_id(tokenizer: Tokenizer, config: dict, bos: str = "auto") -> int | None:
-    """The id that begins every document, or None. config: contents of tokenizer_config.json.
-
-    "auto": the one that the tokenizer's own post-processor puts before a text, if it does (Mistral yes, Qwen no).
-    "no": none. "yes": that one, else config's bos_token; InputError if there is neither.
-    """
-    probe = tokenizer.encode("a", add_special_tokens=True)
-    n_front = (*probe.special_tokens_mask, 0).index(0)  # how many tokens were put in front
-    if bos == "no" or (bos == "auto" and n_front == 0):
-        return None
-    if n_front > 1:
-        raise InputError(f"the tokenizer puts {probe.tokens[:n_front]} before a text, expected one token; use --bos no")
-    token = probe.tokens[0] if n_front else _content(config, "bos_token")
-    found = tokenizer.token_to_id(token) if token else None
-    if found is None:
-        raise InputError(f"--bos yes, but the tokenizer adds none and its bos_token is {token!r}; use --bos auto")
-    return found
-
-
-def _content(config: dict, key: str) -> str | None:
-    """A token in tokenizer_config.json is spelled "</s>" or {"content": "</s>", ...}."""
-    token = config.get(key)
-    return token.get("content") if isinstance(token, dict) else token
 
 
 def settings_of(vocab_size: int, separator: int, bos: int | None, tokenizer_sha256: str) -> dict:
@@ -149,7 +88,7 @@ class ShardWriter:
             os.replace(file.name, f"{self.base}.{suffix}")
         content = (self.n_docs, self.n_tokens, self.n_bytes, *(digest.hexdigest() for digest in self._sums))
         about = {"n_separators": self.n_separators, "engine": self.engine, "source": source}
-        _write_json(Path(f"{self.base}.json"), dict(zip(CONTENT, content, strict=True)) | self.settings | about)
+        _write_record(Path(f"{self.base}.json"), dict(zip(CONTENT, content, strict=True)) | self.settings | about)
 
 
 def committed_shards(folder: Path) -> list[dict]:
@@ -169,7 +108,7 @@ def committed_shards(folder: Path) -> list[dict]:
 
 def write_manifest(folder: Path) -> None:
     """Finish a set: manifest.json from the shards' JSONs. InputError if there is no shard."""
-    _write_json(Path(folder) / "manifest.json", _manifest(folder, committed_shards(folder)))
+    _write_record(Path(folder) / "manifest.json", _manifest(folder, committed_shards(folder)))
 
 
 def _manifest(folder: Path, shards: list[dict]) -> dict:
@@ -262,17 +201,6 @@ def _verify_shard(bins: Bins, index: int, progress) -> None:
     _expect(path.with_suffix(".idx"), "sha256", hashlib.sha256(offsets).hexdigest(), shard["sha256_idx"])
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object; InputError if it is not one."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error}); expected a JSON object") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
-    return value
-
-
 def _read_record(path: Path, keys: tuple[str, ...]) -> dict:
     record = read_json(path)
     for key, expected in (("format", "nanomed-bins"), ("version", 1)):
@@ -286,14 +214,8 @@ def _expect(path: Path, what: str, found, expected, hint: str = "damaged or mixe
         raise InputError(f"{path}: {what} is {found}, expected {expected}; {hint}")
 
 
-def _write_json(path: Path, value: dict) -> None:
-    """Atomic and durable: *.tmp, sync, rename, and sync of the folder (else a power cut may lose the rename)."""
-    temporary = Path(f"{path}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps({"format": "nanomed-bins", "version": 1} | value, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def _write_record(path: Path, value: dict) -> None:
+    text = json.dumps(
+        {"format": "nanomed-bins", "version": 1} | value, indent=1
+    )  # in ASCII: a file's name may be no text
+    write_durably(path, text + "\n")

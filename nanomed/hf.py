@@ -7,15 +7,14 @@ this one has no default for what changes the maths, and refuses by name every fi
 No pickle is ever loaded and no code of a repository ever run.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors import SafetensorError, safe_open
-
 from nanomed import InputError
+from nanomed.files import read_json
+from nanomed.shards import open_safetensors, same_tensor
 
 CARRIED = (  # to the export as they are, whichever are there
     "config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
@@ -242,8 +241,9 @@ def check_weights(model, folder: Path) -> dict[str, Path]:
             f"{folder}: tensor {extra[0]} has no place in the model that config.json describes ({len(extra)} in all)"
         )
     handles = {file: open_safetensors(file) for file in set(files.values())}
+    held = {file: set(handle.keys()) for file, handle in handles.items()}
     for name, file in files.items():
-        if name not in set(handles[file].keys()):  # it is no mapping
+        if name not in held[file]:
             raise InputError(f"{file}: tensor {name} is missing, though the index names it")
         if name not in params:
             continue
@@ -255,36 +255,15 @@ def check_weights(model, folder: Path) -> dict[str, Path]:
         if found.get_dtype() not in READ_DTYPES:
             raise InputError(f"{file}: tensor {name} has dtype {found.get_dtype()}; {', '.join(READ_DTYPES)} are read")
     if "lm_head.weight" in files.keys() - params.keys():
-        _check_copy(
-            *(handles[files[name]].get_slice(name) for name in ("lm_head.weight", "model.embed_tokens.weight")), folder
-        )
+        check_copied_head(folder, files)
     return {name: files[name] for name in params}
 
 
-def _check_copy(head, embedding, folder: Path) -> None:
-    """InputError unless the two slices hold the same; 4,096 rows at a time."""
-    same = head.get_shape() == embedding.get_shape() and head.get_dtype() == embedding.get_dtype()
-    starts = range(0, head.get_shape()[0], 4096)
-    if not (same and all(bool((head[i : i + 4096] == embedding[i : i + 4096]).all()) for i in starts)):
+def check_copied_head(folder: Path, files: dict[str, Path]) -> None:
+    """InputError unless the head that a tied model's files hold all the same is the embedding, bit for bit."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if embedding not in files or not same_tensor((files[head], head), (files[embedding], embedding)):
         raise InputError(
-            f"{folder}: config.json ties lm_head to the embedding, but its lm_head.weight is another one; which is meant? "
+            f"{folder}: config.json has tie_word_embeddings, but its {head} is no copy of {embedding}; which is meant? "
             "Set tie_word_embeddings to false there, or leave the tensor out"
         )
-
-
-def open_safetensors(path: Path, framework: str = "pt"):
-    """A safetensors file opened lazily, or InputError where it is missing or cut short. "np" does without torch."""
-    try:
-        return safe_open(path, framework=framework)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: missing, though the index names it; fetch the checkpoint again") from error
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error}); fetch it again") from error
-
-
-def read_json(path: Path) -> dict:
-    """The file's JSON, or InputError."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from error

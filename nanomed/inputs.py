@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from nanomed import InputError, hf
 from nanomed.batches import Shape
-from nanomed.bins import tokenizer_sha256
 from nanomed.config import MINIATURE, Config
 from nanomed.hf import ModelConfig
 from nanomed.parallel import World
 from nanomed.stream import Stream, open_sources
+from nanomed.tokenizer import tokenizer_sha256
 
 
 class Inputs(NamedTuple):

@@ -20,8 +20,7 @@ import torch
 import nanomed
 from nanomed import InputError
 from nanomed.config import FREE_FIELDS, Config
-from nanomed.files import lock, write_durably
-from nanomed.hf import read_json
+from nanomed.files import lock, read_json, write_durably
 from nanomed.stream import Stream
 
 

@@ -8,8 +8,9 @@ a range of a tensor is one seek and one read.
 import json
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from nanomed import InputError
-from nanomed.hf import open_safetensors
 
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}  # the dtypes that weights come in
 SHARD_BYTES = 5 * 10**9  # at most, unless one tensor alone is larger
@@ -80,6 +81,34 @@ def read_header(path: Path) -> tuple[dict[str, dict], int]:
         tensors = json.loads(file.read(length))
     tensors.pop("__metadata__", None)
     return tensors, 8 + length
+
+
+def open_safetensors(path: Path, framework: str = "pt"):
+    """A safetensors file opened lazily, or InputError where it is missing or cut short. "np" does without torch."""
+    try:
+        return safe_open(path, framework=framework)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: missing, though the index names it; fetch the checkpoint again") from error
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error}); fetch it again") from error
+
+
+def same_tensor(a: tuple[Path, str], b: tuple[Path, str]) -> bool:
+    """Whether two tensors, each a file and a name in it, are equal: dtype, shape and every bit; 1 MB at a time."""
+    entries, starts = [], []
+    for path, name in (a, b):
+        tensors, base = read_header(path)
+        entries.append((tensors[name]["dtype"], tensors[name]["shape"]))
+        starts.append(base + tensors[name]["data_offsets"][0])
+    if entries[0] != entries[1]:
+        return False
+    dtype, shape = entries[0]
+    n_bytes = ITEM_BYTES[dtype] * n_elements(shape)
+    with a[0].open("rb") as left, b[0].open("rb") as right:
+        left.seek(starts[0])
+        right.seek(starts[1])
+        sizes = (min(2**20, n_bytes - at) for at in range(0, n_bytes, 2**20))
+        return all(left.read(size) == right.read(size) for size in sizes)
 
 
 def has_entries(path: Path, tensors: dict[str, dict], names: list[str]) -> None:

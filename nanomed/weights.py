@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from nanomed import shards
-from nanomed.files import sync
-from nanomed.hf import CARRIED, check_weights, find_weights, open_safetensors, read_json
+from nanomed.files import read_json, sync
+from nanomed.hf import CARRIED, check_weights, find_weights
 from nanomed.parallel import World
 
 EXPORT_SHARD_BYTES = shards.SHARD_BYTES
@@ -47,7 +47,7 @@ def local(param: Tensor) -> Tensor:
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Fill the (possibly sharded) model; every rank reads its own rows only. Check with check_weights before."""
     files = check_weights(model, folder)
-    handles = {file: open_safetensors(file) for file in set(files.values())}
+    handles = {file: shards.open_safetensors(file) for file in set(files.values())}
     for name, param in model.named_parameters():
         start, stop = my_rows(param)
         if start < stop:
@@ -108,7 +108,7 @@ def source_dtypes(model: nn.Module, source: Path) -> dict[str, torch.dtype]:
         raw = read_json(source / "config.json")
         named = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
         return dict.fromkeys(dict(model.named_parameters()), getattr(torch, named))
-    handles = {file: open_safetensors(file) for file in set(files.values())}
+    handles = {file: shards.open_safetensors(file) for file in set(files.values())}
     return {name: DTYPES[handles[file].get_slice(name).get_dtype()] for name, file in files.items()}
 
 

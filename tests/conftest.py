@@ -26,8 +26,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nanomed.batches import Batch
-from nanomed.bins import ShardWriter, settings_of, tokenizer_sha256, write_manifest
+from nanomed.bins import ShardWriter, settings_of, write_manifest
 from nanomed.kernels.linear_cross_entropy import IGNORED
+from nanomed.tokenizer import tokenizer_sha256
 
 # Helpers that assert: a failure there shows what was found, as in a test.
 pytest.register_assert_rewrite("chat_requests", "merge_pairs", "refusals")

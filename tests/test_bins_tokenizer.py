@@ -7,7 +7,7 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
 
 from bpe import byte_level, with_bos
 from nanomed import InputError
-from nanomed.bins import bos_id, separator_id, tokenizer_sha256
+from nanomed.tokenizer import bos_id, separator_id, tokenizer_sha256
 
 QWEN = Regex(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -12,10 +12,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from bpe import with_bos
-from conversations import chat_template, conversation_engine, mark, renderer
+from conversations import conversation_engine, mark, renderer
 from miniature import CHAT_TEMPLATE
 from nanomed import InputError
-from nanomed.bins import read_json, verify
+from nanomed.bins import verify
+from nanomed.files import read_json
+from nanomed.prompts import chat_template
 from prepare import prepare
 from test_engines import SPECIAL, make_tokenizer
 from verify import compare_text
@@ -51,16 +53,15 @@ def mistral(tmp_path_factory):
 
 def encode(folder, messages) -> tuple[list[int], str]:
     """(ids, text as it reads) of one conversation."""
-    path, config = folder / "tokenizer.json", read_json(folder / "tokenizer_config.json")
-    spec = read_json(path)
-    aliased, visible = renderer(spec, (), chat_template(path, config), config)(messages)
+    spec = read_json(folder / "tokenizer.json")
+    aliased, visible = renderer(folder, spec, ())(messages)
     return conversation_engine(spec, ())([aliased])[0].tolist(), visible
 
 
 def reference(folder, messages) -> tuple[list[int], str]:
     """The same by transformers."""
     config = read_json(folder / "tokenizer_config.json")
-    template = chat_template(folder / "tokenizer.json", config)
+    template = chat_template(folder)
     names = {k: v.get("content") if isinstance(v, dict) else v for k, v in config.items() if k.endswith("_token")}
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), chat_template=template, **names)
     text = tokenizer.apply_chat_template(messages, tokenize=False)

@@ -9,7 +9,7 @@ from conftest import ROOT
 from endpoint import completion, serving
 from eval_command import fixture_command, refused, write  # noqa: F401
 from nanomed.evaluation import language
-from nanomed.evaluation.answers import read_prompts
+from nanomed.prompts import read_prompts
 
 
 def test_answers_from_an_endpoint_survive_its_faults_and_are_paid_once(command, tmp_path):

@@ -12,7 +12,7 @@ from knowledge_world import QUESTIONS, fixture_world, flags, run, write_jsonl  #
 from nanomed import InputError
 from nanomed.evaluation import knowledge, record
 from nanomed.evaluation.questions import fault
-from nanomed.merging.losses import render
+from nanomed.prompts import render
 
 
 def test_a_run_of_two_models(world, tmp_path, monkeypatch, capsys):

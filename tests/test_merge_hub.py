@@ -50,7 +50,7 @@ def test_a_tied_head_with_values_of_its_own_is_refused(which, refused):
         head[-1, -1] += 1
         return head
 
-    names = (("BASE", "CPT")[which], ("base", "cpt")[which], HEAD, "tie_word_embeddings", EMBEDDING)
+    names = (f"/{('base', 'cpt')[which]}: ", HEAD, "tie_word_embeddings", EMBEDDING)
     refused(lambda *pair: store_head(pair[which], last_value), *names, kind="tied")
     refused(lambda *pair: store_head(pair[which], torch.Tensor.float), *names, kind="tied")
 

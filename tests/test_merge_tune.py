@@ -16,11 +16,12 @@ import merge
 from conftest import write_bins
 from merge_pairs import make_pair, run, tensors_of
 from nanomed import InputError
-from nanomed.bins import tokenizer_sha256
 from nanomed.hf import model_config
 from nanomed.merging import losses, tune
 from nanomed.merging.tune import Trial, front, rules_of, search
 from nanomed.model import Decoder
+from nanomed.prompts import end_tokens, read_prompts, render
+from nanomed.tokenizer import tokenizer_sha256
 from nanomed.weights import load_weights
 
 CPU = torch.device("cpu")
@@ -89,12 +90,12 @@ def test_bits_per_byte_of_both_halves_is_that_of_the_whole_text(tiny):
 def test_the_template_and_the_answers_are_transformers(chat_pair):
     base, _, prompts = chat_pair
     tokenizer, reference = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
-    messages = losses.read_prompts(prompts)
+    messages = read_prompts(prompts).values()
     for message in messages:
         expected = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        assert losses.render(base, message) == expected
-    ids = [tokenizer(losses.render(base, m), add_special_tokens=False).input_ids for m in messages]
-    answers = losses.greedy_answers(decoder(base), ids, losses.end_tokens(base), CPU)
+        assert render(base, message) == expected
+    ids = [tokenizer(render(base, m), add_special_tokens=False).input_ids for m in messages]
+    answers = losses.greedy_answers(decoder(base), ids, end_tokens(base), CPU)
     for prompt, answer in zip(ids, answers, strict=True):
         generated = reference.generate(torch.tensor([prompt]), max_new_tokens=losses.ANSWER_TOKENS, do_sample=False)
         assert generated[0, len(prompt) :].tolist() == answer
@@ -110,15 +111,15 @@ def test_a_template_is_told_not_to_think_and_of_several_the_default_one_is_taken
     path.write_text(json.dumps(config))
     (base / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    for message in losses.read_prompts(prompts):
+    for message in read_prompts(prompts).values():
         expected = tokenizer.apply_chat_template(
             message, tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
-        assert losses.render(base, message) == expected
+        assert render(base, message) == expected
         assert expected.endswith("<assistant><think></think>")
     path.write_text(json.dumps(config | {"chat_template": templates[:1]}))
     with pytest.raises(InputError, match="has no chat template"):
-        losses.render(base, message)
+        render(base, message)
 
 
 def test_an_answer_stops_at_its_end(chat_pair):
@@ -136,9 +137,9 @@ def test_kl_is_zero_at_base_and_the_definitions_elsewhere(chat_pair):
     assert chat.kl(model, "search") == pytest.approx(0, abs=1e-6)
     ours, theirs = AutoModelForCausalLM.from_pretrained(base), AutoModelForCausalLM.from_pretrained(cpt)
     total = n_bytes = 0
-    for message in losses.read_prompts(prompts)[1::2]:
-        ids = chat.tokenizer.encode(losses.render(base, message), add_special_tokens=False).ids
-        (answer,) = losses.greedy_answers(model, [ids], losses.end_tokens(base), CPU)
+    for message in list(read_prompts(prompts).values())[1::2]:
+        ids = chat.tokenizer.encode(render(base, message), add_special_tokens=False).ids
+        (answer,) = losses.greedy_answers(model, [ids], end_tokens(base), CPU)
         p, q = (
             m(torch.tensor([ids + answer])).logits[0, len(ids) - 1 : -1].double().log_softmax(-1)
             for m in (ours, theirs)
@@ -257,5 +258,5 @@ def test_bad_input(chat_pair, tiny, tmp_path, monkeypatch):
         json.dumps(config | {"chat_template": "{{ raise_exception('no system') }}"})
     )
     with pytest.raises(InputError, match="no system"):
-        losses.render(base, [{"role": "user", "content": "a"}])
+        render(base, [{"role": "user", "content": "a"}])
     assert sys.argv[1] == "tune"

@@ -1,7 +1,6 @@
-"""Prompts in, answers out: the JSONL files that generate writes and judge and failures read.
+"""Answers to prompts: the JSONL files that generate writes and judge and failures read.
 
-    prompts     {"prompt": text} or {"messages": [...]}, and maybe an "id" (else the number of the line)
-    answers     {id, prompt: messages, answer, finish_reason, completion_tokens, model}
+    {id, prompt: messages, answer, finish_reason, completion_tokens, model}
 
 finish_reason is "stop" where the model ended its answer, "length" where it was cut off. The file holds what the model
 wrote; what it thought aloud, in <think>...</think>, is left out where answers are read. No torch is imported here.
@@ -14,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nanomed import InputError
-from nanomed.evaluation.record import read_jsonl
+from nanomed.files import read_jsonl
+from nanomed.prompts import is_conversation
 
 THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
 ROLES = {"system": "System", "user": "Nutzer", "assistant": "Assistent"}  # in the judge's language
@@ -47,29 +47,6 @@ class Sample:
     def line(self) -> str:
         """The line of the JSONL file."""
         return json.dumps({key: x for key, x in asdict(self).items() if key != "thought"}, ensure_ascii=False) + "\n"
-
-
-def read_prompts(path: Path) -> dict[str, list[dict]]:
-    """id → messages, in the file's order. InputError for a line without a prompt, or an id that comes twice."""
-    prompts: dict[str, list[dict]] = {}
-    for number, record in read_jsonl(path):
-        messages = record.get("messages") or [{"role": "user", "content": record.get("prompt")}]
-        if not is_conversation(messages) or not messages[-1]["content"].strip():
-            raise InputError(f'{path}: line {number} is neither {{"prompt": text}} nor {{"messages": [...]}}')
-        name = str(record.get("id", number))
-        if name in prompts:
-            raise InputError(f"{path}: line {number}: id {name!r} comes twice; answers are kept by id, so change one")
-        prompts[name] = messages
-    if not prompts:
-        raise InputError(f"{path}: has no prompts")
-    return prompts
-
-
-def is_conversation(messages: object) -> bool:
-    """Whether this is a list of {"role": text, "content": text} with something in it."""
-    return bool(messages) and isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    )  # fmt: skip
 
 
 def read_answers(path: Path) -> dict[str, Sample]:

@@ -21,7 +21,6 @@ it is left out and named. Where more than one in 20 of a file are so, the file i
 import argparse
 import csv
 import json
-import os
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +29,7 @@ from pathlib import Path
 
 from nanomed import InputError
 from nanomed.evaluation.questions import fault
+from nanomed.files import write_durably
 
 SUBJECTS = (
     "clinical_knowledge",
@@ -240,7 +240,5 @@ def write_task(out: Path, name: str, splits: dict[str, list[dict]]) -> None:
         text = "".join(json.dumps(q, ensure_ascii=False) + "\n" for q in questions)
         if path.exists() and path.read_text(encoding="utf-8") != text:
             raise InputError(f"{path}: is there already with other questions; move it away first")
-        tmp = path.with_name(path.name + ".tmp")
-        tmp.write_text(text, encoding="utf-8")
-        os.replace(tmp, path)
+        write_durably(path, text)
     print(f"{out / name}.jsonl: {len(test)} questions, {len(dev)} for shots{note}")

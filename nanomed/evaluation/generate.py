@@ -22,9 +22,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nanomed import InputError
-from nanomed.evaluation.answers import Sample, model_name, read_answers, read_prompts
-from nanomed.evaluation.record import fingerprint, finish_run, open_run, read_jsonl
+from nanomed.evaluation.answers import Sample, model_name, read_answers
+from nanomed.evaluation.record import fingerprint, finish_run, open_run
+from nanomed.files import read_jsonl, write_durably
 from nanomed.hf import fetch
+from nanomed.prompts import read_prompts
 
 PROMPTS = Path(__file__).resolve().parents[2] / "data" / "tasks" / "prompts_de.jsonl"
 
@@ -110,15 +112,13 @@ def from_url(args: argparse.Namespace, prompts: dict[str, list[dict]], cache: Pa
     requests = [(name, {"messages": messages} | settings) for name, messages in prompts.items()]
     how = {"concurrency": args.concurrency, "timeout_s": args.timeout, "desc": "generate"}
     answers = dict(ask(requests, args.source, cache, len(requests), **how))
-    tmp = args.out.with_name(args.out.name + ".tmp")
-    with tmp.open("w", encoding="utf-8") as file:
-        for name, messages in prompts.items():
-            found = answers[name]
-            reason, tokens = found.finish_reason, found.completion_tokens
-            file.write(Sample(name, messages, found.text, reason, tokens, args.model).line())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(tmp, args.out)
+    lines = []
+    for name, messages in prompts.items():
+        found = answers[name]
+        lines.append(
+            Sample(name, messages, found.text, found.finish_reason, found.completion_tokens, args.model).line()
+        )
+    write_durably(args.out, "".join(lines))
 
 
 # --- in this process -----------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ samples file.
 import argparse
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 
@@ -25,8 +24,9 @@ from nanomed import InputError
 from nanomed.evaluation import accuracy, record, tasks
 from nanomed.evaluation.scorer import DecoderLM, load_decoder
 from nanomed.evaluation.tasks import Task
+from nanomed.files import read_jsonl, write_durably
 from nanomed.hf import fetch, find_weights
-from nanomed.merging.losses import chat_template, render
+from nanomed.prompts import chat_template, render
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -230,14 +230,12 @@ def samples_path(out: Path, name: str, task: Task) -> Path:
 def write_samples(path: Path, lines: list[dict]) -> None:
     """The whole file or none: its being there means that it is done."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    os.replace(tmp, path)
+    write_durably(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def read_samples(path: Path) -> list[dict]:
     """The lines of write_samples."""
-    return [line for _, line in record.read_jsonl(path)]
+    return [line for _, line in read_jsonl(path)]
 
 
 def command(path: Path, out: Path, args: argparse.Namespace, dtype: str, wanted: list[Task]) -> str:

@@ -7,7 +7,7 @@ an empty option is easily avoided. So files are checked whole before the first t
 from pathlib import Path
 
 from nanomed import InputError
-from nanomed.evaluation.record import read_jsonl
+from nanomed.files import read_jsonl
 
 FIELDS = {"id": str, "question": str, "options": list, "answer": int}
 

@@ -11,18 +11,17 @@ differs, a finished one is left as it is, an unfinished one goes on. No torch is
 
 import hashlib
 import json
-import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import nanomed
 from nanomed import InputError
-from nanomed.hf import CARRIED, find_weights, read_json
+from nanomed.files import read_json, write_json
+from nanomed.hf import CARRIED, find_weights
 
 PACKAGES = ("torch", "lm_eval", "tokenizers", "transformers", "numpy")
 
@@ -59,33 +58,6 @@ def finish_run(out: Path, results: dict) -> None:
     """Write results.json, then mark the run in OUT as finished."""
     write_json(out / "results.json", results)
     write_json(out / "run.json", read_json(out / "run.json") | {"finished": True})
-
-
-def write_json(path: Path, content: dict) -> None:
-    """The file with this content, or no file of this name: written aside, synced, renamed."""
-    tmp = path.with_name(path.name + ".tmp")
-    with tmp.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(tmp, path)
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
-    """(number of the line from 1, object) of every line that is not blank. InputError naming the line that is none."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: a text may hold U+2028
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start})") from None
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{path}: line {number} is not JSON ({error})") from None
-            if not isinstance(record, dict):
-                raise InputError(f"{path}: line {number} is not a JSON object")
-            yield number, record
 
 
 def sha256(path: Path) -> str:

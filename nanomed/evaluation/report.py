@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nanomed import InputError
 from nanomed.evaluation.failures import LABELS, spell
-from nanomed.hf import read_json
+from nanomed.files import read_json, write_durably
 
 KINDS = ("knowledge", "generate", "judge", "failures")
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
@@ -49,9 +49,7 @@ def run(args: argparse.Namespace) -> None:
     for name, content in pictures.items():
         (args.out / f"{name}.svg").write_text(content, encoding="utf-8")
     for name, text in (("report.md", markdown(args.title, sections)), ("report.html", page(args.title, sections))):
-        tmp = args.out / f"{name}.tmp"
-        tmp.write_text(text, encoding="utf-8")
-        os.replace(tmp, args.out / name)
+        write_durably(args.out / name, text)
     print(f"{args.out / 'report.html'}: {len(runs)} runs, {len(pictures)} pictures; also report.md")
 
 

@@ -19,9 +19,11 @@ from tqdm import tqdm
 from nanomed import InputError
 from nanomed.evaluation.inference import KV, PREFIX_CHUNK, extend, hidden, pack, scores
 from nanomed.evaluation.sharing import Question, groups, shared
-from nanomed.hf import check_weights, model_config, open_safetensors
-from nanomed.merging.losses import end_tokens, render, tokenizer_config
+from nanomed.hf import check_weights, model_config
 from nanomed.model import Decoder
+from nanomed.prompts import end_tokens, render
+from nanomed.shards import open_safetensors
+from nanomed.tokenizer import token_content, tokenizer_config
 
 SHOT_BORDER = "\n\n"  # lm-eval's default between shots
 
@@ -65,8 +67,7 @@ class DecoderLM(LM):
 
     def _prefix_token(self) -> int:
         """What stands before a text without context: BOS, or the end token where the tokenizer has none."""
-        bos = tokenizer_config(self.folder).get("bos_token")
-        bos = bos.get("content") if isinstance(bos, dict) else bos
+        bos = token_content(tokenizer_config(self.folder), "bos_token")
         token = self.tokenizer.token_to_id(bos) if bos else None
         return token if token is not None else min(self.ends, default=0)
 

@@ -9,24 +9,21 @@ Every other window and every other prompt is kept from the search: `check` measu
 Chat needs BASE's log-probabilities at every answered token: 4 bytes x vocabulary x answered tokens of memory.
 """
 
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
 from nanomed import InputError
 from nanomed.batches import Batch, Shape, pack
-from nanomed.hf import read_json
 from nanomed.kernels.linear_cross_entropy import IGNORED
 from nanomed.model import Decoder
+from nanomed.prompts import end_tokens, read_prompts, render
 from nanomed.stream import Stream, open_sources
 
 ANSWER_TOKENS = 32  # of BASE's answer to a prompt
@@ -69,7 +66,9 @@ class Chat:
     def __init__(self, path: Path, folder: Path, model: Decoder, device: torch.device):
         """model: holds BASE's weights. path: JSONL of {"prompt": ...} or {"messages": [...]}."""
         self.tokenizer, self.device = Tokenizer.from_file(str(folder / "tokenizer.json")), device
-        texts = [render(folder, messages) for messages in read_prompts(path)]
+        texts = [render(folder, messages) for messages in read_prompts(path).values()]
+        if len(texts) < 2:
+            raise InputError(f"--chat {path}: needs two prompts at least, one to search with and one to check")
         prompts = [self.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
         answers = greedy_answers(model, prompts, end_tokens(folder), device)
         self.halves = {}
@@ -124,73 +123,3 @@ def greedy_answers(model: Decoder, prompts: list[list[int]], ends: set[int], dev
         for i, token in zip(open_, model.logits(model.hidden(batch), last).argmax(-1).tolist(), strict=True):
             answers[i].append(token)
     return answers
-
-
-def end_tokens(folder: Path) -> set[int]:
-    """Ids that end an answer: eos_token_id of generation_config.json, else of config.json."""
-    for path in (folder / "generation_config.json", folder / "config.json"):
-        found = read_json(path).get("eos_token_id") if path.exists() else None
-        if found is not None:
-            return set(found) if isinstance(found, list) else {found}
-    return set()
-
-
-def read_prompts(path: Path) -> list[list[dict]]:
-    """Messages of every line. InputError naming the line that is none."""
-    try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # a text may hold U+2028
-    except OSError as error:
-        raise InputError(f"--chat {path}: cannot be read ({error.strerror})") from None
-    conversations = []
-    for i, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
-            if not all(isinstance(m["content"], str) and isinstance(m["role"], str) for m in messages):
-                raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(
-                f'--chat {path}: line {i} is neither {{"prompt": text}} nor {{"messages": [...]}}'
-            ) from None
-        conversations.append(messages)
-    if len(conversations) < 2:
-        raise InputError(f"--chat {path}: needs two prompts at least, one to search with and one to check")
-    return conversations
-
-
-def tokenizer_config(folder: Path) -> dict:
-    """Contents of tokenizer_config.json; empty where there is none."""
-    path = folder / "tokenizer_config.json"
-    return read_json(path) if path.exists() else {}
-
-
-def chat_template(folder: Path) -> str:
-    """The model's chat template; of several the default one. InputError where it has none."""
-    file = folder / "chat_template.jinja"
-    template = file.read_text(encoding="utf-8") if file.exists() else tokenizer_config(folder).get("chat_template")
-    if isinstance(template, list):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...}]
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if not isinstance(template, str):
-        raise InputError(f"{folder}: has no chat template, which --chat needs; is BASE an instruct model?")
-    return template
-
-
-def render(folder: Path, messages: list[dict]) -> str:
-    """The conversation through BASE's chat template, up to where the assistant begins. A model that may think before it
-    answers (Qwen3) is told not to, as in eval.py generate."""
-    config, template = tokenizer_config(folder), chat_template(folder)
-
-    def refuse(message: str):
-        raise TemplateError(message)
-
-    content = lambda token: token.get("content") if isinstance(token, dict) else token  # noqa: E731
-    names = {key: content(config.get(key)) or "" for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    try:
-        compiled = environment.from_string(template)
-        settings = {"add_generation_prompt": True, "enable_thinking": False}
-        return compiled.render(messages=messages, raise_exception=refuse, **settings, **names)
-    except TemplateError as error:
-        raise InputError(f"{folder}: its chat template refuses a prompt ({error})") from None

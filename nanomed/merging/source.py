@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanomed import InputError
-from nanomed.bins import tokenizer_sha256
-from nanomed.hf import fetch, find_weights, read_json
+from nanomed.files import read_json
+from nanomed.hf import check_copied_head, fetch, find_weights
 from nanomed.shards import ITEM_BYTES, has_entries, n_elements, read_header
-
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+from nanomed.tokenizer import tokenizer_sha256
 
 
 @dataclass(frozen=True)
@@ -86,24 +85,9 @@ def _of_folder(name: str, folder: Path, role: str, kind: str) -> Checkpoint:
     the two is meant cannot be known."""
     tensors = {n: t for n, t in safetensors_in(folder, role).items() if not n.endswith(".rotary_emb.inv_freq")}
     checkpoint = Checkpoint(name, folder, tensors, tokenizer_of(folder), kind)
-    head = tensors.pop(HEAD, None) if checkpoint.config().get("tie_word_embeddings") else None
-    if head and not (EMBEDDING in tensors and _same_bytes(head, tensors[EMBEDDING])):
-        raise InputError(
-            f"{role} {name}: config.json has tie_word_embeddings, but its {HEAD} is no copy of {EMBEDDING}; set "
-            "tie_word_embeddings to false there if the head is its own, else fetch the checkpoint again"
-        )
+    if checkpoint.config().get("tie_word_embeddings") and tensors.pop("lm_head.weight", None):
+        check_copied_head(folder, find_weights(folder))
     return checkpoint
-
-
-def _same_bytes(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of safetensors files are equal, bit for bit; a MB at a time."""
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    with a.parts[0].path.open("rb") as left, b.parts[0].path.open("rb") as right:
-        left.seek(a.parts[0].offset)
-        right.seek(b.parts[0].offset)
-        sizes = (min(2**20, a.n_bytes - start) for start in range(0, a.n_bytes, 2**20))
-        return all(left.read(size) == right.read(size) for size in sizes)
 
 
 def tokenizer_of(folder: Path) -> dict[str, str]:

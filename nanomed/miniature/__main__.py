@@ -35,8 +35,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanomed import InputError
-from nanomed.evaluation.record import read_jsonl, write_json
-from nanomed.hf import read_json
+from nanomed.files import read_json, read_jsonl, write_json
 from nanomed.miniature import judge, report
 from nanomed.miniature import results as outcome
 from nanomed.miniature.stages import FAST, FULL, Recipe, Stage, plan

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nanomed.evaluation.record import read_jsonl
 from nanomed.evaluation.stats import paired_bootstrap
-from nanomed.hf import read_json
+from nanomed.files import read_json, read_jsonl
 from nanomed.miniature.judge import follows, points
 from nanomed.miniature.stages import name_of
 

@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def shares(files: list[Path], lr: float) -> dict[str, float]:
     """Of all weights in the safetensors files."""
-    from nanomed.hf import open_safetensors
+    from nanomed.shards import open_safetensors
 
     n, unmoved, arrived = 0, 0, 0.0
     for path in files:
