@@ -15,7 +15,7 @@ import argparse
 import importlib
 import sys
 
-from nanomed import InputError
+from nanomed import run_script
 
 COMMANDS = {
     name: f"nanomed.evaluation.{name}" for name in ("convert", "knowledge", "generate", "judge", "failures", "report")
@@ -37,14 +37,8 @@ def main() -> None:
         prog=f"eval.py {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(command)
-    try:
-        module.run(command.parse_args(sys.argv[2:]))
-    except (InputError, OSError) as error:  # an OSError names its file: a full disk, no permission, no such folder
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+    module.run(command.parse_args(sys.argv[2:]))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from nanomed import InputError
+from nanomed import InputError, run_script
 from nanomed.merging import checks, mergekit_yaml, report
 from nanomed.merging.mergekit_yaml import DTYPES
 from nanomed.merging.schedule import PRESETS, Rule, evaluate, read_rules
@@ -193,22 +193,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run; an input that cannot be merged is one line and exit status 1."""
-    try:
-        if sys.argv[1:2] == ["tune"]:
-            from nanomed.merging import tune  # needs torch
+    """The command line."""
+    if sys.argv[1:2] == ["tune"]:
+        from nanomed.merging import tune  # needs torch
 
-            return tune.main(sys.argv[2:])
-        args = parse(sys.argv[1:])
-        if args.mergekit_yaml:
-            merge_yaml(args.mergekit_yaml, Path(args.paths[0]), args.verify)
-        else:
-            merge_pair(args)
-    except (InputError, OSError) as error:  # an OSError names its file: a full disk, no permission, no such folder
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; nothing is left of it")
+        return tune.main(sys.argv[2:])
+    args = parse(sys.argv[1:])
+    if args.mergekit_yaml:
+        return merge_yaml(args.mergekit_yaml, Path(args.paths[0]), args.verify)
+    merge_pair(args)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "nothing was written")

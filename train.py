@@ -8,7 +8,6 @@ On SIGTERM, Ctrl-C or SIGUSR1 it saves one first.
 """
 
 import contextlib
-import errno
 import gc
 import math
 import os
@@ -22,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from nanomed import InputError, batches, guard, optim, parallel, runs, weights
+from nanomed import InputError, batches, guard, is_explained, optim, parallel, runs, weights
 from nanomed.batches import Batch, Shape
 from nanomed.checkpoint import Checkpointer
 from nanomed.config import Config, parse
@@ -211,8 +210,8 @@ def main() -> None:
         world = parallel.start(config)
         train(config, world)
     except (InputError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise  # any other than a full disk is a bug of ours
+        if not is_explained(error):
+            raise
         # print would put it behind the progress bar; in one piece, so that ranks do not mix theirs
         tqdm.write(f"error: {error}\n", file=sys.stderr, end="")
         leave(1)

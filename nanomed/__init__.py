@@ -11,22 +11,32 @@ __version__ = "0.1.0"
 
 
 class InputError(Exception):
-    """A wrong input. Its message is one line for the user: what was found, where, what was expected, what to do.
+    """What ends a command for a reason that its user can do something about: a wrong input, a full disk, a run that diverges.
 
-    Scripts catch it at the top, print `error: <message>` and exit with status 1; anything else that is raised is a
-    bug of ours and keeps its traceback.
+    Its message is one line: what was found, where, what was expected, what to do. `run_script` prints it as `error: ...`;
+    anything else that is raised is a bug of ours and keeps its traceback.
     """
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, short enough for a message of ours; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def is_explained(error: Exception) -> bool:
+    """Whether the error's own message is all that a user needs: an InputError, a full disk, an OSError that names a file."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, InputError) or full or (isinstance(error, OSError) and error.filename is not None)
+
+
 def run_script(main: Callable[[], None], interrupted: str = "run the same command again to go on") -> None:
-    """A script from start to end: a wrong input or a full disk is one line and status 1, Ctrl-C one line and 130."""
+    """A command from start to end: what `is_explained` is one line and exit status 1, Ctrl-C one line and 130."""
     try:
         main()
     except (InputError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise  # any other than a full disk is a bug of ours
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        if not is_explained(error):
+            raise
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print(f"interrupted; {interrupted}", file=sys.stderr)
         sys.exit(130)

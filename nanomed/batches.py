@@ -12,7 +12,6 @@ Packing costs a few microseconds a document piece, in a thread beside the traini
 import argparse
 import dataclasses
 import queue
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -24,7 +23,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from nanomed import InputError, hf
+from nanomed import InputError, hf, run_script
 from nanomed.files import read_json
 from nanomed.kernels.linear_cross_entropy import IGNORED
 from nanomed.stream import Stream, open_sources
@@ -215,13 +214,10 @@ def main() -> None:
     command.add_argument("--run", type=Path, required=True, help="run folder, the --out of train.py")
     command.add_argument("--step", type=int, required=True, help="step as in metrics.jsonl, from 1")
     args = parser.parse_args()
-    try:
-        if args.step < 1:
-            raise InputError(f"--step {args.step}: steps count from 1")
-        show(args.run, args.step)
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    if args.step < 1:
+        raise InputError(f"--step {args.step}: steps count from 1")
+    show(args.run, args.step)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -15,7 +15,6 @@ A checkpoint holds no data position beyond the step (nanomed.batches: the data i
 the guard's window: which steps are skipped depends on it.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -34,7 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from nanomed import InputError
-from nanomed.files import write_durably
+from nanomed.files import sha256, write_durably
 from nanomed.guard import Guard
 from nanomed.parallel import SLOW_TIMEOUT, World, print0
 
@@ -119,7 +118,7 @@ class Checkpointer:
         """ValueError if a file is not the one that was written; each rank looks at its share of them."""
         digests = json.loads((path / "DONE").read_text() or "{}")
         for name in sorted(digests)[self.world.rank :: self.world.size]:
-            if _sha256(path / name) != digests[name]:
+            if sha256(path / name) != digests[name]:
                 raise ValueError(f"{name} is not what was written")
 
     def _load(self, path: Path) -> None:
@@ -163,7 +162,7 @@ class Checkpointer:
         written.result()
         mine = [*path.glob(f"__{self.world.rank}_*"), *([path / ".metadata"] if self.world.first() else [])]
         everyone = [None] * self.world.size
-        dist.all_gather_object(everyone, {file.name: _sha256(file) for file in mine}, group=self._group)
+        dist.all_gather_object(everyone, {file.name: sha256(file) for file in mine}, group=self._group)
         digests = {name: digest for files in everyone for name, digest in files.items()}
         if self.world.first():
             write_durably(path / "DONE", json.dumps(digests, indent=1))
@@ -229,11 +228,6 @@ def _give_way() -> None:
     """
     if sys.platform == "linux":
         os.nice(19)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _reason(error: Exception) -> str:

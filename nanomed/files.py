@@ -6,9 +6,10 @@ the new one. What is left of an interrupted NAME.tmp is overwritten by the next 
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -66,6 +67,16 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
             if not isinstance(record, dict):
                 raise InputError(f"{path}: line {number} is not a JSON object")
             yield number, record
+
+
+def sha256(path: Path, progress: Callable[[int], object] = lambda n_bytes: None) -> str:
+    """Of the file's bytes; progress is called with the number of bytes of every piece."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+            progress(len(chunk))
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from nanomed import InputError, devices, hf
+from nanomed import InputError, devices, hf, run_script
 from nanomed.config import Config, parse_without_data
 from nanomed.devices import Gpu
 from nanomed.footprint import REGIMES, Regime, activation_bytes, kept_cast_bytes, moments, parameters
@@ -270,12 +270,9 @@ def model_of(init: str) -> ModelConfig:
 
 
 def main() -> None:
-    """Print the plan; an input that cannot be is one line and exit status 1."""
-    try:
-        print(report(parse(sys.argv[1:])))
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    """Print the plan."""
+    print(report(parse(sys.argv[1:])))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -6,13 +6,13 @@ The forgetting meter is the question of continual pre-training in one picture: b
 relative to where the model started. The target domain should fall; how far a general set rises is the price.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 
-from nanomed import InputError
+from nanomed import InputError, run_script
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -60,8 +60,12 @@ def plot_curves(run: Path) -> Path:
     return path
 
 
+def main() -> None:
+    """Draw the curves of a run again."""
+    parser = argparse.ArgumentParser(prog="python -m nanomed.plot", description=main.__doc__)
+    parser.add_argument("run", type=Path, help="run folder, the --out of train.py")
+    print(plot_curves(parser.parse_args().run))
+
+
 if __name__ == "__main__":
-    try:
-        print(plot_curves(Path(sys.argv[1])))
-    except (InputError, IndexError) as error:
-        sys.exit(f"error: {error}" if sys.argv[1:] else "usage: python -m nanomed.plot RUN_FOLDER")
+    run_script(main)

@@ -11,17 +11,15 @@ change.
 import dataclasses
 import json
 import platform
-import subprocess
 from pathlib import Path
 
-import numpy
 import torch
 
-import nanomed
 from nanomed import InputError
 from nanomed.config import FREE_FIELDS, Config
 from nanomed.files import lock, read_json, write_durably
 from nanomed.stream import Stream
+from nanomed.versions import git_commit, versions
 
 
 def data_identity(train: Stream, vals: dict[str, Stream]) -> dict:
@@ -77,27 +75,12 @@ def _describe(out: Path, config: Config, identity: dict, device: torch.device) -
     run = {
         "identity": identity,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "versions": {"nanomed": nanomed.__version__, "torch": torch.__version__, "numpy": numpy.__version__,
-                     "python": platform.python_version()},
-        "git_commit": _git_commit(),
-    }  # fmt: skip
+        "versions": versions("torch", "numpy"),
+        "git_commit": git_commit(),
+    }
     write_durably(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
     write_durably(out / "run.json", json.dumps(run, indent=1))
 
 
 def _read(path: Path) -> dict:
     return read_json(path) if path.exists() else {}
-
-
-def _git_commit() -> str | None:
-    try:
-        here = Path(nanomed.__file__).parent
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import eval as evaluate  # the script
+from nanomed import run_script
 from nanomed.evaluation.answers import Sample
 
 
@@ -30,7 +31,7 @@ def fixture_command(monkeypatch, capsys):
     def run(*argv) -> tuple[int, str]:
         monkeypatch.setattr("sys.argv", ["eval.py", *map(str, argv)])
         try:
-            evaluate.main()
+            run_script(evaluate.main)
             status = 0
         except SystemExit as end:
             if isinstance(end.code, str):

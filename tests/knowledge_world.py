@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 
 import eval as command_line
 from conftest import ROOT, SENTENCES, save_reference
+from nanomed import run_script
 from test_eval_scorer import TINY, write_tokenizer
 
 QUESTIONS = [
@@ -49,7 +50,7 @@ def fixture_world(tmp_path_factory):
 def run(monkeypatch, *argv) -> None:
     """eval.py knowledge, in this process."""
     monkeypatch.setattr(sys, "argv", ["eval.py", "knowledge", *map(str, argv)])
-    command_line.main()
+    run_script(command_line.main)
 
 
 def flags(world, out, *models, tasks="both", shots=2):

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, Qwen2Config
 
 import merge
 from conftest import save_reference
-from nanomed import hf
+from nanomed import hf, run_script
 from nanomed.merging.slerp import DOT_THRESHOLD
 
 SHAPE = dict(vocab_size=384, hidden_size=32, intermediate_size=56, num_hidden_layers=4, num_attention_heads=4,
@@ -71,7 +71,7 @@ def assert_close(found: torch.Tensor, a: torch.Tensor, b: torch.Tensor, t: float
 def run(monkeypatch, *flags) -> None:
     """merge.py in this process."""
     monkeypatch.setattr(sys, "argv", ["merge.py", *map(str, flags)])
-    merge.main()
+    run_script(merge.main)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -9,9 +9,10 @@ from lm_eval.models.huggingface import HFLM
 
 import eval as command_line
 from knowledge_world import QUESTIONS, fixture_world, flags, run, write_jsonl  # noqa: F401
-from nanomed import InputError
+from nanomed import InputError, run_script
 from nanomed.evaluation import knowledge, record
 from nanomed.evaluation.questions import fault
+from nanomed.files import sha256
 from nanomed.prompts import render
 
 
@@ -22,7 +23,7 @@ def test_a_run_of_two_models(world, tmp_path, monkeypatch, capsys):
     found = json.loads((out / "results.json").read_text())
     about = json.loads((out / "run.json").read_text())
     assert about["finished"]
-    assert about["data"][str(world / "one.jsonl")] == record.sha256(world / "one.jsonl")
+    assert about["data"][str(world / "one.jsonl")] == sha256(world / "one.jsonl")
     first, second = found["models"]
     assert [e["task"] for e in first["tasks"]] == ["one", "two"]
     assert first["tasks"][0]["difference"] is None
@@ -53,7 +54,7 @@ def the_page_of(out, found, tmp_path, monkeypatch):
     (tmp_path / "answers.jsonl").write_text("")  # beside a run; RUN/* names it too
     argv = [out, tmp_path / "link", tmp_path / "answers.jsonl", "--out", tmp_path / "report"]
     monkeypatch.setattr(sys, "argv", ["eval.py", "report", *map(str, argv)])
-    command_line.main()
+    run_script(command_line.main)
     rows = [line.split(" | ") for line in (tmp_path / "report/report.md").read_text().splitlines() if line[:2] == "| "]
     named = [(row[0][2:], row[2]) for row in rows]
     wanted = [(task, model) for task in ("one", "two", "both, macro") for model in "ab"]

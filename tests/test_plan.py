@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import nanomed.model
 from conftest import write_bins
-from nanomed import InputError, devices, optim, parallel, plan
+from nanomed import InputError, devices, optim, parallel, plan, run_script
 from nanomed.batches import Batch
 from nanomed.config import RECIPES, Config
 from nanomed.kernels import adamw, cross_entropy, linear_cross_entropy, providers, roofline
@@ -287,7 +287,7 @@ def test_bad_input_is_one_line(flags, message, monkeypatch, capsys):
     recipe = [] if "--recipe" in flags else ["--recipe", "qwen2.5-7b"]
     monkeypatch.setattr(sys, "argv", ["plan", *recipe, *flags.split()])
     with pytest.raises(SystemExit) as stopped:
-        plan.main()
+        run_script(plan.main)
     assert str(stopped.value).startswith("error: ")
     assert message in str(stopped.value)
     assert "\n" not in str(stopped.value)

@@ -11,17 +11,14 @@ differs, a finished one is left as it is, an unfinished one goes on. No torch is
 
 import hashlib
 import json
-import platform
-import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import nanomed
 from nanomed import InputError
-from nanomed.files import read_json, write_json
+from nanomed.files import read_json, sha256, write_json
 from nanomed.hf import CARRIED, find_weights
+from nanomed.versions import git_commit, versions
 
 PACKAGES = ("torch", "lm_eval", "tokenizers", "transformers", "numpy")
 
@@ -45,8 +42,8 @@ def open_run(out: Path, kind: str, config: dict, data: list[Path]) -> bool:
     out.mkdir(parents=True, exist_ok=True)
     about = {
         "command": sys.argv,
-        "git_commit": _git_commit(),
-        "versions": _versions(),
+        "git_commit": git_commit(),
+        "versions": versions(*PACKAGES),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "finished": False,
     }
@@ -58,12 +55,6 @@ def finish_run(out: Path, results: dict) -> None:
     """Write results.json, then mark the run in OUT as finished."""
     write_json(out / "results.json", results)
     write_json(out / "run.json", read_json(out / "run.json") | {"finished": True})
-
-
-def sha256(path: Path) -> str:
-    """Of the file's bytes; OSError, which names the file, where it cannot be read."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint(folder: Path) -> str:
@@ -95,22 +86,3 @@ def _check_same(out: Path, found: dict, wanted: dict) -> None:
                 raise InputError(
                     f"--out {out}: belongs to a run with {what}{key} = {was}, this one {now}; choose another --out or delete it"
                 )
-
-
-def _versions() -> dict[str, str]:
-    found = {"nanomed": nanomed.__version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _git_commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        here = Path(nanomed.__file__).parent
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -34,7 +34,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanomed import InputError
+from nanomed import InputError, run_script
 from nanomed.files import read_json, read_jsonl, write_json
 from nanomed.miniature import judge, report
 from nanomed.miniature import results as outcome
@@ -143,15 +143,9 @@ def main() -> None:
     )
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the script that is running ends too
-    try:
-        if not run(args.out, args.fast, args.seed):
-            sys.exit(2)
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+    if not run(args.out, args.fast, args.seed):
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
