@@ -1,4 +1,4 @@
-"""AdamW in one pass over memory: weights rounded stochastically, means in 8 bits; and the sum of two bf16 gradients.
+"""AdamW in one pass over memory: weights rounded stochastically, moments in 8 bits; and the sum of two bf16 gradients.
 
     g = grad / grad_scale        m ← m + (1 − β1) (g − m)        v ← v + (1 − β2) (g² − v)
     p ← p − lr · decay · p − lr · (m / (1 − β1^t)) / (sqrt(v) / sqrt(1 − β2^t) + eps)
@@ -14,9 +14,11 @@ rounds for 128 bits of which one would use 16.
 8 bits (Dettmers et al., 2021, arXiv 2110.02861). A block of up to 256 numbers shares a scale, its largest magnitude. Of the
 256 codes each means a number in [-1, 1]: 7 decades, the i-th cut into 2^i equal pieces whose middles the codes are, mirrored
 for negative numbers; where there are none, twice as many pieces; then 0 and 1. So a number's code needs no search in the
-table, which costs eight dependent loads: its decade is six comparisons, its piece in it a multiplication.
+table, which costs eight dependent loads: its decade is three comparisons, its piece in it a multiplication. Still it is
+arithmetic that bounds the step, not memory: 1,090 instructions for 256 numbers on an H100, 35 ms for 7.6 B parameters where
+the traffic takes 25 (counted in the machine code; not yet measured).
 
-Bytes a parameter with bf16 weights: 10 with codes (p, grad, m, v → p, m, v), 14 with bf16 means; the sum 6.
+Bytes a parameter with bf16 weights: 10 with codes (p, grad, m, v → p, m, v), 14 with bf16 moments; the sum 6.
 """
 
 import torch
@@ -51,16 +53,16 @@ def _codes(x, SIGNED: tl.constexpr):
     """The codes of x in [-1, 1], or in [0, 1] where it is not SIGNED: the nearest numbers of the map."""
     first: tl.constexpr = 1 if SIGNED else 2  # pieces of the first decade, [1e-7, 1e-6]
     a = tl.abs(x)
+    in_first = a  # moved down to the first decade, by 4, 2 and 1 of them
     pieces = tl.zeros_like(a) + first
-    a_piece = tl.zeros_like(a) + 1e6 * first / 0.9  # how many pieces of this decade are as long as 1
-    for i in tl.static_range(1, 7):
-        # Half-way from the last middle of one decade to the first of the next.
-        above = a >= 10.0 ** (i - 6) * (0.1 + 0.18 / (first * 2**i))
-        pieces = tl.where(above, 1.0 * first * 2**i, pieces)
-        a_piece = tl.where(above, 10.0 ** (6 - i) * first * 2**i / 0.9, a_piece)
-    piece = tl.minimum(tl.maximum(tl.floor(a * a_piece - pieces / 9), 0.0), pieces - 1)  # a decade begins at its ninth
-    code = pieces - first + 1 + piece
-    code = tl.where(a < 0.5e-6 * (0.1 + 0.45 / first), 0.0, code)
+    for i in tl.static_range(2, -1, -1):
+        above = in_first >= 10.0 ** (2**i - 7)
+        in_first *= tl.where(above, 10.0 ** -(2**i), 1.0)
+        pieces *= tl.where(above, 2.0 ** (2**i), 1.0)
+    at = (in_first * (1e6 / 0.9) - 1 / 9) * pieces  # a decade begins at its ninth
+    code = pieces - first + tl.minimum(tl.maximum(tl.floor(at), 0.0), pieces - 1)
+    code += tl.where(at < 0.2, 0.0, 1.0)  # below a fifth of a piece the last middle of the decade before is nearer
+    code = tl.where(a < 0.5e-6 * (0.1 + 0.45 / first), 0.0, tl.maximum(code, 1.0))
     top = a >= 1 - 0.225 / (first * 64)
     if SIGNED:  # noqa: SIM108
         code = 127 + tl.where(x < 0, -code, tl.where(top, 128.0, code))  # -1 has no code of its own
@@ -70,23 +72,25 @@ def _codes(x, SIGNED: tl.constexpr):
 
 
 @jit
-def _mean(mean_ptr, scale_ptr, map_ptr, at, row, mask, of_row, CODES: tl.constexpr):
-    """A tile of a running mean in float32."""
-    mean = tl.load(mean_ptr + at, mask=mask, other=0)
+def _moment(moment_ptr, scale_ptr, map_ptr, at, row, mask, of_row, CODES: tl.constexpr):
+    """A tile of a moment in float32."""
+    moment = tl.load(moment_ptr + at, mask=mask, other=0)
     if CODES:
-        return tl.load(map_ptr + mean.to(tl.int32)) * tl.load(scale_ptr + row, mask=of_row, other=0.0)[:, None]
-    return mean.to(tl.float32)
+        # Not tl.load(map_ptr + codes): its layout, a number a thread, would become that of the whole step.
+        numbers = tl.gather(tl.load(map_ptr + tl.arange(0, 256)), moment.to(tl.int32).reshape(moment.numel), 0)
+        return numbers.reshape(moment.shape) * tl.load(scale_ptr + row, mask=of_row, other=0.0)[:, None]
+    return moment.to(tl.float32)
 
 
 @jit
-def _keep(mean, mean_ptr, scale_ptr, at, row, mask, of_row, CODES: tl.constexpr, SIGNED: tl.constexpr):
+def _keep(moment, moment_ptr, scale_ptr, at, row, mask, of_row, CODES: tl.constexpr, SIGNED: tl.constexpr):
     """The reverse; masked elements are 0."""
     if CODES:
-        scale = tl.maximum(tl.max(tl.abs(mean), axis=1), 1e-12)
+        scale = tl.maximum(tl.max(tl.abs(moment), axis=1), 1e-12)
         tl.store(scale_ptr + row, scale, mask=of_row)
-        tl.store(mean_ptr + at, _codes(mean / scale[:, None], SIGNED), mask=mask)
+        tl.store(moment_ptr + at, _codes(moment * (1 / scale)[:, None], SIGNED), mask=mask)
     else:
-        tl.store(mean_ptr + at, mean.to(mean_ptr.dtype.element_ty), mask=mask)
+        tl.store(moment_ptr + at, moment.to(moment_ptr.dtype.element_ty), mask=mask)
 
 
 @jit(do_not_specialize=["seed"])
@@ -104,16 +108,16 @@ def _step(
     mask, of_row = (cols < block) & (at < N), row * block < N
     g = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if grad_scale_ptr is not None:
-        g /= tl.load(grad_scale_ptr)
-    m = _mean(m_ptr, m_scale_ptr, m_map_ptr, at, row, mask, of_row, CODES)
-    v = _mean(v_ptr, v_scale_ptr, v_map_ptr, at, row, mask, of_row, CODES)
+        g *= 1 / tl.load(grad_scale_ptr)
+    m = _moment(m_ptr, m_scale_ptr, m_map_ptr, at, row, mask, of_row, CODES)
+    v = _moment(v_ptr, v_scale_ptr, v_map_ptr, at, row, mask, of_row, CODES)
     m += tl.cast(toward_m, tl.float32) * (g - m)
     v += tl.cast(toward_v, tl.float32) * (g * g - v)
     lr = tl.cast(lr, tl.float32)
     x = tl.load(p_ptr + at, mask=mask, other=0.0).to(tl.float32)
     x -= lr * tl.cast(decay, tl.float32) * x
-    divisor = tl.sqrt(v) / tl.sqrt(tl.load(v_correction_ptr)) + tl.cast(eps, tl.float32)
-    x -= lr * (m / tl.load(m_correction_ptr)) / divisor
+    divisor = tl.sqrt(v) * (1 / tl.sqrt(tl.load(v_correction_ptr))) + tl.cast(eps, tl.float32)
+    x -= (lr / tl.load(m_correction_ptr)) * m / divisor  # one division a number, the others one a program
     if p_ptr.dtype.element_ty == tl.bfloat16:
         x = _rounded(x, at, seed)
     tl.store(p_ptr + at, x.to(p_ptr.dtype.element_ty), mask=mask)
@@ -134,11 +138,11 @@ def adamw_(
     grad: Tensor,  # as p
     exp_avg: Tensor,  # p's shape: float32, bf16, or uint8 codes
     exp_avg_sq: Tensor,
-    scales: list[Tensor | None],  # (blocks,) float32 of both means, where they are codes
+    scales: list[Tensor | None],  # (blocks,) float32 of both moments, where they are codes
     maps: list[Tensor | None],  # (256,) float32: what the codes mean, torchao's
     lr: Tensor,  # () float32 on the CPU, like decay
     decay: Tensor,
-    corrections: tuple[Tensor, Tensor],  # () float32 on the device: 1 - beta^step of both means
+    corrections: tuple[Tensor, Tensor],  # () float32 on the device: 1 - beta^step of both moments
     skip: Tensor | None,  # () float32 on the device: if it is not 0, nothing changes
     grad_scale: Tensor | None,  # () float32 on the device: the gradient is divided by it
     seed: Tensor,  # () int32 on the CPU, of `draw_seed`
@@ -202,22 +206,24 @@ def adamw_torch_(
     x = x - lr * decay * x
     x = x - lr * (m / corrections[0]) / (v.sqrt() / corrections[1].sqrt() + eps)
     new = [(p, round_stochastically(x, seed) if p.dtype == torch.bfloat16 else x)]
-    for old, scale, qmap, mean in ((exp_avg, scales[0], maps[0], m), (exp_avg_sq, scales[1], maps[1], v)):
-        new += [(old, mean.to(old.dtype))] if scale is None else zip((old, scale), _quantized(mean, qmap), strict=True)
+    for old, scale, qmap, moment in ((exp_avg, scales[0], maps[0], m), (exp_avg_sq, scales[1], maps[1], v)):
+        new += (
+            [(old, moment.to(old.dtype))] if scale is None else zip((old, scale), _quantized(moment, qmap), strict=True)
+        )
     for old, value in new:
         old.copy_(value if skip is None else torch.where(skip != 0, old, value))
 
 
-def _dequantized(mean: Tensor, scale: Tensor | None, qmap: Tensor | None) -> Tensor:
+def _dequantized(moment: Tensor, scale: Tensor | None, qmap: Tensor | None) -> Tensor:
     if scale is None:
-        return mean.float()
+        return moment.float()
     from torchao.optim.quant_utils import dequant_with_qmap
 
-    return dequant_with_qmap(mean, qmap, scale)
+    return dequant_with_qmap(moment, qmap, scale)
 
 
-def _quantized(mean: Tensor, qmap: Tensor) -> tuple[Tensor, Tensor]:  # (B, block) -> codes (B, block), scales (B,)
+def _quantized(moment: Tensor, qmap: Tensor) -> tuple[Tensor, Tensor]:  # (B, block) -> codes (B, block), scales (B,)
     from torchao.optim.quant_utils import quantize_8bit_with_qmap, scale_tensor
 
-    unit, scale = scale_tensor(mean, mean.shape[1])
+    unit, scale = scale_tensor(moment, moment.shape[1])
     return quantize_8bit_with_qmap(unit, qmap), scale

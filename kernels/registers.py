@@ -68,7 +68,7 @@ def launches(m: Model) -> Iterator[tuple]:
         of_codes = [FP32] * 4 if mean is UINT8 else [None] * 4
         args = (BF16, BF16, mean, mean, *of_codes, *[FP32] * 4, n, block, seed, 1e-5, 0.1, 0.1, 0.05, 1e-8)
         const = dict(CODES=mean is UINT8, ROWS=adamw.TILE // block, COLS=block)
-        yield f"adamw with {name} means", adamw._step, args, const, adamw.WARPS
+        yield f"adamw with {name} moments", adamw._step, args, const, adamw.WARPS
 
 
 def compile_for(kernel, args: tuple, constexprs: dict, warps: int, generation: int):
@@ -107,8 +107,10 @@ def measure(compiled) -> dict[str, int]:
         "loads_128": count(r"\bLDG(?:STS)?\.[\w.]*128\b"),
         "stores_128": count(r"\bSTG\.[\w.]*128\b"),
         "narrow": count(r"\b(?:LDG|STG)\.[\w.]*[US](?:8|16)\b"),  # of one or two bytes
+        "shared_narrow": count(r"\b(?:LDS|STS)\.[\w.]*[US](?:8|16)\b"),  # a layout changed number by number
         "float64": count(r"\bD(?:ADD|MUL|FMA|SETP|MNMX)\b"),
         "shared": compiled.metadata.shared,  # bytes
+        "instructions": count(r"(?m)^\s+/\*[0-9a-f]{4,}\*/\s+(?!\s|NOP)"),
     }
 
 

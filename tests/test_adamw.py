@@ -87,17 +87,17 @@ def test_codes_are_the_nearest_of_torchaos_map(signed):
     assert (distance[differ] <= 1e-6 * x[differ].abs()).all()
 
 
-def states(dtype: torch.dtype, means: str, rows: int, block: int):
+def states(dtype: torch.dtype, moments: str, rows: int, block: int):
     """(p, grad, exp_avg, exp_avg_sq, scales), each in front of canaries."""
     generator = torch.Generator().manual_seed(0)
-    shape = (rows, block) if means == "int8" else (rows * block,)
+    shape = (rows, block) if moments == "int8" else (rows * block,)
     p, grad = (behind(torch.randn(shape, generator=generator).to(dtype)) for _ in range(2))
-    of_mean = torch.uint8 if means == "int8" else torch.bfloat16 if means == "bf16" else torch.float32
-    m, v = (behind(torch.zeros(shape, dtype=of_mean)) for _ in range(2))
-    return p, grad, m, v, [behind(torch.zeros(rows)) if means == "int8" else None for _ in range(2)]
+    of_moment = torch.uint8 if moments == "int8" else torch.bfloat16 if moments == "bf16" else torch.float32
+    m, v = (behind(torch.zeros(shape, dtype=of_moment)) for _ in range(2))
+    return p, grad, m, v, [behind(torch.zeros(rows)) if moments == "int8" else None for _ in range(2)]
 
 
-def three_steps(update, tensors, means: str, skipped: int | None) -> None:
+def three_steps(update, tensors, moments: str, skipped: int | None) -> None:
     """Steps 1 to 3 with gradients that change, divided by 2; the one that is to be skipped meets a NaN."""
     p, grad, m, v, scales = tensors
     maps = [torch.tensor(create_dynamic_map(signed=s), device=DEVICE) for s in (True, False)]
@@ -110,20 +110,20 @@ def three_steps(update, tensors, means: str, skipped: int | None) -> None:
         corrections = [torch.tensor(1 - beta**step, device=DEVICE) for beta in (0.9, 0.95)]
         skip = torch.tensor(float(step == skipped), device=DEVICE) if skipped else None
         seed = torch.tensor(12345 * step, dtype=torch.int32)
-        used = maps if means == "int8" else [None, None]
+        used = maps if moments == "int8" else [None, None]
         update(p, g, m, v, scales, used, *numbers, corrections, skip, grad_scale, seed, 0.9, 0.95, 1e-8)
 
 
 @pytest.mark.parametrize("skipped", [None, 2])
 @pytest.mark.parametrize(("rows", "block"), [(5, 256), (9, 192), (3, 32), (1, 100)])
-@pytest.mark.parametrize("means", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("moments", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_steps_are_those_of_the_twin(dtype, means, rows, block, skipped):
-    """Weights, means and scales, sizes off the tile, one program and several, with and without a skipped step."""
-    ours, twin = states(dtype, means, rows, block), states(dtype, means, rows, block)
+def test_steps_are_those_of_the_twin(dtype, moments, rows, block, skipped):
+    """Weights, moments and scales, sizes off the tile, one program and several, with and without a skipped step."""
+    ours, twin = states(dtype, moments, rows, block), states(dtype, moments, rows, block)
     before = ours[0].clone()
-    three_steps(adamw_, ours, means, skipped)
-    three_steps(adamw_torch_, twin, means, skipped)
+    three_steps(adamw_, ours, moments, skipped)
+    three_steps(adamw_torch_, twin, moments, skipped)
     for x, y in zip([*ours[:4], *ours[4]], [*twin[:4], *twin[4]], strict=True):
         if x is None:
             continue
@@ -134,7 +134,7 @@ def test_steps_are_those_of_the_twin(dtype, means, rows, block, skipped):
         else:  # bf16: what is rounded may differ in its last bit, and then falls to the other side
             rel = 2**-7 if x.dtype == torch.bfloat16 else 1e-5
             # A code that fell to its other neighbour has moved the steps after it, by less than a hundredth of lr.
-            torch.testing.assert_close(x, y, rtol=rel, atol=1e-4 if means == "int8" else 1e-6)
+            torch.testing.assert_close(x, y, rtol=rel, atol=1e-4 if moments == "int8" else 1e-6)
             assert (~torch.isclose(x, y, rtol=rel, atol=1e-6)).float().mean() <= 0.01
             assert (x != y).float().mean() < 0.02 or x.dtype == torch.float32
     assert not torch.equal(ours[0], before)
