@@ -3,17 +3,17 @@
     torchrun train.py                                   the built-in corpus, on whatever this machine has
     torchrun --nproc-per-node 8 train.py --recipe qwen2.5-7b --data bins/finemed-de --val med=bins/val-med
 
-Stopped by anything at all, the same command goes on from its newest whole checkpoint, on as many ranks as there are.
+Stopped by anything at all, the same command resumes from its newest whole checkpoint, on as many ranks as there are.
 On SIGTERM, Ctrl-C or SIGUSR1 it saves one first.
 """
 
-import contextlib
 import gc
 import math
 import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from nanomed import InputError, batches, guard, is_explained, optim, parallel, runs, weights
+from nanomed import InputError, batches, guard, hf, is_explained, optim, parallel, runs, weights
 from nanomed.batches import Batch, Shape
 from nanomed.checkpoint import Checkpointer
 from nanomed.config import Config, parse
@@ -46,79 +46,73 @@ def train(config: Config, world: World) -> None:
         return print0(f"{out}: this run is finished; its model is in {out / 'hf'}")
     with torch.device("meta"):  # described on no device; then cut over the ranks, then filled
         model = Decoder(inputs.model_config, config.dtype, kernels(config.kernels))
-    has_weights = weights.check_weights(model, inputs.source)
+    files = hf.check_weights(model, inputs.source)
     with claim_folder(out, config, identity, world):
-        run(config, world, inputs, model, has_weights)
+        run(config, world, inputs, model, files)
 
 
-def run(config: Config, world: World, inputs: Inputs, model: Decoder, has_weights: bool) -> None:
-    """The training itself, from the newest checkpoint, the given weights or random ones to RUN/hf."""
+def run(config: Config, world: World, inputs: Inputs, model: Decoder, files: dict[str, Path]) -> None:
+    """The training itself, from the newest checkpoint, the weights in files or random ones to RUN/hf."""
     source, model_config, stream, vals, shape, n_steps = inputs
-    out, windows = Path(config.out), config.batch_tokens // config.seq_len  # of one step
+    out, windows = Path(config.out), config.step_windows
     mesh = parallel.parallelize(model, config, world)
     model.to_empty(device="cpu" if config.offload else world.device)
     optimizer, watch = optim.make_adamw(model, config), Guard(world.device)
     checkpoints = Checkpointer(out / "checkpoints", config.keep, model, optimizer, watch, world)
     step = first_step = checkpoints.resume()
-    if step == 0 and has_weights:
-        weights.load_weights(model, source)
+    if step == 0 and files:
+        weights.load_weights(model, files)
     elif step == 0:
         print0(f"{source} has no weights: starting from random ones")
         weights.random_weights(model, model_config.initializer_range, config.seed)
     world.barrier()  # reading takes the ranks unequally long, and the first step's collectives wait minutes only
 
-    # --- the loop
     print_start(config, world, model, stream, vals, n_steps)
-    metrics = Metrics(out, config, world, model, stream, step, n_steps)
     loader = batches.prefetch(stream, shape, range(step, n_steps), windows, world.rank, world.size)
+    metrics = Metrics(out, config, world, model, stream, step, n_steps)
     n_micro = -(-windows // (config.micro_batch * world.size))
-    stop = StopSignal(world)
-    parallel.collect_by_hand(True)
-    try:
-        # Step 0 is also the smoke test: what is wrong with data or weights shows before a step is spent.
-        if not metrics.validated and any(due(step, n_steps, config.eval_every)):
-            metrics.validation(step, validate(model, vals, shape, world, stop))
-        metrics.restart_clock()
-        while step < n_steps:
-            # So no random state needs saving. HSDP's replicas of a shard must round it alike.
-            torch.manual_seed(config.seed + step * world.size + world.rank % (world.size // config.replicas))
-            n_labels = batches.n_labels(stream, config.seq_len, step, windows)
-            loss, len2 = add_gradients(model, loader, n_micro, n_labels, world, stop)
-            grad_norm = optim.clip(model, optimizer, config.clip_norm).to(world.device)  # offloaded, it is on the CPU
-            lr = optim.lr_at(step, n_steps, config)
-            optim.set_lr(optimizer, lr)
-            verdict = watch.judge(loss, grad_norm)
-            guard.step(optimizer, verdict[0])
-            optimizer.zero_grad()
-            step += 1
-            metrics.add(step, lr, loss, grad_norm, verdict, len2)
-            checkpoints.poll()
-            evaluate, save, log = due(step, n_steps, config.eval_every, config.checkpoint_every, config.log_every)
-            if evaluate or save or log:
-                metrics.flush(loader.wait_s)
-                watch.check(step)
-                gc.collect()
-                if evaluate:
-                    metrics.validation(step, validate(model, vals, shape, world, stop))
-                if save:
-                    checkpoints.save(step)
-                metrics.restart_clock()
-            if step == first_step + 1 and mesh is not None and world.device.type == "cuda":
-                parallel.shorten_timeouts(mesh)
-    except Stopped as signal:  # between two micro-batches: the step they belong to will be made again
-        metrics.flush(loader.wait_s)
-        parallel.reshard(model)
-        checkpoints.ensure(step)
-        return print0(f"stopped by {signal} after step {step}; the same command goes on from there")
-    except InputError:
-        checkpoints.wait()  # or this process, leaving, would cut the one being written short, perhaps the newest sound one
-        raise
-    finally:
-        loader.close()
-        metrics.close()
-        stop.close()
-        parallel.collect_by_hand(False)
-
+    with closing(StopSignal(world)) as stop, closing(metrics), closing(loader), parallel.no_garbage_collection():
+        try:
+            # Step 0 is also the smoke test: what is wrong with data or weights shows before a step is spent.
+            if not metrics.validated and any(due(step, n_steps, config.eval_every)):
+                metrics.validation(step, validate(model, vals, shape, world, stop))
+            metrics.restart_clock()
+            while step < n_steps:
+                # So no random state needs saving. HSDP's replicas of a shard must round it alike.
+                torch.manual_seed(config.seed + step * world.size + world.rank % (world.size // config.replicas))
+                n_labels = batches.n_labels(stream, config.seq_len, step, windows)
+                loss, sum_squared_lens = forward_backward(model, loader, n_micro, n_labels, world, stop)
+                grad_norm = optim.clip(model, optimizer, config.clip_norm).to(
+                    world.device
+                )  # offloaded, it is on the CPU
+                lr = optim.lr_at(step, n_steps, config)
+                optim.set_lr(optimizer, lr)
+                verdict = watch.judge(loss, grad_norm)
+                guard.step_unless(verdict.skip, optimizer)
+                optimizer.zero_grad()
+                step += 1
+                metrics.add(step, lr, loss, grad_norm, verdict, sum_squared_lens)
+                checkpoints.poll()
+                evaluate, save, log = due(step, n_steps, config.eval_every, config.checkpoint_every, config.log_every)
+                if evaluate or save or log:
+                    metrics.flush(loader.wait_s)
+                    watch.check(step)
+                    gc.collect()
+                    if evaluate:
+                        metrics.validation(step, validate(model, vals, shape, world, stop))
+                    if save:
+                        checkpoints.save(step)
+                    metrics.restart_clock()
+                if step == first_step + 1 and mesh is not None and world.device.type == "cuda":
+                    parallel.shorten_timeouts(mesh)
+        except Stopped as signal:  # between two micro-batches: the step they belong to will be made again
+            metrics.flush(loader.wait_s)
+            parallel.reshard(model)
+            checkpoints.save_and_wait(step)
+            return print0(f"stopped by {signal} after step {step}; the same command resumes from there")
+        except InputError:
+            checkpoints.wait()  # or leaving would cut the one being written short, perhaps the newest sound one
+            raise
     checkpoints.wait()
     finish(model, source, out, world)
 
@@ -131,12 +125,12 @@ def finish(model: Decoder, source: Path, out: Path, world: World) -> None:
     print0(f"model:  {out / 'hf'}")
 
 
-def due(step: int, n_steps: int, *everies: int) -> list[bool]:
+def due(step: int, n_steps: int, *intervals: int) -> list[bool]:
     """What happens every so many steps: does it after this one? After the last, everything does."""
-    return [step == n_steps or step % every == 0 for every in everies]
+    return [step == n_steps or step % every == 0 for every in intervals]
 
 
-@contextlib.contextmanager
+@contextmanager
 def claim_folder(out: Path, config: Config, identity: dict, world: World) -> Iterator[None]:
     """A context that holds the run folder, made once every rank has found its input whole. InputError where a rank does not
     see it: over NFS within a minute, for so long a machine may believe that it is not there."""
@@ -157,7 +151,7 @@ def claim_folder(out: Path, config: Config, identity: dict, world: World) -> Ite
             os.close(held)
 
 
-def add_gradients(
+def forward_backward(
     model: Decoder, micro_batches: Iterator[Batch], n_micro: int, n_labels: int, world: World, stop: StopSignal
 ) -> tuple[Tensor, int]:
     """Forward and backward of a step's micro-batches; the step's loss, () on the device, and this rank's Σ len².
@@ -166,7 +160,7 @@ def add_gradients(
     token by the company it is in.
     """
     scale = torch.full((), 1 / max(1, n_labels), device=world.device)
-    loss, len2 = torch.zeros((), device=world.device), 0
+    loss, sum_squared_lens = torch.zeros((), device=world.device), 0
     for micro in range(n_micro):
         stop.poll()
         parallel.all_reduce_gradients(model, micro == n_micro - 1)
@@ -174,10 +168,10 @@ def add_gradients(
         micro_loss = model(batch.to(world.device), scale)
         micro_loss.backward()
         loss += micro_loss.detach()
-        len2 += batch.sum_squared_lens
+        sum_squared_lens += batch.sum_squared_lens
     loss = loss.double()
     dist.all_reduce(loss)
-    return loss, len2
+    return loss, sum_squared_lens
 
 
 @torch.no_grad()
@@ -216,7 +210,7 @@ def main() -> None:
         tqdm.write(f"error: {error}\n", file=sys.stderr, end="")
         leave(1)
     except KeyboardInterrupt:
-        print0("stopped; the same command goes on from the newest whole checkpoint")
+        print0("stopped; the same command resumes from the newest whole checkpoint")
         leave(130)
     dist.destroy_process_group()
 

@@ -33,7 +33,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanomed import InputError
+from nanomed import InputError, first_line
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 RETRIED = (408, 409, 429)  # and 5xx
@@ -237,7 +237,7 @@ class Endpoint:
             async with asyncio.timeout(self.timeout_s):  # the package's own starts anew with every byte
                 return _read(await self.client.chat.completions.create(**body)), "", False, None
         except openai.APIStatusError as error:
-            reason = f"answers {error.status_code} ({_first_line(error.message)})"
+            reason = f"answers {error.status_code} ({first_line(error)})"
             if error.status_code in REFUSED:
                 nothing = Answer("", reason, str(body.get("model")), 0, 0)
                 raise Refused(f"{self.url}: {reason}; {MEND}", nothing) from None
@@ -246,9 +246,9 @@ class Endpoint:
         except (TimeoutError, openai.APITimeoutError):
             return None, f"no answer within {self.timeout_s:g} s", True, None
         except openai.APIConnectionError as error:
-            return None, f"no connection, or one cut off ({_first_line(error.__cause__ or error)})", True, None
+            return None, f"no connection, or one cut off ({first_line(error.__cause__ or error)})", True, None
         except ValueError as error:  # not JSON, not UTF-8, or not a completion
-            return None, f"answers what is no chat completion ({_first_line(error)})", True, None
+            return None, f"answers what is no chat completion ({first_line(error)})", True, None
 
     async def _sleep(self, seconds: float) -> None:
         """Wait, but not on when the run has failed."""
@@ -275,7 +275,3 @@ def _seconds(retry_after: str | None) -> float | None:
         return max(0.0, float(retry_after))
     except (TypeError, ValueError):
         return None
-
-
-def _first_line(error: object) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,6 +1,6 @@
 """Checkpoints that are whole or not there: written beside the training, marked DONE last, the newest K kept.
 
-`save` copies weights and AdamW's means to the CPU (the only time training waits), and threads of torch's distributed
+`save` copies weights and AdamW's moments to the CPU (the only time training waits), and threads of torch's distributed
 checkpoint, of the lowest priority, write every rank's own rows to disk. When all ranks have finished and synced, such a
 thread of rank 0 writes DONE, whatever may have become of the training. Only a folder with DONE counts; older ones are
 removed only after it. So a kill at any moment costs the steps since the newest DONE and nothing else. The rows are re-cut
@@ -30,12 +30,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
-from nanomed import InputError
+from nanomed import InputError, first_line
 from nanomed.files import sha256, write_durably
 from nanomed.guard import Guard
 from nanomed.parallel import SLOW_TIMEOUT, World, print0
+from nanomed.weights import local
 
 
 def whole(folder: Path) -> list[tuple[int, Path]]:
@@ -135,12 +135,11 @@ class Checkpointer:
             newest = [p.name for _, p in whole(self.folder)[-1:]]
             raise InputError(
                 f"step {step}: the model is not finite and was not saved; the newest sound checkpoint is "
-                f"{newest[0] if newest else 'none'}, the same command goes on from it"
+                f"{newest[0] if newest else 'none'}, the same command resumes from it"
             )
         if self.world.first():
             shutil.rmtree(path, ignore_errors=True)  # a broken attempt of this step
             path.mkdir(parents=True)
-            write_durably(path / "state.json", json.dumps({"step": step}))
         dist.barrier(group=self._group)
         # From that thread, for the one that torch writes in inherits its low priority. Here the copying is waited for.
         writer = Writer(path)
@@ -151,8 +150,8 @@ class Checkpointer:
 
     def _is_finite(self) -> bool:
         """Are all weights numbers, on every rank? A maximum norm is NaN if one of them is, and needs no memory."""
-        shards = [p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters()]
-        worst = torch.stack([torch.linalg.vector_norm(s.detach(), math.inf) for s in shards if s.numel()]).isfinite()
+        rows = [local(p) for p in self.model.parameters()]
+        worst = torch.stack([torch.linalg.vector_norm(r, math.inf) for r in rows if r.numel()]).isfinite()
         sound = worst.all().cpu().int()
         dist.all_reduce(sound, dist.ReduceOp.MIN, group=self._group)
         return bool(sound)
@@ -185,12 +184,12 @@ class Checkpointer:
                 shutil.rmtree(path, ignore_errors=True)
             raise InputError(
                 f"{path}: the checkpoint could not be written ({_reason(error)}; {free_gb:.1f} GB free); earlier ones are "
-                "intact, the same command goes on from the newest"
+                "intact, the same command resumes from the newest"
             ) from error
         if self.world.first():
             self._prune()
 
-    def ensure(self, step: int) -> None:
+    def save_and_wait(self, step: int) -> None:
         """Block until the checkpoint of step is on disk, which is saved now if it was not before."""
         if step > self.step:
             self.save(step)
@@ -237,4 +236,4 @@ def _reason(error: Exception) -> str:
         error = next(iter(failures.values()))[0]
     while error.__cause__ is not None or error.__context__ is not None:
         error = error.__cause__ or error.__context__
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import importlib.util
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -45,7 +44,7 @@ class Config:
     Repeat the flag: a set of the target domain beside a general one is the forgetting meter."""
     out: str = ""
     """Run folder: metrics, checkpoints, curves.svg and at the end hf/, which transformers and vLLM load.
-    The same command on the same folder goes on from its newest whole checkpoint. Default: runs/RECIPE."""
+    The same command on the same folder resumes from its newest whole checkpoint. Default: runs/RECIPE."""
 
     # --- how long and how much at a time
     epochs: int = 2
@@ -75,7 +74,7 @@ class Config:
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
     optimizer_states: Literal["fp32", "bf16", "int8"] = "fp32"
-    """Precision of AdamW's two running means: bf16 saves 4 bytes a parameter, int8 (in blocks; torchao) 6."""
+    """Precision of AdamW's two moments: bf16 saves 4 bytes a parameter, int8 (in blocks; torchao) 6."""
     seed: int = 0
     """Order of the documents, and random weights where there are none to load."""
 
@@ -113,6 +112,11 @@ class Config:
     """Also write TensorBoard files to OUT/tensorboard."""
     wandb: str = ""
     """Also log to this Weights & Biases project."""
+
+    @property
+    def step_windows(self) -> int:
+        """Windows of seq_len tokens in a step, over all ranks and micro-batches."""
+        return self.batch_tokens // self.seq_len
 
     @property
     def dtype(self) -> torch.dtype:
@@ -274,7 +278,3 @@ def _check_float8(c: Config) -> None:
     if (found := torch.cuda.get_device_capability()) < (9, 0):
         name = torch.cuda.get_device_name()
         raise InputError(f"--float8: needs compute capability 9.0 (Hopper) or newer, {name} has {found[0]}.{found[1]}")
-
-
-if __name__ == "__main__":
-    print(parse(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Bytes of a training step: what it holds, what it keeps for the backward pass, and what its worst moments need.
+"""Bytes of a training step: what it holds, what it keeps for the backward pass, and what it needs for an instant at its worst.
 
 Closed formulas over a model's shape, for nanomed.plan. tests/test_plan.py holds them to the bytes of the real step.
 """
@@ -61,7 +61,7 @@ def kept_cast_bytes(c: ModelConfig, regime: Regime, shards: int, recompute: str)
     return 2 * c.num_hidden_layers * parameters(c)[1]
 
 
-def moments(c: ModelConfig, n: int, regime: Regime, shards: int, recompute: str) -> dict[str, int]:
+def transient_bytes(c: ModelConfig, n: int, regime: Regime, shards: int, recompute: str) -> dict[str, int]:
     """Bytes needed for a moment beyond weights, gradients, states and activations; the peak is in the largest.
 
     With H = V D parameters in lm_head, B in a block, and n tokens in bf16:

@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,13 @@ LEAST = (0.0, 4.0)  # nor is a loss or gradient norm below so many times the win
 MAX_SKIPS = 10  # in a row; from then on every step is skipped until the next log step ends the run
 
 
+class Verdict(NamedTuple):
+    """Of a step, on the device."""
+
+    skip: Tensor  # () bool
+    limits: Tensor  # (2,) float64, of loss and gradient norm; inf while there are none
+
+
 class Guard:
     """Which steps must not touch the model. Its state is two tensors on the device."""
 
@@ -48,11 +56,8 @@ class Guard:
         """What belongs into a checkpoint; shares the live memory."""
         return {"window": self.window, "counts": self.counts}
 
-    def judge(self, loss: Tensor, grad_norm: Tensor) -> tuple[Tensor, Tensor]:
-        """Of a step: () bool, must it be skipped? And (2,) float64, the limits of loss and norm, inf if none yet.
-
-        loss, grad_norm: (), the same on every rank. To be called once a step.
-        """
+    def judge(self, loss: Tensor, grad_norm: Tensor) -> Verdict:
+        """Must the step be skipped? loss, grad_norm: (), the same on every rank. To be called once per step."""
         new = torch.stack(
             [x.to(self.window.device, torch.float64) for x in (loss, grad_norm)]
         )  # offloaded, the norm is elsewhere
@@ -67,7 +72,7 @@ class Guard:
         at = ((self._slots == accepted % WINDOW) & ~skip)[:, None]
         self.window.copy_(torch.where(at, new, self.window))
         self.counts.copy_(torch.stack((accepted + ~skip, (in_a_row + 1) * skip)))
-        return skip, limits
+        return Verdict(skip, limits)
 
     def check(self, step: int) -> None:
         """InputError if MAX_SKIPS steps in a row have been skipped. Waits for the device: only at log steps."""
@@ -78,7 +83,7 @@ class Guard:
             )
 
 
-def step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+def step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """The optimiser's step, or nothing at all where skip, () bool on the device, says so.
 
     Fused AdamW decides on the device. An optimiser that knows no `found_inf` costs the one wait for skip.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from nanomed import InputError
+from nanomed import InputError, first_line
 from nanomed.files import read_json
 from nanomed.shards import open_safetensors, same_tensor
 
@@ -62,7 +62,7 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm of every query and key head (Qwen3)
     rope_scaling: Llama3Scaling | None = None
-    windows: tuple[int | None, ...] = ()  # sliding window of each layer in tokens, None: full attention
+    sliding_windows: tuple[int | None, ...] = ()  # of each layer, in tokens; None: full attention
     initializer_range: float = 0.02
     max_position_embeddings: int | None = None  # tokens of context it was made for
 
@@ -106,7 +106,7 @@ def model_config(folder: Path) -> ModelConfig:
         mlp_bias=bool(fields.pop("mlp_bias", False)),
         qk_norm=model_type == "qwen3",
         rope_scaling=rope_scaling,
-        windows=_windows(model_type, fields, n_layers, refuse),
+        sliding_windows=_sliding_windows(model_type, fields, n_layers, refuse),
         initializer_range=fields.get("initializer_range", 0.02),
         max_position_embeddings=fields.get("max_position_embeddings"),
     )
@@ -146,7 +146,7 @@ def _rope(fields: dict, refuse: Callable) -> tuple[float, Llama3Scaling | None]:
     return found.pop(), scalings[0] if scalings else None
 
 
-def _windows(model_type: str, fields: dict, n_layers: int, refuse: Callable) -> tuple[int | None, ...]:
+def _sliding_windows(model_type: str, fields: dict, n_layers: int, refuse: Callable) -> tuple[int | None, ...]:
     """The sliding window of every layer where one is in force; Qwen's files carry one that mostly is not.
 
     As transformers decides it: Mistral's is for all layers, Qwen's begins at max_window_layers where no layer_types are given.
@@ -174,11 +174,16 @@ def _windows(model_type: str, fields: dict, n_layers: int, refuse: Callable) -> 
 
 
 def fetch(init: str, flag: str = "--init") -> Path:
-    """A local folder as it is, or a hub id downloaded: JSON and tokenizer files, then only the weights the index names.
+    """A local folder as it is, a run folder's hf/, or a hub id downloaded: JSON and tokenizer files, then only the weights
+    that the index names.
 
     flag: what the command line calls it, for the errors.
     """
     folder = Path(init)
+    if (folder / "run.json").is_file() and (folder / "config.json").is_file():  # a run of train.py: that is no model's
+        folder /= "hf"
+        if not folder.is_dir():
+            raise InputError(f"{flag} {init}: this run has not written its model yet; let it finish")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise InputError(f"{flag} {init}: the folder has no config.json")
@@ -194,9 +199,7 @@ def fetch(init: str, flag: str = "--init") -> Path:
         names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
         snapshot_download(init, allow_patterns=names)
     except (OSError, HFValidationError, ValueError) as error:
-        raise InputError(
-            f"{flag} {init}: no such local folder, and the hub says: {str(error).splitlines()[0]}"
-        ) from error
+        raise InputError(f"{flag} {init}: no such local folder, and the hub says: {first_line(error)}") from error
     if not find_weights(folder):
         raise InputError(f"{flag} {init}: the repository has no model.safetensors; only safetensors are read")
     return folder

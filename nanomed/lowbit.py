@@ -1,8 +1,8 @@
-"""AdamW in less memory: bf16 weights whose updates are rounded stochastically, and running means in bf16 or 8 bits.
+"""AdamW in less memory: bf16 weights whose updates are rounded stochastically, and moments in bf16 or 8 bits.
 
 Bytes a parameter, gradients included (measured on tensors by tests/test_lowbit.py; what FSDP divides by the ranks):
 
-    weights and gradients   means fp32   bf16    int8
+    weights and gradients   moments fp32   bf16    int8
     fp32                        16        12     10.03
     bf16 (pure-bf16)            12         8      6.03        7.6 B parameters: 122 GB → 46 GB
 
@@ -11,15 +11,15 @@ Stochastic rounding. bf16 keeps 8 bits: between 0.0625 and 0.125 its numbers are
 tests/bench/lost_updates.py). Rounded up with the probability of what is cut off, it arrives on average:
 E[round(x)] = x. The same is done when micro-batches' gradients are summed: the 257th of equal ones would be lost.
 
-8-bit means are those of Dettmers et al., 2021 (arXiv 2110.02861) in torchao's map: blocks of up to 256 numbers
+8-bit moments are those of Dettmers et al., 2021 (arXiv 2110.02861) in torchao's map: blocks of up to 256 numbers
 share a float32 scale, codes index a map that is finest near 0. The step around them is ours, not torchao's AdamW8bit,
 because: it skips a step on the device (`found_inf`, as torch's fused AdamW does, no host sync), it works on a rank's own
 rows (AdamW8bit of torchao 0.18 stops at the first step on bf16 DTensors), and blocks never cross a row, so that a
 checkpoint can be cut anew for any number of ranks. Same numbers otherwise (tests hold the twin to AdamW8bit, bit by bit,
 and the kernel to the twin, whose codes it may miss by one within rounding of the middle of two).
 
-Cost: a kernel a parameter, kernels/adamw.py: each reads gradient, weight and means and writes weight and means, once: 14
-bytes a parameter with bf16 means, 10 with int8. On the CPU, --offload included, its torch twin: compiled, or without a
+Cost: a kernel a parameter, kernels/adamw.py: each reads gradient, weight and moments and writes weight and moments, once: 14
+bytes a parameter with bf16 moments, 10 with int8. On the CPU, --offload included, its torch twin: compiled, or without a
 compiler in eager mode, slower and with float32 temporaries of one parameter's size.
 """
 
@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from nanomed.kernels import adamw
 from nanomed.weights import local
 
-MAX_BLOCK, MIN_BLOCK = 256, 32  # numbers that share a scale; rows without such a divisor keep float32 means
+MAX_BLOCK, MIN_BLOCK = 256, 32  # numbers that share a scale; rows without such a divisor keep float32 moments
 
 
 def block_size(row: int) -> int | None:
@@ -40,29 +40,29 @@ def block_size(row: int) -> int | None:
 
 
 class LowbitAdamW(torch.optim.Optimizer):
-    """AdamW over float32 or bf16 parameters, plain tensors or DTensors cut by rows; means in fp32, bf16 or int8.
+    """AdamW over float32 or bf16 parameters, plain tensors or DTensors cut by rows; moments in fp32, bf16 or int8.
 
     State of a parameter: `step`, `exp_avg`, `exp_avg_sq`, in its own shape and placement, and for int8 (matrices only;
     vectors keep float32) their scales, (rows, row / block). All are there before the first step and keep their memory.
     """
 
-    def __init__(self, groups: list[dict], lr: float, betas: tuple, eps: float, means: str, way: str):
-        """groups as torch's, each with its weight_decay; means: fp32, bf16 or int8 (needs torchao).
+    def __init__(self, groups: list[dict], lr: float, betas: tuple, eps: float, moments: str, backend: str):
+        """groups as torch's, each with its weight_decay; moments: fp32, bf16 or int8 (needs torchao).
 
-        way: triton, or the torch twins, `compiled` or `eager`.
+        backend: triton, or the torch twins, `compiled` or `eager`.
         """
         super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, fused=True))  # as torch's: it obeys found_inf
         self._update, add = adamw.adamw_torch_, adamw.add_rounded_torch_
-        if way == "triton":
+        if backend == "triton":
             self._update, add = adamw.adamw_, adamw.add_rounded_
-        elif way == "compiled":
+        elif backend == "compiled":
             self._update, add = (torch.compile(twin, fullgraph=True) for twin in (self._update, add))
         params = [p for group in self.param_groups for p in group["params"]]
         device = params[0].device
-        self._maps = [torch.tensor(m, device=device) for m in _maps()] if means == "int8" else [None, None]
+        self._maps = [torch.tensor(m, device=device) for m in _maps()] if moments == "int8" else [None, None]
         self._step = torch.zeros((), device=device)  # one count, seen by every parameter's state
         for p in params:
-            self.state[p] = {"step": self._step, **_zeros(p, means)}
+            self.state[p] = {"step": self._step, **_zeros(p, moments)}
             if p.dtype == torch.bfloat16:
                 p.register_post_accumulate_grad_hook(lambda p: _set_aside(p, add))
 
@@ -104,9 +104,9 @@ def _maps() -> tuple[list, list]:
 
 
 @torch.no_grad()
-def _zeros(p: Tensor, means: str) -> dict[str, Tensor]:
-    block = block_size(p.shape[1]) if means == "int8" and p.ndim == 2 else None
-    dtype = torch.uint8 if block else torch.bfloat16 if means == "bf16" else torch.float32
+def _zeros(p: Tensor, moments: str) -> dict[str, Tensor]:
+    block = block_size(p.shape[1]) if moments == "int8" and p.ndim == 2 else None
+    dtype = torch.uint8 if block else torch.bfloat16 if moments == "bf16" else torch.float32
     zeros = {key: torch.zeros_like(p, dtype=dtype) for key in _MEANS}
     if block:  # of codes; under a scale of 0 any code means 0
         zeros |= {f"{key}_scale": torch.zeros_like(p[:, ::block], dtype=torch.float32) for key in _MEANS}

@@ -29,7 +29,7 @@ from nanomed import batches
 from nanomed.config import Config
 from nanomed.devices import bf16_peak
 from nanomed.files import write_durably
-from nanomed.guard import reason
+from nanomed.guard import Verdict, reason
 from nanomed.model import Decoder
 from nanomed.parallel import World, print0
 from nanomed.stream import Stream
@@ -65,7 +65,7 @@ def print_start(config: Config, world: World, model: Decoder, stream: Stream, va
     peak = peak_flops(world.device, config.precision)
     print0(f"model   {config.init}: {n_params / 1e6:,.1f} M parameters, {config.precision}")
     print0(
-        f"data    {len(stream.lengths):,} documents, {epoch:,} tokens an epoch; validation: {', '.join(vals) or 'none'}"
+        f"data    {len(stream.lengths):,} documents, {epoch:,} tokens per epoch; validation: {', '.join(vals) or 'none'}"
     )
     print0(
         f"run     {n_steps:,} steps x {config.batch_tokens:,} tokens = {total / epoch:.2f} epochs, "
@@ -77,7 +77,7 @@ def print_start(config: Config, world: World, model: Decoder, stream: Stream, va
         f"device  {world.size} x {world.device.type}, {config.micro_batch} windows in a forward pass, {config.kernels} kernels"
     )
     print0(
-        f"FLOPs   {flops_per_token(model):,} a token (6 x parameters in matrix products) + {attention_flops(model):,} x "
+        f"FLOPs   {flops_per_token(model):,} per token (6 x parameters in matrix products) + {attention_flops(model):,} x "
         f"squared document lengths; MFU over {f'{peak / 1e12:.0f} TFLOP/s (dense bf16)' if peak else 'n/a: peak unknown here'}"
     )
 
@@ -115,13 +115,16 @@ class Metrics:
         write_durably(self.path, "".join(json.dumps(r) + "\n" for r in rows))
         return any(r["step"] == step and any(key.startswith("val_") for key in r) for r in rows)
 
-    def add(self, step: int, lr: float, loss: Tensor, grad_norm: Tensor, verdict: tuple[Tensor, Tensor], len2: int):
+    def add(
+        self, step: int, lr: float, loss: Tensor, grad_norm: Tensor, verdict: Verdict, sum_squared_lens: int
+    ) -> None:
         """Note a finished step. loss, grad_norm () and the guard's verdict are those of all ranks and stay on the
-        device; len2 is this rank's Σ len²."""
-        skip, limits = verdict
+        device; sum_squared_lens, over documents, is this rank's."""
         self._rows.append({"step": step, "tokens": step * self.config.batch_tokens, "lr": lr})
-        self._values.append(torch.cat((torch.stack((loss.double(), grad_norm.double(), skip.double())), limits)))
-        self._len2 += len2
+        self._values.append(
+            torch.cat((torch.stack((loss.double(), grad_norm.double(), verdict.skip.double())), verdict.limits))
+        )
+        self._len2 += sum_squared_lens
 
     def flush(self, wait_s: float) -> None:
         """Write all steps noted since the last flush. wait_s: seconds in total that steps have waited for data."""
@@ -163,8 +166,7 @@ class Metrics:
 
     def _explain(self, step: int, why: str) -> None:
         """Say above the bar that the guard skipped a step, and why; its documents go to the file in full."""
-        seq_len, tokens = self.config.seq_len, self.config.batch_tokens
-        documents = batches.documents(self.stream, seq_len, step - 1, tokens // seq_len)
+        documents = batches.documents(self.stream, self.config.seq_len, step - 1, self.config.step_windows)
         # To the file alone: TensorBoard takes numbers only, W&B no step that it has already seen.
         self._append([{"step": step, "tokens": step * self.config.batch_tokens, "why": why, "documents": documents}])
         some = "; ".join(

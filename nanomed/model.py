@@ -71,7 +71,7 @@ class Attention(nn.Module):
         if c.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.rms_norm_eps, kernels) for _ in range(2))
         self.qk_norm, self.head_dim = c.qk_norm, c.head_dim
-        self.window = c.windows[layer] if c.windows else None
+        self.window = c.sliding_windows[layer] if c.sliding_windows else None
         self.kernels = kernels
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""AdamW with its means made beforehand, clipping that never waits for the device, and the schedule as a pure function.
+"""AdamW with its moments made beforehand, clipping that never waits for the device, and the schedule as a pure function.
 
 The paper's recipe: AdamW, linear warm-up, linear decay to zero. The learning rate is computed from the step number,
-so a checkpoint needs no scheduler. AdamW's running means are made before the first step instead of in it: their
+so a checkpoint needs no scheduler. AdamW's moments are made before the first step instead of in it: their
 memory shows at once, and a checkpoint has something to load into. All in float32 it is torch's own fused AdamW;
 anything less is nanomed.lowbit's.
 """
@@ -26,13 +26,13 @@ def make_adamw(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         {"params": [p for p in params if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    known = dict(lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+    shared = dict(lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
     if config.optimizer_states != "fp32" or params[0].dtype != torch.float32:
-        way = "compiled" if config.compile and parallel.can_compile(params[0].device) else "eager"
+        backend = "compiled" if config.compile and parallel.can_compile(params[0].device) else "eager"
         if triton is not None and (params[0].is_cuda or (config.kernels == "triton" and INTERPRETED)):
-            way = "triton"  # with --kernels torch and liger, too: what these compare is the model's step
-        return LowbitAdamW(groups, **known, means=config.optimizer_states, way=way)
-    optimizer = torch.optim.AdamW(groups, **known, fused=True)
+            backend = "triton"  # with --kernels torch and liger, too: what these compare is the model's step
+        return LowbitAdamW(groups, **shared, moments=config.optimizer_states, backend=backend)
+    optimizer = torch.optim.AdamW(groups, **shared, fused=True)
     for p in params:
         optimizer.state[p] = {
             "step": torch.zeros((), device=p.device),

@@ -6,7 +6,7 @@ Face's throughout.
 
 FSDP2 cuts every parameter by rows over all ranks. A block is gathered in bf16 just before it runs and freed after;
 its gradient is summed in float32 to the ranks that own the rows. Per rank: 16 bytes · parameters / ranks for weights,
-gradients and AdamW's means (nanomed.lowbit: down to 6), and two gathered blocks; --offload keeps the former in the
+gradients and AdamW's moments (nanomed.lowbit: down to 6), and two gathered blocks; --offload keeps the former in the
 CPU's memory and steps there, at the price of moving every weight over the bus in each pass. While one block computes,
 the next one is gathered: forward we name it, so that the request leaves before this block's kernels are queued;
 backward FSDP knows it, the order reversed. With replicas (HSDP) a step's micro-batches sum within their group only; the
@@ -14,11 +14,13 @@ last one's sum crosses the groups. One process alone goes without FSDP: there is
 time.
 """
 
+import contextlib
 import dataclasses
 import gc
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -147,13 +149,19 @@ def reshard(model: Decoder) -> None:
             module.reshard()
 
 
-def collect_by_hand(yes: bool) -> None:
-    """No garbage collection but where gc.collect() is called: one at a moment of a rank's choice makes all others wait.
+@contextlib.contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """No garbage collection but where gc.collect() is called: a pause of one rank's own choosing stalls all others.
 
-    What has been made until now stays, and is not looked at again.
+    What has been made before stays, and is not looked at again.
     """
-    (gc.freeze if yes else gc.unfreeze)()
-    (gc.disable if yes else gc.enable)()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def shorten_timeouts(mesh: DeviceMesh) -> None:

@@ -25,7 +25,7 @@ import torch
 from nanomed import InputError, devices, hf, run_script
 from nanomed.config import Config, parse_without_data
 from nanomed.devices import Gpu
-from nanomed.footprint import REGIMES, Regime, activation_bytes, kept_cast_bytes, moments, parameters
+from nanomed.footprint import REGIMES, Regime, activation_bytes, kept_cast_bytes, parameters, transient_bytes
 from nanomed.hf import ModelConfig
 from nanomed.metrics import attention_flops, flops_per_token
 from nanomed.model import Decoder
@@ -99,7 +99,7 @@ def memory(job: Job, regime: Regime, recompute: str) -> dict[str, float]:
     on_gpu = {part: 0.0 if job.config.offload else size for part, size in held(job, regime).items()}
     passing = {
         "activations": activation_bytes(c, job.n, recompute) + kept_cast_bytes(c, regime, shards, recompute),
-        "moment": max(moments(c, job.n, regime, shards, recompute).values())
+        "moment": max(transient_bytes(c, job.n, regime, shards, recompute).values())
         + (regime.weights * parameters(c)[1] / job.shards if job.config.offload else 0),
     }
     return on_gpu | passing | {"context and slack": CONTEXT_BYTES + SLACK * sum(passing.values())}
@@ -201,7 +201,7 @@ def memory_table(job: Job) -> list[str]:
         return [row(f"{label}, {mode}", partial(of, mode)) for mode in RECOMPUTE]
 
     def moment(name: str, mode: str, regime: Regime) -> int:
-        return moments(job.model, job.n, regime, job.fsdp_shards, mode)[name]
+        return transient_bytes(job.model, job.n, regime, job.fsdp_shards, mode)[name]
 
     lines = [f"{'GB on each GPU':34}" + "".join(f"{regime.name:>14}" for regime in REGIMES)]
     for part in ("weights", "gradients", "optimiser states"):

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from nanomed import shards
 from nanomed.files import read_json, sync
-from nanomed.hf import CARRIED, check_weights, find_weights
+from nanomed.hf import CARRIED, find_weights
 from nanomed.parallel import World
 
 EXPORT_SHARD_BYTES = shards.SHARD_BYTES
@@ -44,9 +44,8 @@ def local(param: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, folder: Path) -> None:
-    """Fill the (possibly sharded) model; every rank reads its own rows only. Check with check_weights before."""
-    files = check_weights(model, folder)
+def load_weights(model: nn.Module, files: dict[str, Path]) -> None:
+    """Fill the (possibly sharded) model from check_weights' files; every rank reads its own rows only."""
     handles = {file: shards.open_safetensors(file) for file in set(files.values())}
     for name, param in model.named_parameters():
         start, stop = my_rows(param)

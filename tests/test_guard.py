@@ -101,14 +101,14 @@ def optimizers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
 
 @pytest.mark.parametrize("name", ["fp32", "bf16", "plain"])
 def test_a_skipped_step_changes_no_bit(name):
-    """Neither parameters nor means nor the step count, whatever the gradients hold; the next step is made as ever."""
+    """Neither parameters nor moments nor the step count, whatever the gradients hold; the next step is made as ever."""
     model = nn.Linear(5, 3)
     optimizer = optimizers(model)[name]
     before, states = copy.deepcopy(model.state_dict()), None
     for bad in (False, True, False):
         for p in model.parameters():
             p.grad = torch.full_like(p, math.nan if bad else 0.5)
-        guard.step(optimizer, torch.tensor(bad))
+        guard.step_unless(torch.tensor(bad), optimizer)
         after = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
         if bad:
             torch.testing.assert_close(after, (before, states), rtol=0, atol=0)
@@ -120,9 +120,9 @@ def test_a_skipped_step_changes_no_bit(name):
 
 def poison(monkeypatch, bad: dict[int, float], tiny) -> None:
     """Multiply the loss, and so all gradients, of these steps (from 1) by a number."""
-    real, calls = train.add_gradients, [0]
+    real, calls = train.forward_backward, [0]
 
-    def add_gradients(model, loader, *rest):
+    def forward_backward(model, loader, *rest):
         calls[0] += 1
         loss, len2 = real(model, loader, *rest)
         factor = bad.get(calls[0], 1.0)
@@ -130,7 +130,7 @@ def poison(monkeypatch, bad: dict[int, float], tiny) -> None:
             p.grad.mul_(factor)
         return loss * factor, len2
 
-    monkeypatch.setattr(train, "add_gradients", add_gradients)
+    monkeypatch.setattr(train, "forward_backward", forward_backward)
 
 
 def test_bad_steps_are_skipped_named_and_leave_no_trace(tiny, run, tmp_path, monkeypatch, capsys):

@@ -113,7 +113,7 @@ def test_int8_equals_torchaos(dtype, monkeypatch):
             assert optimizer.state[p][key].any()
 
 
-def test_wide_means_equal_torchs_adamw():
+def test_wide_moments_equal_torchs_adamw():
     """float32 throughout: the arithmetic is torch's."""
     model, _ = pair(torch.float32, "fp32")
     reference, theirs = pair(torch.float32, "fp32")
@@ -130,16 +130,16 @@ def test_wide_means_equal_torchs_adamw():
 
 
 def test_compiled_equals_eager():
-    """int8 means of float32 weights draw nothing at random: the same codes up to a rounding at a border."""
+    """int8 moments of float32 weights draw nothing at random: the same codes up to a rounding at a border."""
     if not parallel.can_compile(torch.device("cpu")):
         pytest.fail("these tests need a C++ compiler")
     found = []
-    for way in ("eager", "compiled"):
+    for backend in ("eager", "compiled"):
         model = nn.Linear(256, 64, bias=False)
         with torch.no_grad():
             model.weight.copy_(torch.linspace(-0.1, 0.1, 64 * 256).view(64, 256))
         groups = [{"params": [model.weight], "weight_decay": 0.1}]
-        optimizer = lowbit.LowbitAdamW(groups, 1e-2, (0.9, 0.95), 1e-8, "int8", way)
+        optimizer = lowbit.LowbitAdamW(groups, 1e-2, (0.9, 0.95), 1e-8, "int8", backend)
         for step in range(3):
             set_gradients(model, step)
             optimizer.step()
@@ -167,7 +167,7 @@ def test_small_updates_arrive_only_with_stochastic_rounding(states, monkeypatch)
 
 @pytest.mark.parametrize("states", ["bf16", "int8"])
 def test_a_skipped_step_changes_nothing(states):
-    """found_inf of 1 with a NaN gradient: weights, means and count stay; of 0: as without."""
+    """found_inf of 1 with a NaN gradient: weights, moments and count stay; of 0: as without."""
     (model, optimizer), (other, plain) = pair(torch.float32, states), pair(torch.float32, states)
     for seed, bad in ((0, False), (1, True), (2, False)):
         set_gradients(model, seed)
@@ -218,7 +218,7 @@ def test_the_norm_of_bf16_gradients_is_exact_to_float32():
      ("pure-bf16", "fp32", 12), ("pure-bf16", "bf16", 8), ("pure-bf16", "int8", 6 + 8 / 256)],
 )  # fmt: skip
 def test_bytes_a_parameter(precision, states, expected):
-    """Of all tensors that live from step to step, the module docstring's table; vectors keep float32 means."""
+    """Of all tensors that live from step to step, the module docstring's table; vectors keep float32 moments."""
     known = Config(precision=precision, optimizer_states=states, compile=False)
     model = nn.Linear(256, 512, bias=False).to(known.param_dtype)
     optimizer = optim.make_adamw(model, known)

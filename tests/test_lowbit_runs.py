@@ -48,7 +48,7 @@ def test_a_lean_run_resumes_bit_identically(states, tiny, tmp_path, monkeypatch)
 
 
 def steps(config_: Config, world: parallel.World, folder, n_steps: int, resume: bool) -> dict:
-    """n_steps on this world, from the checkpoint in folder if asked, saved there at the end; weights and means whole."""
+    """n_steps on this world, from the checkpoint in folder if asked, saved there at the end; weights and moments whole."""
     model = build(config_, world)
     optimizer = optim.make_adamw(model, config_)
     checkpoints = Checkpointer(folder, 2, model, optimizer, Guard(world.device), world)
@@ -82,7 +82,7 @@ def _two_ranks(rank, folder):
 
 
 def test_two_ranks_resume_bit_identically_and_one_rank_takes_over(tmp_path):
-    """int8 means and bf16 weights of two ranks: same bits after a restart, and re-cut for one rank nothing is lost."""
+    """int8 moments and bf16 weights of two ranks: same bits after a restart, and re-cut for one rank nothing is lost."""
     spawn(_two_ranks, tmp_path)
     six, three, resumed, offloaded = torch.load(tmp_path / "results.pt")
     assert any(v.dtype == torch.uint8 and v.any() for v in six.values())

@@ -69,7 +69,7 @@ def test_a_broken_checkpoint_is_named(what, trained, tmp_path):
     if what == "missing":
         victim.unlink()
     else:
-        os.truncate(victim, victim.stat().st_size // 8)  # the weights come before the optimiser's means
+        os.truncate(victim, victim.stat().st_size // 8)  # the weights come before the optimiser's moments
     with pytest.raises(InputError, match=victim.name if what != "metadata" else r"\.metadata") as error:
         open_checkpoint(str(copy), "CPT")
     assert "\n" not in str(error.value)

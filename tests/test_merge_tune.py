@@ -16,7 +16,7 @@ import merge
 from conftest import write_bins
 from merge_pairs import make_pair, run, tensors_of
 from nanomed import InputError
-from nanomed.hf import model_config
+from nanomed.hf import check_weights, model_config
 from nanomed.merging import losses, tune
 from nanomed.merging.tune import Trial, front, rules_of, search
 from nanomed.model import Decoder
@@ -49,7 +49,7 @@ def chat_pair(tmp_path, tiny):
 
 def decoder(folder) -> Decoder:
     model = Decoder(model_config(folder))
-    load_weights(model, folder)
+    load_weights(model, check_weights(model, folder))
     return model.requires_grad_(False)
 
 

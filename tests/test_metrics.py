@@ -12,6 +12,7 @@ from conftest import batch_of
 from nanomed import metrics, parallel
 from nanomed.batches import Prefetch
 from nanomed.config import Config
+from nanomed.guard import Verdict
 from nanomed.hf import ModelConfig
 from nanomed.metrics import Metrics, attention_flops, flops_per_token, peak_flops
 from nanomed.model import Decoder
@@ -80,7 +81,7 @@ def rows_of(out) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-VERDICT = torch.tensor(False), torch.full((2,), torch.inf, dtype=torch.float64)
+VERDICT = Verdict(torch.tensor(False), torch.full((2,), torch.inf, dtype=torch.float64))
 
 
 def metrics_of(out, world, step=0) -> Metrics:
@@ -89,7 +90,7 @@ def metrics_of(out, world, step=0) -> Metrics:
 
 def add_steps(m: Metrics, steps, wait_s=0.0):
     for step in steps:
-        m.add(step, 0.5, torch.tensor(1 / step), torch.tensor(2.0), VERDICT, len2=7)
+        m.add(step, 0.5, torch.tensor(1 / step), torch.tensor(2.0), VERDICT, sum_squared_lens=7)
     m.flush(wait_s)
 
 
@@ -120,8 +121,8 @@ def test_tensorboard_and_wandb_get_numbers_only(world, tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "_sinks", lambda *_: [seen.append])
     monkeypatch.setattr(metrics.batches, "documents", lambda *_: {"bins": [1]})
     m = metrics_of(tmp_path, world)
-    skip = torch.tensor(True), torch.full((2,), torch.inf, dtype=torch.float64)
-    m.add(1, 0.5, torch.tensor(float("nan")), torch.tensor(2.0), skip, len2=7)
+    skip = Verdict(torch.tensor(True), torch.full((2,), torch.inf, dtype=torch.float64))
+    m.add(1, 0.5, torch.tensor(float("nan")), torch.tensor(2.0), skip, sum_squared_lens=7)
     m.flush(0.0)
     m.close()
     assert "why" in rows_of(tmp_path)[-1]

@@ -42,7 +42,7 @@ CONFIGS = {
 
 def load(folder) -> Decoder:
     model = Decoder(hf.model_config(folder))
-    weights.load_weights(model, folder)
+    weights.load_weights(model, hf.check_weights(model, folder))
     return model
 
 
@@ -143,13 +143,19 @@ def config_of(tmp_path, raw: dict):
 
 def test_the_real_models_configs(tmp_path):
     qwen = config_of(tmp_path, QWEN)
-    assert (qwen.head_dim, qwen.rope_theta, qwen.windows, qwen.qkv_bias, qwen.o_bias) == (128, 1e6, (), True, False)
+    assert (qwen.head_dim, qwen.rope_theta, qwen.sliding_windows, qwen.qkv_bias, qwen.o_bias) == (
+        128,
+        1e6,
+        (),
+        True,
+        False,
+    )
     small = config_of(tmp_path, MISTRAL_SMALL)
-    assert (small.head_dim, small.rope_theta, small.windows, small.qkv_bias) == (128, 1e8, (), False)
+    assert (small.head_dim, small.rope_theta, small.sliding_windows, small.qkv_bias) == (128, 1e8, (), False)
     llama = config_of(tmp_path, LLAMA31)
     assert (llama.head_dim, llama.rope_scaling, llama.qkv_bias, llama.o_bias) == (128, (8, 1, 4, 8192), False, False)
     qwen3 = config_of(tmp_path, QWEN3)
-    assert (qwen3.head_dim, qwen3.qk_norm, qwen3.qkv_bias, qwen3.windows, qwen3.rope_scaling) == (
+    assert (qwen3.head_dim, qwen3.qk_norm, qwen3.qkv_bias, qwen3.sliding_windows, qwen3.rope_scaling) == (
         128,
         True,
         False,
@@ -157,7 +163,7 @@ def test_the_real_models_configs(tmp_path):
         None,
     )
     v01 = config_of(tmp_path, MISTRAL_SMALL | {"sliding_window": 4096})
-    assert v01.windows == (4096,) * 40
+    assert v01.sliding_windows == (4096,) * 40
 
 
 @pytest.mark.parametrize(
@@ -209,7 +215,7 @@ def test_where_transformers_has_a_default_of_its_own_the_field_must_stand_there(
         "use_sliding_window": False,
         "layer_types": ["full_attention"] * 40,
     }
-    assert config_of(tmp_path, windowed).windows == (7,) * 40  # transformers asks neither
+    assert config_of(tmp_path, windowed).sliding_windows == (7,) * 40  # transformers asks neither
     assert config_of(tmp_path, LLAMA31 | {"unsloth_fixed": True, "_attn_implementation_autoset": True}).head_dim == 128
 
 

@@ -83,7 +83,7 @@ def counted(model_config, kernels, n_ranks: int, recompute: str, n: int, **regim
         parallel.parallelize(model, config, world)
         with FakeTensorMode(allow_non_fake_inputs=True), Bytes() as n_bytes:
             model.to_empty(device="cpu")
-            optimizer = optim.make_adamw(model, config)  # held: its means
+            optimizer = optim.make_adamw(model, config)  # held: its moments
             tokens = [torch.zeros(n, dtype=torch.int64) for _ in range(3)]
             batch = Batch(*tokens, torch.zeros(17, dtype=torch.int32), torch.tensor([16, n]), 0)
             for _ in range(2):
@@ -99,7 +99,7 @@ def counted(model_config, kernels, n_ranks: int, recompute: str, n: int, **regim
             dist.destroy_process_group()
 
 
-CASES = [  # model, GPUs, recompute, tokens: each of the three moments is the largest somewhere
+CASES = [  # model, GPUs, recompute, tokens: each of the three is the largest somewhere
     (QWEN, 1, "none", 4096),
     (QWEN, 1, "selective", 4096),
     (QWEN, 1, "full", 16384),
@@ -126,8 +126,8 @@ def test_peak_is_within_a_tenth_of_the_bytes_counted(name, n_gpus, recompute, n,
     of_loss = a_number * c.vocab_size * c.hidden_size + 2 * n * c.hidden_size  # dW and dX are made in the forward pass
     gathered = 2 * c.vocab_size * c.hidden_size if n_gpus > 1 else 0  # lm_head stays between the two
     assert activations + of_loss + gathered == pytest.approx(kept - held, rel=0.01)
-    moments = plan.moments(c, n, FP32, n_gpus, recompute)
-    assert activations + max(moments.values()) == pytest.approx(peak - held, rel=0.1)
+    transient = plan.transient_bytes(c, n, FP32, n_gpus, recompute)
+    assert activations + max(transient.values()) == pytest.approx(peak - held, rel=0.1)
 
 
 @pytest.mark.parametrize(("recompute", "n"), [("none", 4096), ("selective", 8192)])
@@ -137,8 +137,8 @@ def test_of_bf16_weights_on_one_gpu_too(recompute, n, gpu_loss):
     held, _, peak = counted(c, gpu_loss, 1, recompute, n, precision="pure-bf16", optimizer_states="bf16")
     assert held == pytest.approx(8 * plan.parameters(c)[0], rel=0.001)
     regime = next(r for r in plan.REGIMES if (r.weights, r.gradients, r.states) == (2, 2, 4))
-    moments = plan.moments(c, n, regime, 1, recompute)
-    assert plan.activation_bytes(c, n, recompute) + max(moments.values()) == pytest.approx(peak - held, rel=0.1)
+    transient = plan.transient_bytes(c, n, regime, 1, recompute)
+    assert plan.activation_bytes(c, n, recompute) + max(transient.values()) == pytest.approx(peak - held, rel=0.1)
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -237,13 +237,13 @@ def test_offloading_moves_what_is_held_to_the_cpu():
     before, after = (plan.memory(job, FP32, "full") for job in (plain, offloaded))
     assert after["weights"] == after["gradients"] == after["optimiser states"] == 0
     assert before["weights"] == 4 * n_params
-    assert after["moment"] == max(plan.moments(plain.model, 4096, FP32, 2, "full").values()) + 4 * block
+    assert after["moment"] == max(plan.transient_bytes(plain.model, 4096, FP32, 2, "full").values()) + 4 * block
     rows = [line.split() for line in plan.report(offloaded).splitlines()]
     assert next(row for row in rows if row[:1] == ["weights"])[1:] == ["0.0"] * 4
     for job, a_number in (
         (plain, 12),
         (offloaded, 16 + 12),
-    ):  # a checkpoint is written from a copy of weights and means
+    ):  # a checkpoint is written from a copy of weights and moments
         rows = [line.split() for line in plan.report(job).splitlines()]
         assert f"{a_number * n_params / 1e9:.1f}" == next(row for row in rows if row[:2] == ["CPU", "memory"])[-4]
 

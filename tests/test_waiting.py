@@ -94,12 +94,12 @@ def _two_ranks(rank, steps, tiny_flags, folder):
         for i in range(3):
             micro = [steps[2 * i + rank]]
             before = [p.to_local().clone() for p in model.parameters()]
-            loss, _ = train.add_gradients(model, iter(micro), 1, 2, world, stop)
+            loss, _ = train.forward_backward(model, iter(micro), 1, 2, world, stop)
             if (rank, i) == (1, 1):
                 next(model.parameters()).grad.to_local()[0] = math.nan
             norm = optim.clip(model, optimizer, 1.0)
             verdict = watch.judge(loss, norm)
-            guard.step(optimizer, verdict[0])
+            guard.step_unless(verdict.skip, optimizer)
             optimizer.zero_grad()
             same = [torch.equal(a, p.to_local()) for a, p in zip(before, model.parameters(), strict=True)]
             found[f"step {i}"] = (verdict[0].clone(), same)
@@ -110,7 +110,7 @@ def _two_ranks(rank, steps, tiny_flags, folder):
         model, stop = build(config, world), StopSignal(world)
         calls = []
         _fsdp_collectives.dist.all_reduce = partial(_noted, calls, dist.all_reduce)
-        train.add_gradients(model, iter(steps[rank::2]), 3, 6, world, stop)
+        train.forward_backward(model, iter(steps[rank::2]), 3, 6, world, stop)
         dist.all_reduce = dist.all_reduce.args[1]
         stop.close()
         grads = {n: p.grad.full_tensor() for n, p in model.named_parameters()}

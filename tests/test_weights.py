@@ -62,7 +62,7 @@ def untouched(source: Path, out: Path, world: World = ALONE) -> None:
         model = Decoder(hf.model_config(source))
     parallel.parallelize(model, HALF, world)
     model.to_empty(device="cpu")
-    weights.load_weights(model, source)
+    weights.load_weights(model, hf.check_weights(model, source))
     weights.export(model, source, out, world)
 
 

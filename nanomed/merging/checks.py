@@ -62,7 +62,7 @@ def _windows(*checkpoints: Checkpoint) -> list[str]:
     except InputError:  # maths that train.py lacks, as other families have: the field itself must do
         raw = [checkpoint.config() for checkpoint in checkpoints]
         return [str(None if c.get("use_sliding_window") is False else c.get("sliding_window")) for c in raw]
-    layers = [c.windows or (None,) * c.num_hidden_layers for c in configs]
+    layers = [c.sliding_windows or (None,) * c.num_hidden_layers for c in configs]
     return [", ".join(f"{window} in {len([*run])} layers" for window, run in groupby(windows)) for windows in layers]
 
 

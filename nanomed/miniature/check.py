@@ -26,7 +26,7 @@ def losses(out: Path) -> dict[str, float]:
     """{loss, packed, alone} in nats a token of the continued model on held-out medicine."""
     config = hf.model_config(out / "continued" / "hf")
     model = Decoder(config, RECIPES["miniature"].dtype)
-    weights.load_weights(model, out / "continued" / "hf")
+    weights.load_weights(model, hf.check_weights(model, out / "continued" / "hf"))
     stream = Stream(open_sources([str(out / "bins" / "val-med")]), None, config.vocab_size)
     total, seq_len, sums = stream.start_of(1), RECIPES["miniature"].seq_len, {"packed": 0.0, "alone": 0.0}
     for start in range(0, total, seq_len):

@@ -4,7 +4,7 @@
 
 One run of train.py, in this process, that saves a checkpoint now and then. Steps are timed from the first micro-batch
 to the optimiser's end: `beside` those that begin while a checkpoint is being written, `alone` the others. `save` is the
-pause for which training stops while weights and means are copied, `write` the time from there until the checkpoint is
+pause for which training stops while weights and moments are copied, `write` the time from there until the checkpoint is
 on disk and hashed. The classes alternate throughout the run, so that a machine that slows down slows all.
 """
 
@@ -35,13 +35,13 @@ def watch() -> tuple[dict[str, list[float]], list[float]]:
 
     seconds, peaks_gb = {"alone": [], "beside": [], "save": [], "write": []}, []
     writing, n_steps, began = [], [0], [0.0]  # writing: the futures of the checkpoints that were begun
-    add_gradients, step, save = train.add_gradients, train.guard.step, Checkpointer.save
+    forward_backward, step, save = train.forward_backward, train.guard.step_unless, Checkpointer.save
 
     def timed_gradients(*args):
         began[:] = [time.perf_counter()]
         n_steps[0] += 1
         n_steps[1:] = ["beside" if any(not future.done() for future in writing) else "alone"]
-        return add_gradients(*args)
+        return forward_backward(*args)
 
     def timed_step(*args):
         step(*args)
@@ -57,7 +57,7 @@ def watch() -> tuple[dict[str, list[float]], list[float]]:
         writing.append(self._pending[1])
         peaks_gb.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
 
-    train.add_gradients, train.guard.step, Checkpointer.save = timed_gradients, timed_step, timed_save
+    train.forward_backward, train.guard.step_unless, Checkpointer.save = timed_gradients, timed_step, timed_save
     return seconds, peaks_gb
 
 

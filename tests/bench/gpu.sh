@@ -53,8 +53,8 @@ case ${1:-} in
         ;;
     kernels)
         status=0
-        timeout --signal=INT --kill-after=20 410 "$python" -m nanomed.kernels.bench --quick --out "$out/kernels" || status=1
-        timeout --signal=INT --kill-after=20 60 "$python" tests/bench/adamw.py --out "$out/adamw.json" || status=1
+        timeout --signal=INT --kill-after=20 370 "$python" -m nanomed.kernels.bench --quick --out "$out/kernels" || status=1
+        timeout --signal=INT --kill-after=20 100 "$python" tests/bench/adamw.py --out "$out/adamw.json" || status=1
         exit "$status"
         ;;
     train) "${limit[@]}" "$python" tests/bench/train_gpu.py --out "$out/train.json" "${@:2}" ;;

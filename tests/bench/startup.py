@@ -6,7 +6,7 @@ A process of its own for each run, which makes two steps of train.py:
 
     imports     Python, torch and all of train.py's modules
     inputs      model's config, tokenizer, bins, shape of the batches
-    model       described, its weights read or drawn; AdamW's means; checkpoints looked for
+    model       described, its weights read or drawn; AdamW's moments; checkpoints looked for
     validation  of step 0, where there are sets
     first step  until the optimiser has made it: with --compile this holds the compilation
     second      for comparison

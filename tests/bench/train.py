@@ -55,7 +55,7 @@ def our_step(folder: str, case: str):
         model = Decoder(hf.model_config(Path(folder)), torch.bfloat16)
     parallel.parallelize(model, config, world)
     model.to_empty(device="cpu")
-    weights.load_weights(model, Path(folder))
+    weights.load_weights(model, hf.check_weights(model, Path(folder)))
     optimizer = optim.make_adamw(model, config)
     docs = np.array(lengths(case))
     borders = np.concatenate(([0], np.cumsum(docs)))
