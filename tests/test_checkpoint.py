@@ -93,7 +93,7 @@ def test_what_writes_gives_way_to_the_training(tiny, run, tmp_path, monkeypatch)
     def noting(what, function):
         return lambda *args: seen.add((what, os.getpriority(os.PRIO_PROCESS, 0))) or function(*args)
 
-    monkeypatch.setattr(checkpoint, "_sha256", noting("hash", checkpoint._sha256))
+    monkeypatch.setattr(checkpoint, "sha256", noting("hash", checkpoint.sha256))
     monkeypatch.setattr(FileSystemWriter, "write_data", noting("write", FileSystemWriter.write_data))
     mine = os.getpriority(os.PRIO_PROCESS, 0)
     assert run(tiny.flags(tmp_path / "run"))
