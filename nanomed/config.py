@@ -38,7 +38,8 @@ class Config:
     A folder with config.json but no weights starts from random ones."""
     data: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Training bins (data/prepare.py makes them). Repeat the flag to mix sets.
-    `bins/general@0.1` replays a tenth of it each epoch, another tenth in the next: the knob against forgetting."""
+    `bins/general@0.1` replays a tenth of it each epoch, another tenth in the next: the knob against forgetting.
+    `@3` reads it three times an epoch."""
     val: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """NAME=BINS, a validation set, read whole at step 0, every --eval-every steps and at the end.
     Repeat the flag: a set of the target domain beside a general one is the forgetting meter."""

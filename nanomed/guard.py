@@ -33,7 +33,7 @@ WINDOW = 128  # accepted steps that a new one is compared with
 MIN_STEPS = WINDOW // 2  # before so many nothing is called a spike
 SIGMAS = 6.0
 LEAST = (0.0, 4.0)  # nor is a loss or gradient norm below so many times the window's mean
-MAX_SKIPS = 10  # in a row; from then on every step is skipped until the next log step ends the run
+MAX_SKIPS = 10  # consecutive ones; from then on every step is skipped, until the next log step ends the run
 
 
 class Verdict(NamedTuple):

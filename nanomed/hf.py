@@ -45,7 +45,7 @@ class Llama3Scaling(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What of a config.json decides the maths."""
+    """The fields of config.json that decide what the model computes."""
 
     vocab_size: int
     hidden_size: int

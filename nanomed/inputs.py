@@ -30,7 +30,7 @@ class Inputs(NamedTuple):
 
 
 def open_inputs(config: Config, world: World) -> Inputs:
-    """What goes in, checked."""
+    """Find, open and check all of it; InputError naming the first thing that cannot be."""
     source = get_source(config, world)
     model_config = hf.model_config(source)
     if config.seq_len > (model_config.max_position_embeddings or config.seq_len):

@@ -84,16 +84,16 @@ class LowbitAdamW(torch.optim.Optimizer):
                 if p.grad is None or not (x := local(p)).numel():  # a rank may own no row of a small one
                     continue
                 state = {key: local(value) for key, value in self.state[p].items()}
-                scales = [state[f"{key}_scale"].view(-1) if f"{key}_scale" in state else None for key in _MEANS]
+                scales = [state[f"{key}_scale"].view(-1) if f"{key}_scale" in state else None for key in _MOMENTS]
                 shape = (-1,) if scales[0] is None else (len(scales[0]), -1)
-                tensors = (t.view(shape) for t in (x, local(p.grad), *(state[key] for key in _MEANS)))
+                tensors = (t.view(shape) for t in (x, local(p.grad), *(state[key] for key in _MOMENTS)))
                 self._update(
                     *tensors, scales, self._maps, lr, decay, corrections, skip, grad_scale, adamw.draw_seed(),
                     beta1, beta2, group["eps"],
                 )  # fmt: skip
 
 
-_MEANS = ("exp_avg", "exp_avg_sq")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def _maps() -> tuple[list, list]:
@@ -107,9 +107,9 @@ def _maps() -> tuple[list, list]:
 def _zeros(p: Tensor, moments: str) -> dict[str, Tensor]:
     block = block_size(p.shape[1]) if moments == "int8" and p.ndim == 2 else None
     dtype = torch.uint8 if block else torch.bfloat16 if moments == "bf16" else torch.float32
-    zeros = {key: torch.zeros_like(p, dtype=dtype) for key in _MEANS}
+    zeros = {key: torch.zeros_like(p, dtype=dtype) for key in _MOMENTS}
     if block:  # of codes; under a scale of 0 any code means 0
-        zeros |= {f"{key}_scale": torch.zeros_like(p[:, ::block], dtype=torch.float32) for key in _MEANS}
+        zeros |= {f"{key}_scale": torch.zeros_like(p[:, ::block], dtype=torch.float32) for key in _MOMENTS}
     return zeros
 
 

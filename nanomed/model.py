@@ -75,7 +75,7 @@ class Attention(nn.Module):
         self.kernels = kernels
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (N, H, head_dim) and keys (N, K, head_dim), both turned, and values (N, K, head_dim)."""
+        """Queries (N, H, head_dim) and keys (N, K, head_dim), both after RoPE, and values (N, K, head_dim)."""
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             weights = self.q_norm.weight, self.k_norm.weight

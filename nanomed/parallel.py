@@ -4,7 +4,7 @@ The order matters: recomputation must lie inside the compiled region, and FSDP's
 three wraps a block's forward *function* or hooks its module, never its place in the tree: parameter names stay Hugging
 Face's throughout.
 
-FSDP2 cuts every parameter by rows over all ranks. A block is gathered in bf16 just before it runs and freed after;
+FSDP2 shards every parameter by rows over all ranks. A block is gathered in bf16 just before it runs and freed after;
 its gradient is summed in float32 to the ranks that own the rows. Per rank: 16 bytes · parameters / ranks for weights,
 gradients and AdamW's moments (nanomed.lowbit: down to 6), and two gathered blocks; --offload keeps the former in the
 CPU's memory and steps there, at the price of moving every weight over the bus in each pass. While one block computes,
@@ -178,7 +178,7 @@ def to_float8(blocks: nn.Module, emulate: bool = False) -> None:
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     recipe = dataclasses.replace(Float8LinearConfig.from_recipe_name("rowwise"), emulate=emulate)
-    fits = lambda module, _name: all(size % 16 == 0 for size in module.weight.shape)  # noqa: E731  the hardware's demand
+    fits = lambda module, _name: all(size % 16 == 0 for size in module.weight.shape)  # noqa: E731  float8 units take no other
     convert_to_float8_training(blocks, config=recipe, module_filter_fn=fits)
 
 
