@@ -12,7 +12,8 @@ no URL in it: another port is the same model; a model that changes must change i
 
 What may pass is tried again, up to `tries` times, waiting 1, 2, 4, ... 60 s or what Retry-After says: no connection, a
 time-out, 408, 409, 429, 5xx, a body that is cut or no chat completion. Then, and at once for most other statuses (a wrong
-key, an unknown model), the run ends with one line; what is in flight is waited for and kept first.
+key, an unknown model) and where nobody has listened yet, the run ends with one line; what is in flight is waited for and
+kept first.
 
 400, 413 and 422 are said of one request: its words are filtered, or it is too long. It gets an Answer without words, kept
 like any other, whose finish_reason is what the endpoint said. But some endpoints also say 400 to a wrong model or setting,
@@ -26,10 +27,12 @@ import hashlib
 import json
 import os
 import random
+import socket
 import sqlite3
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
@@ -246,6 +249,8 @@ class Endpoint:
         except (TimeoutError, openai.APITimeoutError):
             return None, f"no answer within {self.timeout_s:g} s", True, None
         except openai.APIConnectionError as error:
+            if not self.n_paid and nobody_listens(self.url):
+                return None, "nobody listens there (connection refused)", False, None
             return None, f"no connection, or one cut off ({first_line(error.__cause__ or error)})", True, None
         except ValueError as error:  # not JSON, not UTF-8, or not a completion
             return None, f"answers what is no chat completion ({first_line(error)})", True, None
@@ -254,6 +259,20 @@ class Endpoint:
         """Wait, but not on when the run has failed."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.stop.wait(), seconds)
+
+
+def nobody_listens(url: str) -> bool:
+    """Whether the URL's machine refuses the connection. What cannot be known, behind a proxy say, is False."""
+    parts = urlsplit(url)
+    try:
+        socket.create_connection(
+            (parts.hostname, parts.port or {"https": 443}.get(parts.scheme, 80)), timeout=2
+        ).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _read(completion) -> Answer:

@@ -59,12 +59,14 @@ def open_data(config: Config, source: Path, vocab_size: int) -> tuple[Stream, di
     vals = {}
     for spec in config.val:
         name, _, folder = spec.rpartition("=")
-        if not name.isidentifier() or name in vals or "@" in folder:
+        if not name.isidentifier() or name in vals or "@" in folder or not folder:
             raise InputError(
                 f"--val {spec}: must be NAME=BINS, each name once, of letters, digits and _; no share after @"
             )
         vals[name] = Stream(open_sources([folder]), None, vocab_size)
     tokenizer = source / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise InputError(f"--init {source}: has no tokenizer.json to compare with the bins'; put the model's own there")
     expected = tokenizer_sha256(tokenizer)
     for bins in [*stream.bins, *(b for v in vals.values() for b in v.bins)]:
         if bins.tokenizer_sha256 != expected:
@@ -84,8 +86,12 @@ def count_steps(config: Config, stream: Stream) -> int:
     n_steps = config.steps or n_tokens // config.batch_tokens
     if n_steps == 0:
         raise InputError(
-            f"--data: {n_tokens:,} tokens in {config.epochs} epochs are fewer than one step of {config.batch_tokens:,}"
+            f"--data: {n_tokens:,} tokens in {config.epochs} epochs are fewer than one step of --batch-tokens "
+            f"{config.batch_tokens:,}; give a smaller one, or more --epochs"
         )
     if config.warmup_steps >= n_steps:
-        raise InputError(f"--warmup-steps {config.warmup_steps}: the run has only {n_steps} steps")
+        raise InputError(
+            f"--warmup-steps {config.warmup_steps}: the run has only {n_steps} steps; give fewer, or a smaller --batch-tokens "
+            f"than {config.batch_tokens:,}"
+        )
     return n_steps

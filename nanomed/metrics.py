@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanomed import batches
-from nanomed.config import Config
+from nanomed.config import Config, has_bf16_hardware
 from nanomed.devices import bf16_peak
 from nanomed.files import write_durably
 from nanomed.guard import Verdict, reason
@@ -78,8 +78,12 @@ def print_start(config: Config, world: World, model: Decoder, stream: Stream, va
     )
     print0(
         f"FLOPs   {flops_per_token(model):,} per token (6 x parameters in matrix products) + {attention_flops(model):,} x "
-        f"squared document lengths; MFU over {f'{peak / 1e12:.0f} TFLOP/s (dense bf16)' if peak else 'n/a: peak unknown here'}"
+        f"squared document lengths{f'; MFU over {peak / 1e12:.0f} TFLOP/s (dense bf16)' if peak else ''}"
     )
+    if config.precision != "fp32" and world.device.type == "cpu" and not has_bf16_hardware():
+        print0("warning this CPU has no bf16 products and emulates them: --precision fp32 is tens of times as fast")
+    if config.compile:
+        print0("        torch.compile makes the first step slow; --no-compile does without")
 
 
 class Metrics:
@@ -194,11 +198,11 @@ class Metrics:
             os.fsync(file.fileno())
 
     def _show(self, row: dict, flop_s: float) -> None:
-        mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}"
+        of_peak = "" if row["mfu"] is None else f"{flop_s / 1e12:.2f} TFLOP/s, mfu {row['mfu']:.1%}, "
         loss, norm = (math.nan if row[key] is None else row[key] for key in ("loss", "grad_norm"))
         self.bar.set_postfix_str(
             f"loss {loss:.4f}, norm {norm:.2f}, lr {row['lr']:.1e}, {row['tok_s']:,.0f} tok/s, "
-            f"{flop_s / 1e12:.2f} TFLOP/s, mfu {mfu}, {row['memory_gb']:.1f} GB, data wait {row['data_wait']:.1%}",
+            f"{of_peak}{row['memory_gb']:.1f} GB, data wait {row['data_wait']:.1%}",
             refresh=False,
         )
         self.bar.update(row["step"] - self.bar.n)

@@ -36,6 +36,12 @@ def is_finished(out: Path) -> bool:
     return (out / "hf" / "config.json").exists()
 
 
+def has_trained(out: Path) -> bool:
+    """Has a run in this folder made a step? Until then another may take its place."""
+    rows = out / "metrics.jsonl"
+    return any((out / "checkpoints").glob("step-*/DONE")) or (rows.exists() and '"loss"' in rows.read_text())
+
+
 def check_run(out: Path, config: Config, identity: dict) -> None:
     """InputError if OUT belongs to something else than a run of this config on this data; nothing is written."""
     if out.exists() and not out.is_dir():
@@ -44,12 +50,14 @@ def check_run(out: Path, config: Config, identity: dict) -> None:
         return
     if not (out / "run.json").exists() and {p.name for p in out.iterdir()} - {"config.json"}:
         raise InputError(f"--out {out}: the folder is not empty and not a run's; choose another")
+    if not has_trained(out):
+        return
     for field, old in _read(out / "config.json").items():
         new = json.loads(json.dumps(dataclasses.asdict(config))).get(field)
         if field not in FREE_FIELDS and old != new:
             raise InputError(
                 f"--out {out}: belongs to a run with --{field.replace('_', '-')} {old}, this one has {new}; "
-                "choose another --out or the same flags"
+                "choose another --out, delete this one, or give the same flags"
             )
     for key, old in _read(out / "run.json").get("identity", {}).items():
         if key in ("data", "tokenizer_sha256") and old != json.loads(json.dumps(identity))[key]:
@@ -57,14 +65,14 @@ def check_run(out: Path, config: Config, identity: dict) -> None:
 
 
 def create_run(out: Path, config: Config, identity: dict, device: torch.device) -> int:
-    """Write config.json and run.json of a new run; those of one that goes on stay as they are. The folder's lock.
+    """Write config.json and run.json of a new run; those of one that resumes stay as they are. The folder's lock.
 
     InputError where another process holds it, or where nothing can be written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
         held = lock(out)
-        if not (out / "run.json").exists():
+        if not has_trained(out):
             _describe(out, config, identity, device)
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror}); choose another") from None

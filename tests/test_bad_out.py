@@ -56,6 +56,20 @@ def test_the_same_data_elsewhere_is_the_same_run(tiny, finished, tmp_path, monke
     assert "this run is finished" in capsys.readouterr().err
 
 
+def test_a_run_that_made_no_step_gives_way_to_another(tiny, finished, tmp_path, monkeypatch):
+    """Stopped in its first validation, say, because a flag was wrong."""
+    out = tmp_path / "run"
+    out.mkdir()
+    shutil.copy(finished / "run.json", out)
+    shutil.copy(finished / "config.json", out)
+    first = next(line for line in (finished / "metrics.jsonl").read_text().splitlines() if '"val_' in line)
+    (out / "metrics.jsonl").write_text(first + "\n")
+    assert "lr" not in json.loads(first)
+    trained(monkeypatch, tiny.flags(out, lr=5e-3))
+    assert json.loads((out / "config.json").read_text())["lr"] == 5e-3
+    assert (out / "hf" / "model.safetensors").exists()
+
+
 def test_a_folder_that_another_run_writes_to(tiny, tmp_path, refused):
     """The same command typed twice, or put back into the queue while it still runs."""
     out = tmp_path / "run"
