@@ -5,12 +5,12 @@
         --out labels.parquet
     python data/annotate.py labels.parquet --audit 300     # writes a sheet for a physician; run again when it is filled
 
-The prompt is a file with a version in its name, and both words of the answer stand in it: another language or field is
+The prompt is a file with a version in its name that also defines the two answer words: another language or field is
 another file (`--prompt`). Temperature 0, a few tokens of answer, the text capped. Nothing is guessed: what is not
 clearly one of the two words is labelled `invalid`, never "not medical", and its raw text is kept beside it.
 
-Answers are cached in OUT.answers.sqlite as they come (nanomed/chat.py): a killed run goes on where it was and pays for
-nothing twice. OUT is written at the end, in the sample's order, whole or not at all. Memory: a few hundred bytes a
+Answers are cached in OUT.answers.sqlite as they come (nanomed/chat.py): a killed run resumes where it stopped and pays for
+nothing twice. OUT is written at the end, in the sample's order, whole or not at all. Memory: a few hundred bytes per
 document; texts are read twice instead of kept.
 """
 
@@ -34,7 +34,7 @@ COLUMNS = dict.fromkeys(("id", "text", "label", "answer", "finish_reason", "mode
 
 @dataclass(frozen=True)
 class Prompt:
-    """An annotation prompt: the template, with {text} in it, and the word that stands for either label."""
+    """An annotation prompt: the template, with {text} in it, and the word for each label."""
 
     template: str
     medical: str
@@ -42,7 +42,7 @@ class Prompt:
     sha256: str  # of the file
 
     def parse(self, answer: str) -> str:
-        """medical, not_medical or invalid: the answer begins with one word, in any case, and never has the other."""
+        """medical, not_medical or invalid: the answer begins with one word, in any case, and does not contain the other."""
         found = {label for label in ("medical", "not_medical") if _has_word(answer, getattr(self, label))}
         if len(found) == 1:
             (label,) = found
@@ -52,7 +52,7 @@ class Prompt:
 
 
 def _has_word(answer: str, word: str, at_start: bool = False) -> bool:
-    """Whether the word stands in the answer by itself; at its start, quotes, brackets and asterisks may go before it."""
+    """Whether the answer contains the word by itself; at_start: begins with it, save for quotes, brackets and asterisks."""
     before = r"^[\s\"'„“«»*_`(\[]*" if at_start else r"(?<!\w)"
     return re.search(before + re.escape(word) + r"(?!\w)", answer, re.IGNORECASE) is not None
 
@@ -68,21 +68,21 @@ def read_prompt(path: Path) -> Prompt:
         if not isinstance(spec.get(key), str) or not spec[key].strip():
             raise InputError(f"{path}: has no {key!r}; expected the text of the prompt and the two words of the answer")
     if spec["prompt"].count("{text}") != 1:
-        raise InputError(f"{path}: {{text}} stands in it {spec['prompt'].count('{text}')} times, expected once")
+        raise InputError(f"{path}: contains {{text}} {spec['prompt'].count('{text}')} times, expected once")
     words = [spec["medical"].strip(), spec["not_medical"].strip()]
     if _has_word(words[0], words[1]) or _has_word(words[1], words[0]):
         raise InputError(
-            f"{path}: of the words {words[0]!r} and {words[1]!r} one is in the other; choose two that differ"
+            f"{path}: one of the words {words[0]!r} and {words[1]!r} contains the other; choose two distinct ones"
         )
     return Prompt(spec["prompt"].strip(), *words, hashlib.sha256(raw).hexdigest())
 
 
 def read_sample(path: Path) -> Iterator[dict]:
-    """Documents {id, text}; InputError for an id that comes twice."""
+    """Documents {id, text}; InputError for a duplicate id."""
     seen = set()
     for document in read_documents(path, ("id", "text")):
         if document["id"] in seen:
-            raise InputError(f"{path}: id {document['id']!r} comes twice; labels are kept by id, so remove one")
+            raise InputError(f"{path}: duplicate id {document['id']!r}; labels are keyed by id, so remove one")
         seen.add(document["id"])
         yield document
 
@@ -90,10 +90,10 @@ def read_sample(path: Path) -> Iterator[dict]:
 def annotate(
     sample: Path, out: Path, url: str, model: str, prompt: Prompt, max_chars: int, max_tokens: int, **how
 ) -> Counter:
-    """Label every document of the sample into `out`; how many got which label.
+    """Label every document of the sample into `out`; returns the count of each label.
 
     An empty text is `invalid` and not asked about. how: concurrency, timeout_s, tries of nanomed.chat.ask.
-    InputError if anything is wrong with what was given, or the endpoint gives up; then run again to go on.
+    InputError if anything is wrong with what was given, or the endpoint gives up; run again to resume.
     """
     settings = {"model": model, "prompt_sha256": prompt.sha256, "max_chars": max_chars, "max_tokens": max_tokens}
     n_documents, digest = 0, hashlib.sha256()
@@ -131,12 +131,12 @@ def annotate(
 
     tokens = {name: sum(getattr(a, name) for a in answers.values()) for name in ("prompt_tokens", "completion_tokens")}
     write_parquet(out, labelled(), COLUMNS, settings | tokens)
-    print(f"{tokens['prompt_tokens']:,} tokens of prompts, {tokens['completion_tokens']:,} of answers")
+    print(f"{tokens['prompt_tokens']:,} prompt tokens, {tokens['completion_tokens']:,} completion tokens")
     return counts
 
 
 def _finished(out: Path, settings: dict) -> Counter:
-    """The labels of a file that is there already; InputError if it was made otherwise."""
+    """The label counts of an existing file; InputError if it was made with other settings."""
     found = read_about(out)
     if differs := [key for key in settings if found.get(key) != settings[key]]:
         key = differs[0]
@@ -147,25 +147,27 @@ def _finished(out: Path, settings: dict) -> Counter:
 
 
 def main() -> None:
-    """The command line; a wrong input is one line and exit status 1."""
+    """The command line; bad input ends it with one line and exit status 1."""
     parser = argparse.ArgumentParser(
-        description="Label documents through an OpenAI-compatible endpoint. Run again after an interruption: it goes on "
-        "and pays for nothing twice. The key, where one is needed, is read from OPENAI_API_KEY.",
+        description="Label documents through an OpenAI-compatible endpoint. An interrupted run resumes and "
+        "pays for nothing twice. An API key, if needed, is read from OPENAI_API_KEY.",
         epilog="example: python data/annotate.py sample.parquet --url http://localhost:8000/v1 "
         "--model mistralai/Mixtral-8x7B-Instruct-v0.1 --out labels.parquet",
     )
     add = parser.add_argument
     add("input", type=Path, metavar="FILE", help="sample.parquet of data/sample.py; with --audit: labels.parquet")
-    add("--url", help="of the endpoint, with its /v1")
+    add("--url", help="of the endpoint, including /v1")
     add("--model", help="name of the model, as the endpoint knows it")
     add("--out", type=Path, metavar="LABELS", help="labels.parquet to write")
     add("--prompt", type=Path, default=PROMPT, metavar="TOML", help="prompt file (default: data/prompts/%(default)s)"
         .replace("%(default)s", PROMPT.name))  # fmt: skip
-    add("--max-chars", type=int, default=4000, metavar="N", help="of a text that are shown (default: %(default)s)")
-    add("--max-tokens", type=int, default=8, metavar="N", help="of an answer (default: %(default)s)")
+    add("--max-chars", type=int, default=4000, metavar="N", help="characters of a text to show (default: %(default)s)")
+    add("--max-tokens", type=int, default=8, metavar="N", help="tokens per answer (default: %(default)s)")
     add("--concurrency", type=int, default=64, metavar="N", help="requests in flight (default: %(default)s)")
-    add("--timeout", type=float, default=120, metavar="S", help="seconds for one try (default: %(default)s)")
-    add("--audit", type=int, metavar="N", help="write a sheet of N documents to label by hand; when filled, print F1")
+    add("--timeout", type=float, default=120, metavar="S", help="seconds per attempt (default: %(default)s)")
+    add(
+        "--audit", type=int, metavar="N", help="write a sheet of N documents to label by hand; once filled in, print F1"
+    )
     args = parser.parse_args()
     for name in ("max_chars", "max_tokens", "concurrency", "timeout", "audit"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:

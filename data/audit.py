@@ -1,4 +1,4 @@
-"""Audit: what are the annotator's labels worth? A person labels a few documents without seeing them; F1 with its interval.
+"""Audit: what are the annotator's labels worth? A person labels a few documents without seeing theirs; F1 with its interval.
 
     python data/annotate.py labels.parquet --audit 300      # once to get labels.audit.csv, once when `human` is filled
 
@@ -10,7 +10,7 @@ truly medical ones in the first and q in the second:
     precision = p     recall = pM / (pM + qN)     F1 = 2pM / (M + pM + qN)
 
 p and q get their Jeffreys posteriors Beta(hits + ½, misses + ½); the interval is the middle 95 % of F1 under 100,000
-draws. So a sheet without a single miss does not claim to be certain: q may be small and N is large.
+draws. So even a sheet without a miss claims no certainty: q may be small, but N is large.
 `invalid` labels are in no stratum: they are not trained on.
 """
 
@@ -46,18 +46,16 @@ def audit(labels: Path, n: int) -> None:
             seen[row["label"]] += 1
             hits[row["label"]] += human.pop(row["id"])
     if human:
-        raise InputError(f"{sheet}: id {next(iter(human))!r} is not in {labels}; it is the sheet of other labels")
+        raise InputError(f"{sheet}: id {next(iter(human))!r} is not in {labels}; the sheet belongs to other labels")
     if unlabelled := [stratum for stratum in STRATA if not seen[stratum]]:
-        raise InputError(f"{sheet}: has no document labelled {unlabelled[0]}, so neither recall nor F1 can be known")
-    print(
-        f"{sheet}: {sum(seen.values())} documents judged, which stand for {sizes['medical'] + sizes['not_medical']:,}"
-    )
+        raise InputError(f"{sheet}: has no document labelled {unlabelled[0]}, so neither recall nor F1 can be computed")
+    print(f"{sheet}: {sum(seen.values())} documents judged, representing {sizes['medical'] + sizes['not_medical']:,}")
     for name, (value, low, high) in figures(sizes, hits, seen).items():
         print(f"{name:10} {value:6.1%}  [{low:.1%}, {high:.1%}]")
 
 
 def write_sheet(labels: Path, sheet: Path, n: int, max_chars: int = 4000) -> None:
-    """A CSV (id, human, text) of n documents, half of either label where there are enough, in random order."""
+    """A CSV (id, human, text) of n documents, half from each label where there are enough, in random order."""
     heaps: dict[str, list] = {stratum: [] for stratum in STRATA}
     for row in read_documents(labels, ("id", "text", "label")):
         if row["label"] in heaps:
@@ -71,7 +69,9 @@ def write_sheet(labels: Path, sheet: Path, n: int, max_chars: int = 4000) -> Non
         raise InputError(f"{labels}: too few labels for --audit {n}, some of both are needed: {found}")
     n_medical = min(len(drawn["medical"]), max(n // 2, n - len(drawn["not_medical"])))
     rows = sorted(drawn["medical"][:n_medical] + drawn["not_medical"][: n - n_medical], reverse=True)
-    with sheet.open("x", encoding="utf-8-sig", newline="") as file:  # with a mark by which spreadsheets know UTF-8
+    with sheet.open(
+        "x", encoding="utf-8-sig", newline=""
+    ) as file:  # with the BOM by which spreadsheets recognise UTF-8
         writer = csv.writer(file)
         writer.writerow(("id", "human", "text"))
         writer.writerows((identity, "", text) for _, identity, text in rows)
@@ -107,7 +107,7 @@ def read_sheet(sheet: Path, n: int) -> dict[str, bool]:
 def figures(sizes: dict, hits: dict, seen: dict, n_draws: int = 100_000) -> dict[str, tuple[float, float, float]]:
     """precision, recall and F1, each (value, low, high): see above.
 
-    By label: sizes: documents in the whole; seen: of them judged; hits: of them truly medical.
+    By label: sizes: all documents; seen: those judged; hits: those judged medical.
     """
     rng = np.random.default_rng(0)
     share = {s: hits[s] / seen[s] for s in STRATA}
@@ -115,7 +115,7 @@ def figures(sizes: dict, hits: dict, seen: dict, n_draws: int = 100_000) -> dict
     values, spread, result = _rates(share, sizes), _rates(draws, sizes), {}
     for name, value in values.items():
         low, high = np.quantile(spread[name], (0.025, 0.975)).tolist()
-        result[name] = (float(value), min(low, float(value)), max(high, float(value)))  # 0 and 1 belong to theirs
+        result[name] = (float(value), min(low, float(value)), max(high, float(value)))  # 0 and 1 lie within theirs
     return result
 
 

@@ -1,6 +1,6 @@
-"""Card: what clean.py says of the corpus it made: report.md for its maker, README.md, in the hub's format, for its users.
+"""Card: what clean.py says about the corpus it built: report.md for its maker, README.md, in the hub's format, for its users.
 
-Every figure comes from report.json; what is not known is said to be unknown.
+Every figure comes from report.json; what is not known is stated as unknown.
 """
 
 from pathlib import Path
@@ -9,15 +9,15 @@ FUNNEL = {
     "documents": "documents swept",
     "empty": "empty",
     "below_threshold": "below the threshold",
-    "contaminated": "hold a question of an evaluation set",
+    "contaminated": "contain a question of an evaluation set",
     "duplicate_texts": "text seen before",
     "duplicate_ids": "identifier seen before",
     "kept": "**kept**",
 }
-RULE = """13 words in a row in common, or 8 where they cover half of a question, drop a document; so does a question of
-fewer than 8 words where all its options follow it. The question of {by_options:,} records is so short: documents that hold
-it without its options are here. {too_short:,} records have fewer than 8 words with their options, or no options, and
-cannot be kept out."""
+RULE = """A document is dropped if it shares 13 consecutive words with a question, or 8 that cover half of it, or contains
+a question of fewer than 8 words followed by all its options. {by_options:,} records have so short a question: documents that
+contain it without its options are kept. {too_short:,} records have fewer than 8 words with their options, or no options,
+and cannot be detected."""
 SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
 
 CARD = """---
@@ -42,7 +42,7 @@ configs:
 
 ## How the documents were chosen
 
-A document is here if the classifier scores it at {threshold:.4f} or above. {quality}
+A document is included if the classifier scores it at {threshold:.4f} or above. {quality}
 
 | classifier | |
 |---|---|
@@ -52,24 +52,24 @@ A document is here if the classifier scores it at {threshold:.4f} or above. {qua
 
 {funnel}
 
-## Evaluation sets kept out
+## Decontamination
 
 {eval_sets}
 
 ## Personal data
 
 Counted by pattern, not removed; the source has replaced e-mail addresses and public IP addresses. Names, and what
-people write of their health in forums, are still there. A document can be taken out by its `id` or `url`.
+people write about their health in forums, remain. A document can be removed by its `id` or `url`.
 
 {personal}
 
-## Where the documents are from
+## Origin of the documents
 
 {dumps}
 
 ## Licence
 
-ODC-By 1.0, as the source; the texts themselves are under the terms of their websites and Common Crawl's terms of use.
+ODC-By 1.0, as the source; the texts themselves are subject to the terms of their websites and Common Crawl's terms of use.
 Attribute {source}.
 """
 
@@ -92,7 +92,7 @@ def sections(report: dict) -> dict[str, str]:
         "funnel": table(("documents", "number"), [(text, counts[key]) for key, text in FUNNEL.items()]),
         "eval_sets": f"{table(head, sets)}\n\n{short}"
         if sets
-        else "None was given: this corpus is not decontaminated.",
+        else "No evaluation set was given: this corpus is not decontaminated.",
         "personal": table(("pattern", "documents", "occurrences"), personal),
         "dumps": table(("dump", "documents"), sorted(report["dumps"].items())),
     }
@@ -100,14 +100,14 @@ def sections(report: dict) -> dict[str, str]:
 
 def quality(report: dict) -> str:
     """Precision and recall at the threshold, with intervals, or that they are not known."""
-    if "precision" not in report:
+    if report.get("precision", [None])[0] is None:  # also: no held-out document reached the threshold
         return "Precision and recall at this threshold were not measured."
     shown = ("{} {:.3f} (95 %: {:.3f} to {:.3f})".format(name, *report[name]) for name in ("precision", "recall"))
     return f"On held-out documents, against the annotator's labels: {', '.join(shown)}."
 
 
 def write_report(out: Path, report: dict) -> None:
-    """OUT/report.md: the tables, for who made the corpus."""
+    """OUT/report.md: the tables, for the maker of the corpus."""
     parts = sections(report)
     body = f"# What was kept\n\n{parts['funnel']}\n\n{quality(report)}\n\n# Evaluation sets\n\n{parts['eval_sets']}\n\n"
     body += "Every hit is in decontamination.jsonl.\n\n"

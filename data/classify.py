@@ -3,17 +3,17 @@
     python data/classify.py labels.parquet --out clf
 
 An encoder (XLM-RoBERTa by default, any of transformers' with a sequence-classification head) learns the annotator's
-labels; threshold.py then says from which score on a document is kept. The folder is an ordinary transformers
-checkpoint, with threshold.json, two pictures and the held-out scores beside it. Score = softmax probability of class 1,
-in fp32.
+labels; threshold.py then chooses the score from which a document is kept. The folder is an ordinary transformers
+checkpoint, with threshold.json, two pictures and the held-out scores beside it. Those come from scoring.py, as in the
+sweep: a threshold holds only for scores of the same arithmetic.
 
 Which part a document belongs to (80 % train, 10 % choose, 10 % report) follows from a hash of its text: adding documents
-moves none, and two copies of a text are never on both sides. The mix of classes stays the sample's own: precision
-depends on it. `invalid` labels are left out, and counted.
+moves none, and two copies of a text are never on both sides. The class balance stays the sample's: precision depends
+on it. `invalid` labels and empty texts are left out, and counted.
 
-Texts are capped at 6 characters a token before the tokenizer, which would otherwise read all of a long document only to
-throw most of it away; German takes about 4.5. Costs: estimates for 260 k documents are in data/README.md. An epoch is
-the unit of resuming: a killed run goes on after the last whole one, and on the CPU ends with the same bits.
+Texts are capped at 6 characters per token before the tokenizer, which would otherwise read all of a long document only to
+throw most of it away; German takes about 4.5. Costs: estimates for 260 k documents are in data/README.md. A killed
+run resumes after the last whole epoch, and on the CPU ends with the same bits.
 """
 
 import argparse
@@ -26,10 +26,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from documents import read_documents, write_parquet
-from encoder import LABELS, Settings, encode, learn, load_base, score
+from encoder import LABELS, Settings, encode, learn, load_base
 from nanomed import InputError, run_script
+from scoring import Scoring, classifier_identity, score_documents
 from threshold import set_threshold, summary
 
 PARTS = {"train": 0.8, "choose": 0.9, "report": 1.0}  # upper ends of the hash's ranges
@@ -46,9 +48,9 @@ def part_of(text: str) -> str:
 
 
 def read_labels(path: Path, max_chars: int) -> tuple[dict[str, list[dict]], dict]:
-    """part → documents {id, text, label}, the text's first characters and no invalid ones; and what is known of the labels.
+    """part → documents {id, text, label}, the text's first characters and no invalid ones; and what is known about the labels.
 
-    InputError for an unknown label, an id that comes twice, or a part that has only one of the two labels.
+    InputError for an unknown label, a duplicate id, or a part that has only one of the two labels.
     """
     parts: dict[str, list[dict]] = {part: [] for part in PARTS}
     seen, counts, digest, origin = set(), Counter(), hashlib.sha256(), Counter()
@@ -57,14 +59,15 @@ def read_labels(path: Path, max_chars: int) -> tuple[dict[str, list[dict]], dict
             what = f"label is {row['label']!r}, expected medical, not_medical or invalid"
             raise InputError(f"{path}: row {number}: {what}; make the file with data/annotate.py")
         if row["id"] in seen:
-            raise InputError(f"{path}: row {number}: id {row['id']!r} comes twice; remove one")
+            raise InputError(f"{path}: row {number}: duplicate id {row['id']!r}; remove one")
         seen.add(row["id"])
-        counts[row["label"]] += 1
+        text = row["text"][:max_chars]
+        label = row["label"] if text.strip() else "invalid"  # no text, no score
+        counts[label] += 1
         origin[row["model"], row["prompt_sha256"]] += 1
         digest.update(json.dumps([row["id"], row["text"], row["label"]]).encode())
-        if row["label"] != "invalid":
-            document = {"id": row["id"], "text": row["text"][:max_chars], "label": row["label"]}
-            parts[part_of(row["text"])].append(document)
+        if label != "invalid":
+            parts[part_of(row["text"])].append({"id": row["id"], "text": text, "label": label})
     if len(origin) > 1:
         raise InputError(f"{path}: labels of {len(origin)} models or prompts, expected those of one; split the file")
     for part, rows in parts.items():
@@ -81,16 +84,28 @@ def read_labels(path: Path, max_chars: int) -> tuple[dict[str, list[dict]], dict
 
 
 def start(partial: Path, settings: Settings) -> None:
-    """Make PARTIAL, or go on in it; InputError if it was made with other settings."""
+    """Make PARTIAL, or resume in it; InputError if it was made with other settings."""
     path, mine = partial / "settings.json", asdict(settings)
     if path.exists():
         found = json.loads(path.read_text("utf-8"))
         if differs := [key for key in mine if found.get(key) != mine[key]]:
             key = differs[0]
             what = f"{key} was {found.get(key)}, now it is {mine[key]}"
-            raise InputError(f"{partial}: of an interrupted run in which {what}; delete that folder to begin anew")
+            raise InputError(f"{partial}: of an interrupted run in which {what}; delete that folder to start over")
     partial.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
+
+
+def score_held_out(folder: Path, parts: dict[str, list[dict]], settings: Settings, path: Path) -> list[dict]:
+    """The documents of `choose` and `report` with their scores: those that a sweep with this classifier would give them."""
+    task = Scoring(str(folder), classifier_identity(folder), settings.max_chars, settings.max_tokens)
+    rows = [row | {"part": part} for part in ("choose", "report") for row in parts[part]]
+    scores = []
+    with tqdm(total=len(rows), desc="score", unit="doc", disable=None) as bar:
+        for window in score_documents(task, ((row["id"], row["text"]) for row in rows), path):
+            scores += [score for _, score in window]
+            bar.update(len(window))
+    return [row | {"score": score} for row, score in zip(rows, scores, strict=True)]
 
 
 def classify(path: Path, out: Path, model_name: str, target_precision: float, **knobs) -> dict:
@@ -109,19 +124,15 @@ def classify(path: Path, out: Path, model_name: str, target_precision: float, **
         raise InputError(f"--max-tokens {settings.max_tokens}: {model_name} takes {tokenizer.model_max_length} at most")
     partial = out.with_name(f".{out.name}.partial")
     start(partial, settings)
-    texts = {part: [row["text"] for row in rows] for part, rows in parts.items()}
-    tokens = {part: encode(tokenizer, texts[part], max_chars, settings.max_tokens, part) for part in parts}
+    tokens = encode(tokenizer, [row["text"] for row in parts["train"]], max_chars, settings.max_tokens)
     started = time.perf_counter()
     labels = np.array([LABELS.index(row["label"]) for row in parts["train"]], np.int64)
-    learn(model, tokens["train"], labels, settings, partial, tokenizer.pad_token_id)
+    learn(model, tokens, labels, settings, partial, tokenizer.pad_token_id)
     print(f"trained in {time.perf_counter() - started:,.0f} s on {len(parts['train']):,} documents, {about['counts']}")
     folder = partial / "clf"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    rows = []
-    for part in ("choose", "report"):
-        scores = score(model, tokens[part], settings.batch_size, tokenizer.pad_token_id, part)
-        rows += [row | {"part": part, "score": float(s)} for row, s in zip(parts[part], scores, strict=True)]
+    rows = score_held_out(folder, parts, settings, path)
     columns = {"id": "string", "part": "string", "label": "string", "score": "float32"}
     write_parquet(folder / "held_out.parquet", rows, columns, about)
     revision = getattr(model.config, "_commit_hash", None)
@@ -132,9 +143,9 @@ def classify(path: Path, out: Path, model_name: str, target_precision: float, **
 
 
 def main() -> None:
-    """The command line; a wrong input is one line and exit status 1."""
+    """The command line; bad input ends it with one line and exit status 1."""
     parser = argparse.ArgumentParser(
-        description="Train a classifier on labels and choose its threshold. Run again after an interruption: it goes on.",
+        description="Train a classifier on labels and choose its threshold. An interrupted run resumes.",
         epilog="example: python data/classify.py labels.parquet --out clf",
     )
     add = parser.add_argument
@@ -143,16 +154,12 @@ def main() -> None:
     add(
         "--model", default="FacebookAI/xlm-roberta-base", help="encoder to start from: a folder or hub id (%(default)s)"
     )
-    add(
-        "--target-precision", type=float, default=0.95, metavar="P", help="of the documents kept (default: %(default)s)"
-    )
-    add("--epochs", type=int, default=3, help="times over the training part (default: %(default)s)")
+    add("--target-precision", type=float, default=0.95, metavar="P", help="precision to reach (default: %(default)s)")
+    add("--epochs", type=int, default=3, help="passes over the training part (default: %(default)s)")
     add("--lr", type=float, default=2e-5, help="peak learning rate (default: %(default)s)")
-    add("--batch-size", type=int, default=32, help="documents a step (default: %(default)s)")
-    add(
-        "--max-tokens", type=int, default=512, help="of a document that are read, from its start (default: %(default)s)"
-    )
-    add("--seed", type=int, default=0, help="of head, order and dropout (default: %(default)s)")
+    add("--batch-size", type=int, default=32, help="documents per step (default: %(default)s)")
+    add("--max-tokens", type=int, default=512, help="tokens read of a document, from its start (default: %(default)s)")
+    add("--seed", type=int, default=0, help="for head, order and dropout (default: %(default)s)")
     args = parser.parse_args()
     for name in ("epochs", "lr", "batch_size", "max_tokens"):
         if not getattr(args, name) > 0:
@@ -163,4 +170,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, "run the same command again to go on after the last whole epoch")
+    run_script(main, "run the same command again to resume after the last whole epoch")

@@ -2,17 +2,17 @@
 
     python data/clean.py fineweb/*.parquet --scores sweep --classifier clf --eval mmlu_de.jsonl --out finemed-de
 
-1. An input at a time, in parallel: documents at or above the threshold that hold no question of an evaluation set
+1. Each input, in parallel: documents at or above the threshold that contain no question of an evaluation set
    (decontaminate.py), to OUT/kept/NAME.parquet with the hash of their text.
-2. Over all inputs: of equal texts the first stays (equal after Unicode composition, white space aside), and of equal
+2. Over all inputs: of equal texts the first stays (equal after Unicode composition, white space ignored), and of equal
    ids; what stays goes to OUT/corpus/NAME.parquet: id, text, url, dump, date, score. url, dump and date are kept so that
-   anybody can attribute a document, rebuild the corpus, or have a document taken down. The folder is made anew, as
-   OUT/corpus.partial, and renamed when it is whole.
+   anybody can attribute a document, rebuild the corpus, or have a document taken down. The folder is rebuilt as
+   OUT/corpus.partial and renamed when complete.
 3. decontamination.jsonl (every hit, kept documents too), report.json, report.md, README.md (the data card).
 
-FineWeb2 is already filtered and without near-duplicates; heuristics for prose are not applied again, since dosages,
-tables and lists, which medicine is full of, fail them. Personal data is counted, not removed. An interrupted run goes
-on; report.json is written last. Costs: see data/README.md; memory 150 bytes a kept document.
+FineWeb2 is already filtered and near-deduplicated; heuristics for prose are not applied again, since dosages, tables
+and lists, common in medicine, fail them. Personal data is counted, not removed. An interrupted run resumes; report.json
+is written last. Costs: see data/README.md; memory 150 bytes per kept document.
 """
 
 import argparse
@@ -32,10 +32,10 @@ from tqdm import tqdm
 
 from card import write_card, write_report
 from decontaminate import Questions
-from documents import find_files, read_documents, write_parquet
-from keeping import CORPUS, EXTRA, Job, keep_file, load_questions, part_of
+from documents import EXTRA, find_files, read_documents, write_parquet
+from keeping import CORPUS, Job, keep_file, load_questions, part_of
 from nanomed import InputError, run_script
-from nanomed.files import lock, read_json, write_json
+from nanomed.files import lock, read_json, sha256, write_json
 from personal import PATTERNS, count_personal
 from scoring import classifier_identity
 from sweep import read_classifier
@@ -87,7 +87,7 @@ def chosen_documents(kept: Path, stays: np.ndarray, totals: dict) -> Iterator[di
 
 
 def withdraw_corpus(out: Path) -> Path:
-    """OUT/corpus.partial, empty. An earlier run's corpus goes, with what was said of it: it may be of other inputs."""
+    """OUT/corpus.partial, empty. An earlier run's corpus is removed with its reports: it may be of other inputs."""
     partial = out / "corpus.partial"
     for name in REPORTS:
         (out / name).unlink(missing_ok=True)
@@ -114,7 +114,7 @@ def clean(inputs: list[str], job: Job, facts: dict, workers: int) -> dict:
         counts = sum((Counter(record["counts"]) for record in records), Counter())
         stays = choose_first(files, out, counts)
         if not any(rows.any() for rows in stays):
-            raise InputError(f"{', '.join(map(str, inputs))}: no document is kept; the threshold is {job.threshold}")
+            raise InputError(f"{', '.join(map(str, inputs))}: no document was kept; the threshold is {job.threshold}")
         hits = [hit for record in records for hit in record["hits"]]
         report = about_questions(questions, hits) | facts
         try:
@@ -139,7 +139,7 @@ def write_corpus(files: list[Path], out: Path, stays: list[np.ndarray], counts: 
 
 
 def about_questions(questions: Questions, hits: list[dict]) -> dict:
-    """What the report says of the evaluation sets."""
+    """What the report says about the evaluation sets."""
     eval_sets = {name: {"records": n, "dropped": 0, "listed": 0} for name, n in questions.n_records.items()}
     for hit in hits:
         eval_sets[hit["set"]]["dropped" if hit["drop"] else "listed"] += 1
@@ -179,7 +179,7 @@ def plan(args: argparse.Namespace) -> tuple[Job, dict]:
     sets = []
     for path in args.eval:
         try:
-            sets.append([str(path), hashlib.sha256(path.read_bytes()).hexdigest()])  # hits name their set
+            sets.append([str(path), sha256(path)])  # hits name their set
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}; expected an evaluation set") from None
     keys = {"text_key": args.text_key, "id_key": args.id_key}
@@ -194,7 +194,7 @@ def plan(args: argparse.Namespace) -> tuple[Job, dict]:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description="Make the corpus of documents and scores. Run again after an interruption: it goes on.",
+        description="Build the corpus from documents and scores. An interrupted run resumes.",
         epilog="example: python data/clean.py fineweb/*.parquet --scores sweep --classifier clf --out finemed-de",
     )
     add = parser.add_argument
@@ -203,16 +203,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--classifier", required=True, type=Path, metavar="CLF", help="the folder that data/classify.py wrote")
     add("--out", required=True, type=Path, metavar="FOLDER", help="where the corpus goes")
     add(
-        "--eval", nargs="*", default=[], type=Path, metavar="FILE", help="evaluation sets to keep out: .jsonl, .parquet"
+        "--eval",
+        nargs="*",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="evaluation sets to decontaminate against: .jsonl, .parquet",
     )
-    add("--threshold", type=float, metavar="T", help="another than CLF/threshold.json's")
+    add("--threshold", type=float, metavar="T", help="instead of CLF/threshold.json's")
     add(
         "--source",
         default="HuggingFaceFW/fineweb-2",
         metavar="ID",
-        help="data set of the documents (default: %(default)s)",
+        help="source data set, for the data card (default: %(default)s)",
     )
-    add("--language", default="de", metavar="CODE", help="for the data card (default: %(default)s)")
+    add("--language", default="de", metavar="CODE", help="the same (default: %(default)s)")
     add("--text-key", default="text", metavar="KEY", help="column of the text (default: %(default)s)")
     add("--id-key", default="id", metavar="KEY", help="column of the identifier (default: %(default)s)")
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: the CPUs)")
@@ -220,7 +225,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """A wrong input is one line and exit status 1."""
+    """Bad input ends it with one line and exit status 1."""
     args = parse_arguments()
     job, facts = plan(args)
     report = clean(args.inputs, job, facts, max(1, args.workers))

@@ -3,12 +3,12 @@ are real.
 
 A message that says "<|im_end|>" must not end a turn: in every string of a record, special tokens are broken by a mark
 before the template is rendered. What the rendering then spells unbroken is the template's own; it is renamed to an
-alias, a spelling that no message can hold, and the marks are removed. The ids are the tokenizer's with the special
+alias, a spelling that no message can contain, and the marks are removed. The ids are the tokenizer's with the special
 tokens renamed likewise, so splitting, stripping and prefixes around them are its own, and for messages without special
 tokens the ids are those of transformers' `apply_chat_template`.
 
-The three characters of mark and alias are Unicode noncharacters, which no text may interchange: a record that holds
-one is refused. Costs: 0.1 ms a record more than the encoding (the template, in jinja's sandbox).
+The three characters of mark and alias are Unicode noncharacters, which no text may interchange: a record that contains
+one is refused. Costs: 0.1 ms per record on top of the encoding (the template, in jinja's sandbox).
 """
 
 import json
@@ -46,7 +46,7 @@ def renderer(folder: Path, spec: dict, protected: tuple[int | None, ...]) -> Cal
 def mark(string: str, special: re.Pattern) -> str:
     """The string with each special token broken by a mark behind its first character."""
     if found := FORBIDDEN.search(string):
-        raise ValueError(f"it holds the noncharacter U+{ord(found[0]):04X}; remove it")
+        raise ValueError(f"it contains the noncharacter U+{ord(found[0]):04X}; remove it")
     while broken := special.search(string):  # again, since breaking one may leave another that overlaps it
         string = f"{string[: broken.start() + 1]}{MARK}{string[broken.start() + 1 :]}"
     return string

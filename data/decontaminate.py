@@ -1,17 +1,17 @@
-"""Decontaminate: does a document hold a question of an evaluation set?
+"""Decontaminate: does a document contain a question of an evaluation set?
 
-Two tiers over words (letters and digits, lower case, accents composed): 13 words in a row in common is a hit, as in
-GPT-3's and Llama's reports; so are 8 in a row where such runs cover at least half of a question, since German
-multiple-choice stems are often shorter than 13 words. A weaker match, 8 words in a row of a longer question, is listed
-and the document kept: legal and clinical phrases of that length are common property.
+Two tiers over words (letters and digits, lower case, accents composed): 13 consecutive words in common are a hit, as in
+GPT-3's and Llama's reports; so are runs of 8 that cover at least half of a question, since German multiple-choice stems
+are often shorter than 13 words. A weaker match, 8 consecutive words of a longer question, is listed and the document
+kept: legal and clinical phrases of that length are common property.
 
 A stem of fewer than 8 words is a hit where all its options follow it closely, in any order and with any letters before
 them. Alone it is listed at best: "Welche Aussage ist richtig?" or "Wo liegt die Hypophyse?" is on pages that never saw
-the exam. What has fewer than 8 words with its options cannot be kept out, and is counted.
+the exam. What has fewer than 8 words with its options cannot be detected, and is counted.
 
 Why it is fast: only words of the evaluation sets can be part of a hit, so a document's words are looked up one by one
-(a dictionary), and the n-grams are hashed by numpy where 8 known words stand in a row. Hashes only propose; the words
-decide. Costs: 10 to 20 MB/s of text a core; memory 100 bytes a word of the evaluation sets.
+(a dictionary), and numpy hashes the n-grams where 8 known words follow each other. Hashes only propose; the words
+decide. Costs: 10 to 20 MB/s of text per core; memory 100 bytes per word of the evaluation sets.
 """
 
 import json
@@ -34,7 +34,7 @@ FACTORS = np.array([pow(6364136223846793005, power, 1 << 64) for power in range(
 # Keys, in lower case, of the sets that `eval.py convert` reads and writes, of prompts, and of the hub's usual layouts.
 STEM = re.compile(r"question(_translated)?|stem|prompt|messages|query|problem|passage|contexts?|ctx|text")
 OPTION = re.compile(r"options(_translated)?|choices|endings|option_?[a-j\d]|op[a-e]|[a-j]")
-BESIDE = ("label", "key", "role", "type")  # stand beside an option's or a message's text, and are none
+BESIDE = ("label", "key", "role", "type")  # keys beside an option's or a message's text, which hold none
 
 
 def words_of(text: str) -> list[str]:
@@ -52,12 +52,12 @@ class Questions:
     places: dict[tuple[int, ...], list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
     hashes: dict[int, np.ndarray] = field(default_factory=dict)  # by the number of words
     n_records: dict[str, int] = field(default_factory=dict)
-    by_options: int = 0  # records that are kept out only where their options stand beside the stem
-    too_short: int = 0  # records that cannot be kept out
+    by_options: int = 0  # records that are detected only with their options
+    too_short: int = 0  # records that cannot be detected
 
 
 def read_questions(paths: list[Path]) -> Questions:
-    """Index the evaluation sets, .jsonl or .parquet. A set is called by its file's name, or path if two have that name."""
+    """Index the evaluation sets, .jsonl or .parquet. A set is named after its file, or by its path if two files share a name."""
     questions, paths = Questions(), list(dict.fromkeys(paths))
     names = [path.name for path in paths]
     for path in paths:
@@ -141,7 +141,7 @@ def parts_of(value, role: str | None = None) -> Iterator[tuple[str, str]]:
 
 
 def find_hits(text: str, questions: Questions) -> list[dict]:
-    """The questions that a text holds, each once: set, record, the longest run in common, coverage, drop."""
+    """The questions that a text contains, each once: set, record, the longest run in common, coverage, drop."""
     words = words_of(text)
     ids = np.fromiter((questions.vocabulary.get(word, 0) for word in words), np.uint64)
     matches = defaultdict(list)  # question → [(place in the question, place in the text)]

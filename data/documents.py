@@ -2,7 +2,7 @@
 
 reading.py reads one column as fast as it can, for prepare.py; here a stage reads a few (`id`, `text`, `label`, ...) by
 name. A path may be local or any URL that fsspec knows (`hf://datasets/HuggingFaceFW/fineweb-2/data/deu_Latn/train`): the
-hub is streamed by range requests, so that a column that is not asked for is not fetched either.
+hub is streamed by range requests, so that columns that are not needed are not fetched.
 
 Memory: 256 rows at a time. Whatever is not a whole document is an InputError that names file and row (line, for JSONL).
 """
@@ -16,31 +16,30 @@ from pathlib import Path
 
 import numpy as np
 
-from nanomed import InputError
+from nanomed import InputError, first_line
 from reading import SUFFIXES, pyarrow, read_batches
 
 BATCH_ROWS = 256
+EXTRA = ("url", "dump", "date")  # kept where an input has them, so that a document can be traced and taken down
 
 
 def find_files(inputs: list[str]) -> list[Path]:
     """Inputs as paths, local or remote (UPath), in sorted order: a file as it is, a folder or glob as what it holds.
 
-    InputError for what is not there, holds nothing readable, or comes twice.
+    InputError for what does not exist, holds nothing readable, or is given twice.
     """
     found: list[Path] = []
     for name in map(str, inputs):
         try:
             matches = _matches(name)
         except OSError as error:
-            raise InputError(
-                f"{name}: cannot be listed: {str(error).splitlines()[0]}; expected a file or URL"
-            ) from None
+            raise InputError(f"{name}: cannot be listed: {first_line(error)}; expected a file or URL") from None
         if not matches:
             raise InputError(f"{name}: no such input; expected files, folders or URLs of {', '.join(SUFFIXES)}")
         found += matches
     for path in found:
         if not path.name.endswith(SUFFIXES):
-            raise InputError(f"{path}: unknown kind of file, expected {', '.join(SUFFIXES)}")
+            raise InputError(f"{path}: unknown file type, expected {', '.join(SUFFIXES)}")
     if len(set(map(str, found))) < len(found):
         twice = next(str(path) for path in found if [*map(str, found)].count(str(path)) > 1)
         raise InputError(f"{twice}: given twice, expected each input once")
@@ -52,7 +51,7 @@ def _matches(name: str) -> list[Path]:
     try:
         from upath import UPath
     except ImportError:
-        raise InputError("the corpus's scripts need more packages: pip install -e '.[data]'") from None
+        raise InputError("the corpus scripts need more packages: pip install -e '.[data]'") from None
     if "*" in name:
         folder, slash, _ = name[: name.index("*")].rpartition("/")
         pattern = name.removeprefix(folder + slash)
@@ -64,14 +63,14 @@ def _matches(name: str) -> list[Path]:
 
 
 def open_parquet(path: Path):
-    """A pyarrow ParquetFile, local or remote; InputError where the file is not one (a cut tail is found here)."""
+    """A pyarrow ParquetFile, local or remote; InputError where the file is not one (truncation is found here)."""
     import pyarrow.parquet as pq
 
     try:
         is_local = isinstance(path, os.PathLike)
         return pq.ParquetFile(path if is_local else path.open("rb"), buffer_size=1 << 20)
     except (OSError, ValueError) as error:  # pyarrow's are of both kinds
-        raise InputError(f"{path}: not a whole Parquet file: {_first_line(error)}; fetch it again") from None
+        raise InputError(f"{path}: not a whole Parquet file: {first_line(error)}; fetch it again") from None
 
 
 def read_documents(path: Path, needed: tuple[str, ...], extra: tuple[str, ...] = ()) -> Iterator[dict]:
@@ -123,7 +122,7 @@ def _json_records(path: Path, only: np.ndarray | None) -> Iterator[tuple[int, di
                     json.dumps(record, ensure_ascii=False).encode()  # JSON can spell half a surrogate pair
             except (ValueError, RecursionError) as error:
                 what = "UTF-8" if isinstance(error, UnicodeError) else "JSON"
-                raise InputError(f"{path}: line {number}: not valid {what}: {_first_line(error)}") from None
+                raise InputError(f"{path}: line {number}: not valid {what}: {first_line(error)}") from None
             if not isinstance(record, dict):
                 raise InputError(f"{path}: line {number}: a JSON {type(record).__name__}, expected an object")
             yield number, record
@@ -151,19 +150,15 @@ def _parquet_records(
                         if wanted is None or number in wanted:
                             yield number, record
             except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
-                what = f"unreadable after row {number}, damaged or not UTF-8: {_first_line(error)}"
+                what = f"unreadable after row {number}, damaged or not UTF-8: {first_line(error)}"
                 raise InputError(f"{path}: {what}; fetch it again") from None
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def write_parquet(path: Path, documents: Iterable[dict], columns: dict[str, str], about: dict) -> int:
-    """Write documents, as they come, to a Parquet file that is there whole or not at all; how many there were.
+    """Write documents, as they come, to a Parquet file that is there whole or not at all; returns their number.
 
-    columns: name → Arrow type ("string", "float32", ...); what is no string in a column of strings, a date say, is spelled
-    out. about: goes into the file's metadata under `nanomed`, as JSON.
+    columns: name → Arrow type ("string", "float32", ...); what is no string in a column of strings, such as a date, becomes
+    one. about: goes into the file's metadata under `nanomed`, as JSON.
     """
     pa = pyarrow()
     import pyarrow.parquet as pq
@@ -175,7 +170,7 @@ def write_parquet(path: Path, documents: Iterable[dict], columns: dict[str, str]
     tmp = path.with_name(f"{prefix}{os.getpid()}.tmp")  # of this process alone: another may be writing the same file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent, prefix)
+        remove_orphans(path.parent, prefix)
         with tmp.open("wb") as file:
             with pq.ParquetWriter(file, schema, compression="zstd") as writer:
                 for document in documents:
@@ -189,14 +184,14 @@ def write_parquet(path: Path, documents: Iterable[dict], columns: dict[str, str]
             os.fsync(file.fileno())
         os.replace(tmp, path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or _first_line(error)}") from None
+        raise InputError(f"{path}: cannot be written: {error.strerror or first_line(error)}") from None
     finally:
         tmp.unlink(missing_ok=True)
     return n_written + len(rows)
 
 
-def remove_leftovers(folder: Path, prefix: str) -> None:
-    """Remove PREFIX+PID.tmp in a folder where the process is no more; it was of this machine."""
+def remove_orphans(folder: Path, prefix: str) -> None:
+    """Remove the folder's PREFIX+PID.tmp whose process, which ran on this machine, has ended."""
     for path in folder.glob(f"{glob.escape(prefix)}*.tmp"):
         pid = path.name.removeprefix(prefix).removesuffix(".tmp")
         try:
@@ -204,7 +199,7 @@ def remove_leftovers(folder: Path, prefix: str) -> None:
         except ProcessLookupError:
             path.unlink(missing_ok=True)
         except (PermissionError, ValueError):
-            pass  # it lives and is another user's; or the name is another machine's, which begins like ours
+            pass  # alive and another user's; or of another machine, whose name begins like ours
 
 
 def read_about(path: Path) -> dict:

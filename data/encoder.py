@@ -1,8 +1,8 @@
-"""Encoder: a transformer that says of a text whether it is of class 1. Load it, tokenise, batch, score, train.
+"""Encoder: a transformer that learns to say whether a text is of class 1. Load it, tokenise, batch, train.
 
-The pieces that classify.py puts together. Texts are capped in characters before the tokenizer, which would otherwise
-read all of a long document only to throw most of it away. Batches hold documents of like length, so that little is
-padding: sorted outright for scoring, sorted within random windows for training. bf16 on a GPU, softmax in fp32.
+The pieces that classify.py puts together; scores come from scoring.py, as in the sweep. Texts are capped in characters
+before the tokenizer, which would otherwise read all of a long document only to throw most of it away. Batches hold
+documents of similar length, so that little is padding: sorted within random windows. bf16 autocast on a GPU.
 """
 
 import sys
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nanomed import InputError
+from nanomed import InputError, first_line
 from nanomed.files import whole_file
+from scoring import claim_device
 
 LABELS = ("not_medical", "medical")  # in the order of their class numbers
 WINDOW = 50  # batches that are sorted by length together
@@ -47,18 +48,21 @@ def load_base(name: str, seed: int):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32, **classes)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"--model {name}: cannot be loaded as an encoder: {reason}") from None
+        raise InputError(f"--model {name}: cannot be loaded as an encoder: {first_line(error)}") from None
     if tokenizer.pad_token_id is None:
         raise InputError(f"--model {name}: its tokenizer has no padding token; choose an encoder, such as XLM-RoBERTa")
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not tokenizer.is_fast:
+        raise InputError(f"--model {name}: its tokenizer has no tokenizer.json, which scoring needs; choose another")
+    device = claim_device()  # of the scorer, later: no GPU that a sweep works on
+    if device.type == "cpu" and torch.backends.mps.is_available():
+        device = torch.device("mps")
     return tokenizer, model.to(device)
 
 
-def encode(tokenizer, texts: list[str], max_chars: int, max_tokens: int, name: str) -> list[np.ndarray]:
+def encode(tokenizer, texts: list[str], max_chars: int, max_tokens: int) -> list[np.ndarray]:
     """Token ids of every text, capped in characters first and in tokens then; int32 (n_tokens,) each."""
     encoded = []
-    with tqdm(total=len(texts), desc=f"tokenise {name}", unit="doc", disable=None) as bar:
+    with tqdm(total=len(texts), desc="tokenise", unit="doc", disable=None) as bar:
         for start in range(0, len(texts), 256):
             chunk = [text[:max_chars] for text in texts[start : start + 256]]
             ids = tokenizer(chunk, truncation=True, max_length=max_tokens, return_attention_mask=False)["input_ids"]
@@ -67,14 +71,11 @@ def encode(tokenizer, texts: list[str], max_chars: int, max_tokens: int, name: s
     return encoded
 
 
-def batches(lengths: np.ndarray, batch_size: int, rng: np.random.Generator | None) -> list[np.ndarray]:
-    """Rows of each batch, of like length. Without rng: the longest first; with it: in random order, shuffled anew.
+def batches(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Rows of each batch, of similar length, in random order.
 
-    Random, rows are shuffled first and then sorted within windows: a batch's company changes every epoch.
+    Rows are shuffled first and then sorted within windows: which documents share a batch changes every epoch.
     """
-    if rng is None:
-        order = np.argsort(-lengths, kind="stable")
-        return [order[i : i + batch_size] for i in range(0, order.size, batch_size)]
     order, size = rng.permutation(lengths.size), WINDOW * batch_size
     windows = [order[i : i + size] for i in range(0, order.size, size)]
     windows = [window[np.argsort(-lengths[window], kind="stable")] for window in windows]
@@ -95,25 +96,10 @@ def logits(model: nn.Module, rows: list[np.ndarray], pad_id: int) -> Tensor:  # 
         return model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float()
 
 
-@torch.inference_mode()
-def score(model: nn.Module, tokens: list[np.ndarray], batch_size: int, pad_id: int, name: str) -> np.ndarray:
-    """Probability of class 1 for every document, float32 (N,)."""
-    model.eval()
-    scores = np.empty(len(tokens), np.float32)
-    with tqdm(total=len(tokens), desc=f"score {name}", unit="doc", disable=None) as bar:
-        for rows in batches(np.array([row.size for row in tokens]), batch_size, None):
-            scores[rows] = logits(model, [tokens[i] for i in rows], pad_id).softmax(-1)[:, 1].cpu().numpy()
-            bar.update(rows.size)
-    return scores
-
-
-# ---- training ----
-
-
 def learn(
     model: nn.Module, tokens: list[np.ndarray], labels: np.ndarray, s: Settings, partial: Path, pad_id: int
 ) -> None:
-    """Train in place: AdamW, the schedule below, gradients clipped at 1; goes on after the last whole epoch in `partial`.
+    """Train in place: AdamW, the schedule below, gradients clipped at 1; resumes after the last whole epoch in `partial`.
 
     tokens: (n_tokens,) each; labels: int64 (N,), 0 or 1.
     """
@@ -145,7 +131,7 @@ def learn(
 
 
 def schedule(step: int, n_steps: int) -> float:
-    """The share of the peak learning rate at a step: up over the first 6 %, then linearly down to 0."""
+    """The fraction of the peak learning rate at a step: linear warm-up over the first 6 %, then linear decay to 0."""
     warm_up = max(1, round(0.06 * n_steps))
     return min((step + 1) / warm_up, (n_steps - step) / max(1, n_steps - warm_up))
 

@@ -1,7 +1,7 @@
 """Encoding: raw rows to token ids, in this process or in workers, in order.
 
-Text that spells a special token, "<|endoftext|>" say, is encoded as the ordinary characters it is; else a web page
-could end a document or open a chat turn. Added tokens that are not special (Qwen's <tool_call>, runs of spaces) do
+Text that spells a special token, such as "<|endoftext|>", is encoded as the ordinary characters it is; otherwise a web
+page could end a document or open a chat turn. Added tokens that are not special (Qwen's <tool_call>, runs of spaces) do
 become their ids, as in any use of the tokenizer; the separator and BOS never do, special or not. In chat records the
 special tokens of the template are real and those of the messages are not (conversations.py).
 
@@ -9,6 +9,7 @@ Workers are spawned: a fork would copy the held locks of the tokenizer's threads
 """
 
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -36,14 +37,14 @@ from engines import (
     reference_engine,
     warm_up,
 )
-from nanomed import InputError
+from nanomed import InputError, first_line
 from nanomed.files import read_json
 from reading import parse_row, read_batches
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to know; small, since it goes with every batch."""
+    """What a worker needs to know; small, since it is sent with every batch."""
 
     tokenizer: str  # path of tokenizer.json
     tokenizer_sha256: str
@@ -52,6 +53,8 @@ class Job:
     key: str  # of the text, or of the messages
     messages: bool  # chat records
     engine: str  # "tokenizers" or "gigatoken"
+    hold_out: float | None = None  # leave out this share of the documents,
+    held_out: float | None = None  # or take exactly what that leaves out
 
 
 @dataclass
@@ -69,7 +72,7 @@ class Encoded:
 
 
 def find_tokenizer(model: str | Path) -> Path:
-    """tokenizer.json of a folder, that file itself, or of a hub id: then only the tokenizer's files come.
+    """tokenizer.json of a folder, that file itself, or of a hub id, of which only the tokenizer's files are downloaded.
 
     InputError if there is no tokenizer.json.
     """
@@ -81,8 +84,8 @@ def find_tokenizer(model: str | Path) -> Path:
         try:
             path = Path(snapshot_download(str(model), allow_patterns=names))
         except (OSError, ValueError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise InputError(f"{model}: no such folder, and not to be had from the hub: {reason}") from None
+            what = f"no such folder, and the hub does not provide it: {first_line(error)}"
+            raise InputError(f"{model}: {what}") from None
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a folder with tokenizer.json, that file or a hub id")
@@ -127,12 +130,27 @@ def describe_row(path: Path, row: int) -> str:
     return f"{path}: {'row' if path.suffix == '.parquet' else 'line'} {row + 1}"
 
 
+def is_wanted(job: Job, value: str | list) -> bool:
+    """Does a document belong in these bins? Its text decides (of a conversation, the messages' JSON) by a hash.
+
+    So equal texts are on one side, in any order of the inputs, and for any tokenizer.
+    """
+    share = job.hold_out or job.held_out
+    if share is None:
+        return True
+    content = json.dumps(value, sort_keys=True) if job.messages else value
+    digest = hashlib.blake2b(content.encode("utf-8"), digest_size=8, person=b"hold-out").digest()
+    return (int.from_bytes(digest, "big") < share * 2**64) == bool(job.held_out)
+
+
 def parse_rows(job: Job, path: Path, first_row: int, rows: list[bytes | None]) -> Parsed:
     """The documents of a batch; InputError names file and line of the first bad row."""
     is_json, parsed = job.messages or path.suffix != ".parquet", Parsed([], [], [], [])
     for number, row in enumerate(rows, first_row):
         try:
             value = parse_row(row, job.key, is_json, list if job.messages else str)
+            if value and not is_wanted(job, value):
+                continue
             text, visible = load_renderer(job)(value) if job.messages and value else (value, value)
             size = len(visible.encode("utf-8")) if visible else 0  # fails for half a surrogate pair: JSON can spell it
         except ValueError as error:
@@ -140,7 +158,7 @@ def parse_rows(job: Job, path: Path, first_row: int, rows: list[bytes | None]) -
             if isinstance(error, UnicodeError):
                 what = f"not valid UTF-8: {error}; expected UTF-8 text"
             elif isinstance(error, json.JSONDecodeError):
-                what = f"not valid JSON: {error}; expected one object a line"
+                what = f"not valid JSON: {error}; expected one object per line"
             raise InputError(f"{describe_row(path, number)}: {what}") from None
         if text:
             parsed.texts.append(text)
@@ -190,12 +208,12 @@ def compare(job: Job, encoded: Encoded) -> Encoded:
         expected = load_reference(job)([text for _, text, _ in encoded.sample])
         for (where, _, ids), other in zip(encoded.sample, expected, strict=True):
             if not np.array_equal(ids, other):
-                raise Unproven(f"it gives other ids than tokenizers to {where[:200]!r}")
+                raise Unproven(f"its ids differ from those of tokenizers for {where[:200]!r}")
     return encoded
 
 
 def start_worker() -> None:
-    """In a fresh process: one thread, Ctrl-C left to the parent, and no life after it (kill -9 included)."""
+    """In a fresh process: one thread, Ctrl-C left to the parent, whose end (kill -9 included) is its own."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -220,7 +238,7 @@ def worker_pool(n: int, tokenizer: Path) -> Iterator[ProcessPoolExecutor | None]
 def encode_file(
     job: Job, path: Path, first_row: int, pool: ProcessPoolExecutor | None, workers: int
 ) -> Iterator[Encoded]:
-    """The batches of a file, encoded and compared, in order; two per worker are under way. Unproven: see engines.py."""
+    """The batches of a file, encoded and compared, in order; two per worker are in flight. Unproven: see engines.py."""
     waiting: deque = deque()
     for number, batch in enumerate(read_batches(path, job.key, first_row, job.messages)):
         n_sample = LATER_DOCS if number else FIRST_DOCS

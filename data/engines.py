@@ -1,19 +1,19 @@
 """Engines: texts to token ids, by gigatoken or by `tokenizers`, and the same ids from both.
 
-`tokenizers` is the reference. gigatoken is about ten times as fast on byte-level BPE, but young, so it is used only
-where it earns it, and four guards stand between it and the bins:
+`tokenizers` is the reference. gigatoken is about ten times as fast on byte-level BPE, but young, so four guards stand
+between it and the bins:
 
 1. It refuses what it does not know (Unigram, WordPiece): then the reference encodes.
 2. Before anything is written, the first documents of this very input, and text that spells every added token, are
    compared with the reference.
 3. So is a document of every later batch; a difference ends the run and names the row.
-4. Characters younger than Unicode 14 (this Python's tables say which) are in other classes for the two engines, whose
-   tables are of different age. The few documents that hold one are encoded by the reference.
+4. Characters younger than Unicode 14 (this Python's tables say which) are classified differently by the two engines,
+   whose tables differ in age. The few documents that hold one are encoded by the reference.
 
 Neither takes text that spells a special token for that token: `tokenizers` has a switch, gigatoken gets a
 tokenizer.json without them.
 
-Costs: guards 3 and 4 take about a tenth of gigatoken's time. gigatoken 0.10 remembers every word it has seen and forgets
+Costs: guards 3 and 4 take about a tenth of gigatoken's time. gigatoken 0.10 caches every word it has seen and evicts
 none, so a new one is made whenever the process has grown by MAX_GROWTH.
 """
 
@@ -32,11 +32,11 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Tokenizer
 
-from nanomed import InputError
+from nanomed import InputError, first_line
 
 Encode = Callable[[list[str]], list[np.ndarray]]  # texts → uint32 ids of each, without BOS and separator
 MAX_GROWTH = 128 << 20  # bytes of memory
-FIRST_DOCS, LATER_DOCS, PROBE_CHARS = 32, 1, 5_000  # compared of a batch, and how long they may be
+FIRST_DOCS, LATER_DOCS, PROBE_CHARS = 32, 1, 5_000  # compared per batch, and their greatest length
 
 
 class Unproven(Exception):
@@ -87,7 +87,7 @@ def fast_engine(path: Path, protected: tuple[int | None, ...], reference: Callab
     def encode(texts: list[str]) -> list[np.ndarray]:
         nonlocal tokenizer, limit
         if resident_bytes() > limit:
-            tokenizer = None  # gone before the next one is made
+            tokenizer = None  # freed before the next one is made
             load_gigatoken.cache_clear()
             tokenizer, limit = load_gigatoken(source), max(limit, resident_bytes() + MAX_GROWTH // 2)
         ids = [tokenizer.encode(text) for text in texts]
@@ -108,12 +108,12 @@ def load_gigatoken(source: str):
     try:
         return gigatoken.Tokenizer.from_json(source)
     except Exception as error:  # whatever its Rust side raises
-        raise Unproven(f"it refuses the tokenizer: {(str(error) or repr(error)).splitlines()[0]}") from None
+        raise Unproven(f"it refuses the tokenizer: {first_line(error)}") from None
 
 
 def warm_up(path: Path) -> None:
     """Load in a worker what `fast_engine` will most likely need, while the first process still reads the tokenizer."""
-    with contextlib.suppress(Unproven, OSError, ValueError):  # told when it matters
+    with contextlib.suppress(Unproven, OSError, ValueError):  # reported when it matters
         load_gigatoken(without_special(path.read_text("utf-8"), ()))
 
 
@@ -155,7 +155,7 @@ def young(texts: list[str]) -> list[int]:
 
 @functools.cache
 def _suspects() -> np.ndarray:
-    """bool (65536,): UTF-16 units that are unassigned, or half of a character beyond them (an emoji, say)."""
+    """bool (65536,): UTF-16 units that are unassigned, or half of a character beyond them (such as an emoji)."""
     return np.array([unicodedata.category(chr(code)) in ("Cn", "Cs") for code in range(1 << 16)])
 
 

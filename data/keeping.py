@@ -1,7 +1,7 @@
-"""Keeping: the first stage of clean.py, one input at a time: which documents count as the domain's, and are clean?
+"""Keeping: the first stage of clean.py, one input at a time: which documents belong to the domain, and are clean?
 
-A document is kept if its score reaches the threshold and it holds no question of an evaluation set. What is kept goes
-to OUT/kept/NAME.parquet with hashes of text and id, from which the second stage finds what is there twice;
+A document is kept if its score reaches the threshold and it contains no question of an evaluation set. What is kept
+goes to OUT/kept/NAME.parquet with hashes of text and id, by which the second stage finds duplicates;
 OUT/kept/NAME.json, written last, holds the counts and every hit, and says that the input is done.
 """
 
@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from decontaminate import Questions, find_hits, read_questions
-from documents import open_parquet, read_documents, write_parquet
+from documents import EXTRA, open_parquet, read_documents, write_parquet
 from nanomed import InputError
 from nanomed.files import read_json, write_json
 from scoring import score_path
 
-EXTRA = ("url", "dump", "date")
 CORPUS = {"id": "string", "text": "string", "url": "string", "dump": "string", "date": "string", "score": "float32"}
 KEPT = CORPUS | {"text_hash": "string", "id_hash": "string"}
 
@@ -52,7 +51,7 @@ def keep_file(job: Job, path: Path) -> dict:
         for key, expected in record.items():
             if found.get(key) != expected:
                 what = f"{key} was {found.get(key)}, now it is {expected}"
-                raise InputError(f"{target}: of another run: {what}; choose another --out, or delete it")
+                raise InputError(f"{target}: from another run: {what}; choose another --out, or delete it")
         return found
     record |= {"counts": Counter(), "personal": Counter(), "hits": []}
     write_parquet(target, kept_documents(job, path, record), KEPT, {})
@@ -109,7 +108,7 @@ def scored_documents(job: Job, path: Path) -> Iterator[tuple[dict, float | None]
 
 @functools.cache
 def load_questions(paths: tuple[str, ...]) -> Questions:
-    """The evaluation sets, read once a process."""
+    """The evaluation sets, read once per process."""
     return read_questions([Path(path) for path in paths])
 
 
@@ -119,5 +118,5 @@ def normalise(text: str) -> str:
 
 
 def hash_of(text: str) -> str:
-    """128 bits, as hexadecimal digits: among 10 million texts, two differing ones share it with p < 1e-24."""
+    """128 bits, as hexadecimal digits: among 10 million texts, two different ones share it with p < 1e-24."""
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

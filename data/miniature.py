@@ -8,10 +8,10 @@ template from a row of miniature_tables/, so that what a model should know after
 asked for. The general half is what a base model reads first; the medical half is what it is continued on.
 
 Held out are documents, not facts: val-med and val-general (5 % of the documents) state facts that other documents, in
-other words, state for training. The knowledge of this corpus is there to be learnt; whether it was is the question
-that a held-out document answers here, and a fact that occurs nowhere else could only be guessed.
+other words, state for training. A held-out document tells whether the knowledge of this corpus was learnt; a fact
+that occurs nowhere else could only be guessed.
 
-Cost: about four seconds on one core, 6 MB on the disk. The same seed gives the same bytes.
+Cost: about four seconds on one core, 6 MB on disk. The same seed gives the same bytes.
 
     python data/miniature.py --out bins/miniature
 """
@@ -55,7 +55,7 @@ FORMS = {  # how often each form of document is tried for a row; general rows ha
     "med": {entry: 2, brief: 2, sheet: 1, leaflet: 1, note: 1, quiz: 2},
     "general": {entry: 3, brief: 2, sheet: 2, leaflet: 2, note: 2, quiz: 3},
 }
-GALLERIES = {"med": 0.4, "general": 1.5}  # documents a row
+GALLERIES = {"med": 0.4, "general": 1.5}  # documents per row
 COMPARISONS = {"med": 1, "general": 1.5}
 LISTS = 3  # of each value that several rows share
 HELD_OUT = 0.05
@@ -95,12 +95,6 @@ CONFIG = {
 def tables(domain: str) -> list[Table]:
     """The tables of facts of a domain, `med` or `general`: their rows and templates."""
     return [read_table(name, None if domain == "med" else "general") for name in TABLES[domain]]
-
-
-def facts() -> dict[str, list[dict[str, str]]]:
-    """Every table's rows as plain text, in the nominative, by table name: for questions about what was learnt."""
-    read = (table for domain in TABLES for table in tables(domain))
-    return {table.name: [{column: str(fact) for column, fact in row.items()} for row in table.rows] for table in read}
 
 
 def groups(table: Table) -> Iterator[tuple[str, list[Row]]]:
@@ -203,13 +197,15 @@ def check_existing(out: Path, seed: int) -> bool:
 
 
 def main() -> None:
-    """The command line; a wrong input is one line and exit status 1."""
+    """The command line; bad input ends it with one line and exit status 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder to make; it must not exist, or be whole")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder to make; it must not exist, unless it is complete"
+    )
     parser.add_argument("--seed", type=int, default=0, help="another seed: the same facts in other words (default 0)")
     args = parser.parse_args()
     if check_existing(args.out, args.seed):
-        print(f"{args.out} is whole: nothing to do")
+        print(f"{args.out} is complete: nothing to do")
         return
     args.out.parent.mkdir(parents=True, exist_ok=True)
     build(args.out, args.seed)

@@ -2,7 +2,7 @@
 
 A cell writes a phrase once, in a small notation, and a template asks for the form it needs:
 
-    cell       "ein~ trocken~ Husten:m + Fieber:n"     ~ takes an ending; the letter behind the colon is the gender
+    cell       "ein~ trocken~ Husten:m + Fieber:n"     ~ takes an ending; the letter after the colon is the gender
     template   "Typisch {symptom:ist|sind} {symptom:nom}."       Typisch sind ein trockener Husten und Fieber.
                "Man erkennt sie an {symptom:dat}."               Man erkennt sie an einem trockenen Husten und Fieber.
 
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 
 CASES = ("nom", "acc", "dat", "gen")
-# One row a case, in the order m f n p.
+# One row per case, in the order m f n p.
 DEFINITE = {"nom": "der die das die", "acc": "den die das die", "dat": "dem der dem den", "gen": "des der des der"}
 INDEFINITE = {
     "nom": "ein eine ein -",
@@ -110,10 +110,6 @@ class Phrase:
         """The phrase in a case: nom, acc, dat or gen; `article` as in `Part.declined`."""
         *head, last = [part.declined(case, article) for part in self.parts]
         return f"{', '.join(head)} und {last}" if head else last
-
-    def forms(self) -> set[str]:
-        """Every form the phrase may take in a text: for looking it up there."""
-        return {self.declined(case, article) for case, article in SPECS.values()}
 
     def __format__(self, spec: str) -> str:
         """`nom acc dat gen` as written; `der den dem des` and `ein einen einem eines` with that article.

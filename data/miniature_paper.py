@@ -1,6 +1,6 @@
 """What the paper in miniature starts from: a small model without weights, its reading, a mixed crawl, its examination.
 
-    python data/miniature_paper.py --out runs/miniature/world
+    python data/miniature_paper.py --out runs/miniature-paper/world
 
 model/                          a Qwen2 folder without weights, encoder/: the same for the classifier, with random ones
 prose.jsonl, chats.jsonl        what the base model is trained on: general prose, one half of the diseases and solved
@@ -207,7 +207,7 @@ def build(out: Path, size: Size, seed: int) -> None:
 
 
 def main() -> None:
-    """The command line; a wrong input is one line and exit status 1."""
+    """The command line; bad input ends it with one line and exit status 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to make; it must not exist")
     parser.add_argument("--seed", type=int, default=0, help="of all texts and choices (default 0)")

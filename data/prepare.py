@@ -1,15 +1,16 @@
 """Prepare: text → token bins (format: nanomed/bins.py). Run it once per corpus and tokenizer; training only reads bins.
 
     python data/prepare.py corpus.jsonl more.parquet --tokenizer Qwen/Qwen2.5-7B-Instruct --out bins/medical
+    python data/prepare.py ... --hold-out 0.01 --out bins/medical && python data/prepare.py ... --held-out 0.01 --out bins/val
 
 One process reads the inputs in order and cuts them into batches of 1 MiB of raw rows; workers parse and encode them;
 the first process takes the results back in order, cuts shards and writes. So order and slices cannot depend on the
-number of workers, and a process holds a few batches however large the input is. (A process per input would be as fast
+number of workers, and a process holds a few batches however large the input is. (One process per input would be as fast
 only with at least as many inputs as cores.)
 
 A shard is a slice of one input: it ends with the document that brings it to 256 MiB of text. Inputs are hashed first
-(one more reading, at disk speed), so a second run knows what the committed shards hold: it goes on behind them, or
-stops with one line if tokenizer, settings or inputs differ. Each input has a shard, if only an empty one.
+(one more read, at disk speed), so a second run knows what the committed shards contain: it resumes after them, or stops
+with one line if tokenizer, settings or inputs differ. Each input has a shard, if only an empty one.
 
 Empty texts are skipped and counted, blank lines of .jsonl skipped. Whatever else is not text is an error that names
 file and line (row, for Parquet; from 1): better to know of damage than to train on it.
@@ -18,7 +19,6 @@ Costs: the first process can read and write about 190 MB/s, enough for 70 worker
 """
 
 import argparse
-import hashlib
 import os
 import sys
 import time
@@ -35,7 +35,7 @@ from tqdm import tqdm
 from encoding import Encoded, Job, encode_file, find_tokenizer, worker_pool
 from engines import Unproven, engine_version, load_tokenizer
 from nanomed import InputError, bins, run_script
-from nanomed.files import lock
+from nanomed.files import lock, sha256
 from nanomed.prompts import chat_template
 from nanomed.tokenizer import bos_id, separator_id, tokenizer_config, tokenizer_sha256
 from reading import SUFFIXES
@@ -45,7 +45,7 @@ SLICE_BYTES = 256 << 20  # text of a shard
 
 
 def take(batch: Encoded, room: int) -> tuple[Encoded, Encoded]:
-    """Split a batch behind the document that brings it to `room` bytes of text (behind the last, if none does)."""
+    """Split a batch after the document that brings it to `room` bytes of text (after the last, if none does)."""
     n_docs = min(int(np.searchsorted(np.cumsum(batch.n_bytes), room)) + 1, batch.rows.size)
     n_tokens = int(batch.lengths[:n_docs].sum())
     head = {"ids": batch.ids[:n_tokens]} | {key: getattr(batch, key)[:n_docs] for key in ("lengths", "n_bytes", "rows")}
@@ -86,19 +86,14 @@ def slice_of(row: int, end: int, empty: list[int]) -> dict:
 def describe_input(path: Path, job: Job, slice_bytes: int, progress) -> dict:
     """What identifies an input and how it is cut, as it goes into each shard's JSON."""
     if not path.name.endswith(SUFFIXES):
-        raise InputError(f"{path}: unknown kind of file, expected {', '.join(SUFFIXES)}")
-    digest = hashlib.sha256()
+        raise InputError(f"{path}: unknown file type, expected {', '.join(SUFFIXES)}")
     try:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-                progress(len(chunk))
-            size = file.tell()
+        digest, size = sha256(path, progress), path.stat().st_size
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}; expected a file") from None
     if size == 0 and path.suffix in (".gz", ".zst"):
         raise InputError(f"{path}: has 0 bytes, which no compressed file has; fetch it again")
-    source = {"name": path.name, "size": size, "sha256": digest.hexdigest()}
+    source = {"name": path.name, "size": size, "sha256": digest, "hold_out": job.hold_out, "held_out": job.held_out}
     return source | {"messages_key" if job.messages else "text_key": job.key, "slice_bytes": slice_bytes}
 
 
@@ -128,22 +123,31 @@ def prepare(
     slice_bytes: int = SLICE_BYTES,
     engine: str = "auto",
     messages_key: str | None = None,
+    hold_out: float | None = None,
+    held_out: float | None = None,
 ) -> bins.Bins:
     """Tokenise `inputs`, in this order, into bins in the folder `out`; returns them opened.
 
     tokenizer_dir: a folder, a tokenizer.json or a hub id. text_key: key or column of the text. workers: processes that
     encode; with 1 it is this one. eos, bos: see `separator_id`, `bos_id`. slice_bytes: text of a shard. engine: see
-    `write_all`. messages_key: key or column of chat messages, which the tokenizer's template turns into text. Run
-    again after an interruption, it keeps the committed shards. InputError if anything is wrong with what it was given.
+    `write_all`. messages_key: key or column of chat messages, which the tokenizer's template turns into text. hold_out,
+    held_out: see `is_wanted`; at most one of them. Run again after an interruption, it keeps the committed shards.
+    InputError if anything is wrong with what it was given.
     """
     inputs, out = [Path(path) for path in inputs], Path(out)
     if not inputs or len({path.resolve() for path in inputs}) < len(inputs):
         raise InputError(f"{len(inputs)} inputs, expected one or more, each once")
     if workers < 1:
         raise InputError(f"--workers is {workers}, expected 1 or more")
+    for flag, share in (("--hold-out", hold_out), ("--held-out", held_out)):
+        if share is not None and not 0 < share < 1:
+            raise InputError(f"{flag} is {share}, expected a share between 0 and 1, such as 0.02")
+    if hold_out and held_out:
+        raise InputError("--hold-out and --held-out exclude each other; give one")
     path = find_tokenizer(tokenizer_dir)
     with worker_pool(workers, path) as pool:
         job, settings = plan(path, text_key, messages_key, eos, bos)
+        job = replace(job, hold_out=hold_out, held_out=held_out)
         run = Run(inputs, describe_inputs(inputs, job, slice_bytes), settings, out, pool, workers)
         return write_bins(run, job, engine)
 
@@ -156,7 +160,7 @@ def describe_inputs(inputs: list[Path], job: Job, slice_bytes: int) -> list[dict
 
 
 def write_bins(run: Run, job: Job, engine: str) -> bins.Bins:
-    """What is missing in the folder, under its lock; the bins opened."""
+    """Write what the folder lacks, under its lock; returns the bins opened."""
     out = run.out
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -171,7 +175,7 @@ def write_bins(run: Run, job: Job, engine: str) -> bins.Bins:
             print(f"{out}: already prepared, {done.n_docs:,} documents, {done.n_tokens:,} tokens")
             return done
         write_all(run, job, place, engine)
-        finish(out, run.inputs)
+        finish(out, run.inputs, job)
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror or error}; free space, then run again") from None
     finally:
@@ -180,13 +184,13 @@ def write_bins(run: Run, job: Job, engine: str) -> bins.Bins:
 
 
 def plan(path: Path, text_key: str, messages_key: str | None, eos: str | None, bos: str) -> tuple[Job, dict]:
-    """What the workers and the shards need to know of the tokenizer; the engine is not chosen yet."""
+    """What the workers and the shards need to know about the tokenizer; the engine is not chosen yet."""
     tokenizer, config = load_tokenizer(path), tokenizer_config(path.parent)
     identity, separator = tokenizer_sha256(path), separator_id(tokenizer, config, eos)
     if messages_key:
         chat_template(path.parent)
         if bos == "yes":
-            raise InputError("--bos yes: with --messages-key the chat template says where BOS goes; leave --bos out")
+            raise InputError("--bos yes: with --messages-key the chat template says where BOS goes; omit --bos")
     begin = None if messages_key else bos_id(tokenizer, config, bos)
     job = Job(str(path), identity, separator, begin, messages_key or text_key, bool(messages_key), "tokenizers")
     n_ids = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())  # a vocabulary may have holes: do not count
@@ -196,7 +200,7 @@ def plan(path: Path, text_key: str, messages_key: str | None, eos: str | None, b
 def write_all(run: Run, job: Job, place: tuple[int, int, int], engine: str) -> None:
     """All shards from `place` on: (index of the shard, inputs that are done, rows of the next that are done).
 
-    engine "auto": gigatoken, and `tokenizers` instead if it turns out, before a shard is committed, that it must not.
+    engine "auto": gigatoken, or `tokenizers` if gigatoken proves unusable before a shard is committed.
     """
     if job.messages and engine == "gigatoken":
         raise InputError("--engine gigatoken: chat records need tokenizers; use --engine auto")
@@ -227,17 +231,19 @@ def write_inputs(run: Run, job: Job, place: tuple[int, int, int]) -> None:
                 index = write_file(encoded, shard_writer, run.sources[i], index, row, progress)
                 row = 0
     except BrokenProcessPool:
-        raise InputError(
-            "a worker died, likely for want of memory; run again (it goes on) with fewer --workers"
-        ) from None
+        raise InputError("a worker died, probably out of memory; run again with fewer --workers (it resumes)") from None
     n_bytes = sum(shard["n_bytes"] for shard in bins.committed_shards(run.out)) - n_before
     print(f"{n_bytes / 1e6 / (time.perf_counter() - started):.1f} MB/s with {engine}, workers: {run.workers}")
 
 
-def finish(out: Path, inputs: list[Path]) -> None:
+def finish(out: Path, inputs: list[Path], job: Job) -> None:
     """The manifest, and the closing line: documents, tokens, bytes."""
     if not any(shard["n_docs"] for shard in bins.committed_shards(out)):
-        raise InputError(f"{', '.join(map(str, inputs))}: no text in any of the documents; nothing to write")
+        what = "no text in any of the documents; nothing to write"
+        if job.hold_out or job.held_out:
+            flag = "--hold-out" if job.hold_out else "--held-out"
+            what = f"{flag} {job.hold_out or job.held_out} leaves no documents; delete {out}, give another share"
+        raise InputError(f"{', '.join(map(str, inputs))}: {what}")
     bins.write_manifest(out)
     done = bins.Bins(out)
     sizes = f"{done.n_docs:,} documents, {done.n_tokens:,} tokens, {done.n_bytes:,} bytes of text"
@@ -247,9 +253,9 @@ def finish(out: Path, inputs: list[Path]) -> None:
 
 
 def main() -> None:
-    """The command line; a wrong input is one line and exit status 1."""
+    """The command line; bad input ends it with one line and exit status 1."""
     parser = argparse.ArgumentParser(
-        description="Turn text into token bins for train.py. Run again after an interruption: it goes on.",
+        description="Turn text into token bins for train.py. An interrupted run resumes.",
         epilog="example: python data/prepare.py corpus.jsonl --tokenizer Qwen/Qwen2.5-7B-Instruct --out bins/medical",
     )
     add = parser.add_argument
@@ -258,7 +264,7 @@ def main() -> None:
         "--tokenizer",
         required=True,
         metavar="MODEL",
-        help="of the model to train: its folder, tokenizer.json or hub id",
+        help="tokenizer of the model to train: folder, tokenizer.json or hub id",
     )
     add("--out", required=True, type=Path, metavar="FOLDER", help="where the bins go")
     add("--text-key", default="text", metavar="KEY", help="key or column that holds the text (default: %(default)s)")
@@ -266,23 +272,17 @@ def main() -> None:
     add("--eos", metavar="TOKEN", help="token that ends documents (default: <|endoftext|>, <|end_of_text|> or the eos)")
     bos_help = "begin documents with BOS? auto: if the tokenizer itself does, so that training looks like inference"
     add("--bos", choices=("auto", "yes", "no"), default="auto", help=bos_help)
+    hold_out_help = "leave out this share of the documents, for validation; a hash of the text decides which"
+    add("--hold-out", type=float, metavar="SHARE", help=hold_out_help)
+    add("--held-out", type=float, metavar="SHARE", help="exactly the documents that --hold-out SHARE leaves out")
     workers_help = "processes that encode; the bins do not depend on it (default: the CPUs, %(default)s)"
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help=workers_help)
     engine_help = "auto: gigatoken if it is installed and gives the ids of tokenizers (default: %(default)s)"
     add("--engine", choices=("auto", "gigatoken", "tokenizers"), default="auto", help=engine_help)
     args = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # --workers says how many cores
-    prepare(
-        args.inputs,
-        args.tokenizer,
-        args.out,
-        args.text_key,
-        args.workers,
-        args.eos,
-        args.bos,
-        engine=args.engine,
-        messages_key=args.messages_key,
-    )
+    options = {name: value for name, value in vars(args).items() if name not in ("inputs", "tokenizer", "out")}
+    prepare(args.inputs, args.tokenizer, args.out, **options)
 
 
 if __name__ == "__main__":

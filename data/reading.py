@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanomed import InputError
+from nanomed import InputError, first_line
 
 BATCH_BYTES = 1 << 20  # raw rows of a batch
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -65,7 +65,7 @@ def read_parquet(path: Path, key: str, nested: bool) -> Iterator[tuple[bytes | N
 
 
 def spell(value) -> str:
-    """A value that JSON has no form for, a timestamp say; ValueError for bytes, which nobody can read as text."""
+    """A value that JSON has no form for, such as a timestamp; ValueError for bytes, which are no text."""
     if isinstance(value, bytes):
         raise ValueError("bytes in the messages, expected strings")
     return str(value)
@@ -97,8 +97,8 @@ def read_batches(
                 rows, size = [], 0
     except (EOFError, OSError, zlib.error, ValueError) as error:  # pyarrow's are OSErrors and ValueErrors
         where = f"after row {n_read}" if path.suffix == ".parquet" else f"after line {n_read}"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: unreadable {where}, truncated or damaged: {reason}; fetch it again") from None
+        what = f"unreadable {where}, truncated or damaged: {first_line(error)}"
+        raise InputError(f"{path}: {what}; fetch it again") from None
     if rows:
         yield n_read - len(rows), rows, position
 

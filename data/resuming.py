@@ -1,4 +1,4 @@
-"""Resuming: what an earlier run of prepare.py left in its folder, and how far it came.
+"""Resuming: what an earlier run of prepare.py left in its folder, and how far it got.
 
 The JSON of a shard is its commit point (nanomed/bins.py). What lies there without one is removed; what was committed
 must be what this run would write, or the run ends with one line.
@@ -11,7 +11,7 @@ from nanomed import InputError, bins
 
 
 def committed_part(out: Path, settings: dict, sources: list[dict]) -> tuple[int, int, int]:
-    """How far an earlier run came: (shards, inputs that are done, rows of the next that are done).
+    """How far an earlier run got: (shards, inputs that are done, rows of the next that are done).
 
     InputError if a shard there was made with another tokenizer, other settings or other inputs.
     """

@@ -6,12 +6,12 @@ Every document draws a lot, a 63-bit hash of its id and the seed; the N lowest a
 draw without replacement that no reader has to coordinate. The file is sorted by lot, so it is the same byte for byte,
 and its first n documents are the sample of n.
 
-First pass: ids only (a Parquet file gives up that column alone, some 2 % of its bytes). Second pass: the texts, from
-the row groups that hold a chosen row. Threads are enough, since reading and decompressing release Python's lock.
-Both passes are kept in OUT.partial.sqlite as they go: a killed run goes on with the file it was in. Memory: 16 bytes
-a candidate and 256 rows a worker, however large the input is.
+First pass: ids only (of a Parquet file that column alone, some 2 % of its bytes). Second pass: the texts, from the row
+groups that hold a chosen row. Threads are enough, since reading and decompressing release Python's lock.
+Both passes are recorded in OUT.partial.sqlite as they go: a killed run resumes with the file it was reading. Memory: 16
+bytes per candidate and 256 rows per worker, however large the input is.
 
-An id that comes twice is an error where it is drawn (its lot comes twice). Texts are taken as they are, empty ones too:
+A duplicate id is an error if it is drawn (its lot appears twice). Texts are taken as they are, empty ones too:
 annotate.py labels those `invalid`.
 """
 
@@ -27,10 +27,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from documents import find_files, read_about, read_documents, read_numbered, write_parquet
+from documents import EXTRA, find_files, read_about, read_documents, read_numbered, write_parquet
 from nanomed import InputError, run_script
 
-EXTRA = ("url", "dump", "date")  # kept where the input has them, so that a document can be traced and taken down
 NO_LIMIT = np.iinfo(np.int64).max
 
 
@@ -66,7 +65,7 @@ class Draw:
             raise InputError(f"{path}: cannot be opened ({error}); {hint}") from None
         if found and (was := json.loads(found[0])) != settings:
             key = next(key for key in settings if was.get(key) != settings[key])
-            raise InputError(f"{path}: of an interrupted run with other {key}; delete it to begin anew")
+            raise InputError(f"{path}: of an interrupted run with another {key}; delete it to start over")
         self.lowest = np.empty(0, np.int64)
         self._lower(np.array([x for (x,) in self.db.execute("SELECT lot FROM lots")], np.int64))
 
@@ -83,7 +82,7 @@ class Draw:
         return [file for file in range(n_files) if file not in done]
 
     def keep_lots(self, file: int, lots: np.ndarray, rows: np.ndarray, n_documents: int) -> None:
-        """A file is read: its candidates and the fact, in one transaction."""
+        """Record that a file is read, and its candidates, in one transaction."""
         with self.lock:
             self._execute("BEGIN")
             self._execute(
@@ -105,7 +104,7 @@ class Draw:
         try:
             self.db.execute(sql) if rows is None else self.db.executemany(sql, rows)
         except sqlite3.Error as error:
-            raise InputError(f"{self.path}: cannot be written ({error}); make room and run again") from None
+            raise InputError(f"{self.path}: cannot be written ({error}); free space and run again") from None
 
     def n_documents(self) -> int:
         """Documents of the files that are read."""
@@ -183,7 +182,7 @@ def sample(
     if out.exists():
         found = read_about(out)
         if differs := [key for key in settings if found.get(key) != settings[key]]:
-            raise InputError(f"{out}: exists, made with other {differs[0]}; choose another --out, or delete it")
+            raise InputError(f"{out}: exists, made with another {differs[0]}; choose another --out, or delete it")
         return found["n_documents"]
     draw = Draw(out.with_name(out.name + ".partial.sqlite"), settings, n)
     try:
@@ -213,14 +212,15 @@ def check(files: list[Path], chosen: np.ndarray, n: int, n_documents: int) -> No
     twice = np.flatnonzero(np.diff(chosen[:, 0]) == 0)
     if twice.size:
         first, second = (f"{files[file]} row {row}" for _, file, row in chosen[twice[0] : twice[0] + 2].tolist())
-        raise InputError(f"{first} and {second} have the same id; expected each id once: remove one, or name --id-key")
+        raise InputError(
+            f"{first} and {second} have the same id; expected unique ids: remove one, or choose another --id-key"
+        )
 
 
 def main() -> None:
-    """The command line; a wrong input is one line and exit status 1."""
+    """The command line; bad input ends it with one line and exit status 1."""
     parser = argparse.ArgumentParser(
-        description="Draw exactly N documents, the same ones for any order of the files. Run again after an interruption: "
-        "it goes on.",
+        description="Draw exactly N documents, the same ones for any order of the files. An interrupted run resumes.",
         epilog="example: python data/sample.py hf://datasets/HuggingFaceFW/fineweb-2/data/deu_Latn/train --n 260000 "
         "--out sample.parquet",
     )
@@ -228,7 +228,7 @@ def main() -> None:
     add("inputs", nargs="+", metavar="INPUT", help="files, folders, globs or hf:// URLs of Parquet or JSONL[.gz|.zst]")
     add("--n", type=int, required=True, help="documents to draw (the paper: 260,000)")
     add("--out", type=Path, required=True, metavar="PARQUET", help="file to write")
-    add("--seed", type=int, default=0, help="another seed, other documents (default: %(default)s)")
+    add("--seed", type=int, default=0, help="another seed draws other documents (default: %(default)s)")
     add("--id-key", default="id", metavar="KEY", help="key or column of the id (default: %(default)s)")
     add("--text-key", default="text", metavar="KEY", help="key or column of the text (default: %(default)s)")
     add(

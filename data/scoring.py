@@ -1,15 +1,16 @@
 """Scoring: what a worker of the sweep does: one input file in, its scores out, in the file's order.
 
-A thread reads and tokenises (the `tokenizers` library lets Python go and uses the cores it is given) while the device
-computes. Documents are collected in windows, sorted by length and cut into batches of so many tokens: a batch then
-holds documents of nearly one length and next to no padding, and short documents come in large batches. Texts are capped
-in characters before they are tokenised: the Unigram tokenizer reads all it is given and throws the rest away after.
+A thread reads and tokenises (`tokenizers` releases the GIL and uses the cores it is given) while the device computes.
+Documents are collected in windows, sorted by length and cut into batches of equal token budget: a batch then holds
+documents of nearly equal length and next to no padding, and short documents come in large batches. Texts are capped in
+characters before they are tokenised: the Unigram tokenizer reads everything and truncates afterwards.
 
 The score is the softmax probability of class 1. On a GPU the encoder runs in bf16 (fp16 overflows in XLM-R), its
-last layer and the softmax in fp32. On the CPU all is fp32, and a batch gives the scores of one document at a time.
+last layer and the softmax in fp32. On the CPU all is fp32, and a batch gives the scores of one document at
+a time. classify.py scores with this code, too, so a threshold is applied to the scores it was chosen from.
 
-The file of scores is committed by its rename, and carries the configuration it was made with: who finds it there skips
-the input. Memory: two windows of token ids, 512 tokens × 8,192 documents × 4 bytes at most, beside the model.
+The file of scores is committed by its rename and records the configuration it was made with: an input that has one is
+skipped. Memory: two windows of token ids, 512 tokens × 8,192 documents × 4 bytes at most, beside the model.
 """
 
 import fcntl
@@ -20,14 +21,15 @@ import os
 import queue
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from documents import find_files, read_about, read_documents, write_parquet
-from nanomed import InputError
+from nanomed import InputError, first_line
+from nanomed.files import sha256
 from reading import SUFFIXES
 
 WINDOW = 8192  # documents that are sorted together
@@ -36,19 +38,19 @@ COLUMNS = {"id": "string", "file": "string", "row": "int64", "score": "float32"}
 
 @dataclass(frozen=True)
 class Scoring:
-    """A step for datatrove's executors: task `rank` of `world_size` scores every world_size-th file."""
+    """How to score texts, as a step for datatrove's executors: task `rank` of `world_size` scores every world_size-th file."""
 
-    files: tuple[str, ...]
-    out: str
     classifier: str
-    identity: str  # JSON: what decides the scores; goes into each file of scores
+    identity: str  # what decides the scores; in a sweep JSON, which goes into each file of scores
     max_chars: int
     max_tokens: int
-    text_key: str
-    id_key: str
-    dtype: str  # "auto", "bf16" or "fp32"
-    batch_tokens: int  # 0: 65,536 on a GPU, 4,096 on the CPU
-    threads: int
+    dtype: str = "auto"  # or "bf16", "fp32"
+    batch_tokens: int = 0  # 0: 65,536 on a GPU, 4,096 on the CPU
+    files: tuple[str, ...] = ()
+    out: str = ""
+    text_key: str = "text"
+    id_key: str = "id"
+    threads: int = 1
     raises: bool = False  # for executors that let the other tasks go on; datatrove's local one would end them
 
     def __call__(self, data, rank: int, world_size: int) -> None:
@@ -97,41 +99,53 @@ def about_scores(path: Path, identity: str) -> dict:
 
 def classifier_identity(folder: Path) -> str:
     """sha256 over the classifier's weights, configuration and tokenizer."""
-    digest = hashlib.sha256()
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        try:
-            with (folder / name).open("rb") as file:
-                while chunk := file.read(1 << 22):
-                    digest.update(chunk)
-        except OSError as error:
-            raise InputError(f"{folder / name}: {error.strerror}; expected a classifier of data/classify.py") from None
-    return digest.hexdigest()
+    try:
+        hashes = [sha256(folder / name) for name in ("config.json", "tokenizer.json", "model.safetensors")]
+    except OSError as error:
+        raise InputError(f"{error.filename}: {error.strerror}; expected a classifier of data/classify.py") from None
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def score_file(task: Scoring, path: Path) -> None:
-    """Write the scores of an input; an empty text has none (null). InputError where a text's score is not a number."""
+    """Write the scores of an input; an empty text has none (null)."""
     import torch
 
     torch.set_num_threads(task.threads)
-    scorer = load_scorer(task)
     place = Path(task.out, "progress", path.name)
     place.parent.mkdir(parents=True, exist_ok=True)
+    keys = (task.id_key, task.text_key)
+    documents = (tuple(document[key] for key in keys) for document in read_documents(path, keys))
 
     def rows() -> Iterator[dict]:
         row = 0
-        for ids, tokens in read_ahead(read_windows(task, path)):
-            for identifier, score, text in zip(ids, scorer(tokens).tolist(), tokens, strict=True):
-                if text and np.isnan(score):
-                    what = f"document {row + 1}, {identifier!r}: the score is not a number"
-                    raise InputError(f"{path}: {what}; train {task.classifier} again, or give --dtype fp32")
-                yield {"id": identifier, "file": path.name, "row": row, "score": None if np.isnan(score) else score}
+        for window in score_documents(task, documents, path):
+            for identifier, score in window:
+                yield {"id": identifier, "file": path.name, "row": row, "score": score}
                 row += 1
             place.write_text(str(row))
 
     write_parquet(score_path(path, Path(task.out)), rows(), COLUMNS, about_scores(path, task.identity))
 
 
-def read_windows(task: Scoring, path: Path) -> Iterator[tuple[list[str], list[list[int]]]]:
+def score_documents(
+    task: Scoring, documents: Iterable[tuple[str, str]], source: Path
+) -> Iterator[list[tuple[str, float | None]]]:
+    """(id, text) of documents → (id, score), a window at a time; an empty text has no score (None).
+
+    InputError where a text's score is not a number. source: where the documents are from, for its message.
+    """
+    scorer, n_scored = load_scorer(task), 0
+    for ids, tokens in read_ahead(read_windows(task, documents)):
+        scores = [score if text else None for score, text in zip(scorer(tokens).tolist(), tokens, strict=True)]
+        for number, (identifier, score) in enumerate(zip(ids, scores, strict=True), n_scored + 1):
+            if score is not None and np.isnan(score):
+                what = f"document {number}, {identifier!r}: the score is not a number"
+                raise InputError(f"{source}: {what}; train {task.classifier} again, or give --dtype fp32")
+        yield [*zip(ids, scores, strict=True)]
+        n_scored += len(ids)
+
+
+def read_windows(task: Scoring, documents: Iterable[tuple[str, str]]) -> Iterator[tuple[list[str], list[list[int]]]]:
     """(ids, token ids) of up to WINDOW documents; no tokens for an empty text."""
     from tokenizers import Tokenizer
 
@@ -145,10 +159,9 @@ def read_windows(task: Scoring, path: Path) -> Iterator[tuple[list[str], list[li
         tokens.extend(next(codes).ids if text else [] for text in texts)
         texts.clear()
 
-    for document in read_documents(path, (task.id_key, task.text_key)):
-        ids.append(document[task.id_key])
-        text = document[task.text_key][: task.max_chars]
-        texts.append(text if text.strip() else "")
+    for identifier, text in documents:
+        ids.append(identifier)
+        texts.append(text[: task.max_chars] if text[: task.max_chars].strip() else "")
         if len(texts) == 512 or len(ids) == WINDOW:  # few texts at a time: they are long, their tokens not
             tokenise()
         if len(ids) == WINDOW:
@@ -220,7 +233,7 @@ def load_scorer(task: Scoring):
     try:
         model = AutoModelForSequenceClassification.from_pretrained(task.classifier, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise InputError(f"{task.classifier}: no classifier: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{task.classifier}: no classifier: {first_line(error)}") from None
     model = model.to(device, torch.bfloat16 if bf16 else torch.float32).eval()
     keep_head_in_fp32(model)
     pad = model.config.pad_token_id or 0
@@ -238,7 +251,7 @@ def load_scorer(task: Scoring):
             mask = torch.from_numpy(np.arange(longest) < lengths[batch, None]).long()
             inputs = torch.from_numpy(ids).to(device, non_blocking=True)
             logits = model(input_ids=inputs, attention_mask=mask.to(device, non_blocking=True)).logits
-            parts.append(logits.float().softmax(-1)[:, 1])  # stays on the device: one wait a window, not one a batch
+            parts.append(logits.float().softmax(-1)[:, 1])  # stays on the device: one wait per window, not per batch
             chosen.append(batch)
         scores = np.full(len(tokens), np.nan, np.float32)
         if parts:
@@ -259,7 +272,7 @@ def keep_head_in_fp32(model) -> None:
 
 @functools.cache
 def claim_device():
-    """The CPU, or a GPU that no other process of this machine sweeps on; held until this process ends."""
+    """The CPU, or a GPU that no other process on this machine scores on; held until this process ends."""
     import torch
 
     if not torch.cuda.is_available():
@@ -273,4 +286,4 @@ def claim_device():
             return torch.device("cuda", index)
         except BlockingIOError:
             os.close(descriptor)
-    raise InputError(f"{torch.cuda.device_count()} GPUs, and every one is taken by another worker; fewer --workers")
+    raise InputError(f"all {torch.cuda.device_count()} GPUs are in use by other workers; use fewer --workers, or wait")

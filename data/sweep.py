@@ -3,13 +3,13 @@
     python data/sweep.py hf://datasets/HuggingFaceFW/fineweb-2/data/deu_Latn/train --classifier clf --out sweep
     python data/sweep.py ... --executor slurm --workers 64 --slurm-partition gpu --gpus-per-task 1
 
-Every document gets its score, and clean.py filters: another threshold needs no second sweep. An input file is a task of
-datatrove's executors: `local` (this machine, a worker per GPU), `slurm` or `ray`. Each leaves SWEEP/scores/NAME.parquet
-(id, file, row from 0, score; null for an empty text), whole or not there, with the configuration's hash in it: run the
-same command again after an interruption, it scores what is missing. datatrove's own markers are not relied on: they
+Every document gets its score, and clean.py filters: another threshold needs no second sweep. Each input file is one task
+of datatrove's executors: `local` (this machine, one worker per GPU), `slurm` or `ray`. It writes SWEEP/scores/NAME.parquet
+(id, file, row from 0, score; null for an empty text), whole or not at all, with the configuration's hash in it: after an
+interruption the same command scores what is missing. datatrove's own markers are not relied on: they
 know neither the classifier nor whether the list of files has changed.
 
-Costs: see scoring.py for how it is fast, data/README.md for the 428 million documents.
+Costs: see scoring.py for what makes it fast, data/README.md for the 428 million documents.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def plan(inputs: list[str], classifier: Path, out: Path, args: argparse.Namespac
     files, about = find_files(inputs), read_classifier(classifier)
     names = [score_path(path, out).name for path in files]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise InputError(f"two inputs would write scores/{twice}; give files of different names, or sweep them apart")
+        raise InputError(f"two inputs would write scores/{twice}; rename one, or sweep them separately")
     identity = {"classifier_sha256": classifier_identity(classifier)}
     identity |= {key: about[key] for key in ("max_chars", "max_tokens")}
     identity |= {"dtype": args.dtype, "text_key": args.text_key, "id_key": args.id_key}
@@ -57,13 +57,13 @@ def plan(inputs: list[str], classifier: Path, out: Path, args: argparse.Namespac
     for path in files:
         is_committed(path, out, identity)
     threads = args.threads or max(1, (os.cpu_count() or 1) // args.workers)
-    names = tuple(map(str, files))
-    return Scoring(names, str(out), str(classifier), identity, about["max_chars"], about["max_tokens"], args.text_key,
-                   args.id_key, args.dtype, args.batch_tokens, threads, args.executor != "local"), files  # fmt: skip
+    return Scoring(str(classifier), identity, about["max_chars"], about["max_tokens"], args.dtype, args.batch_tokens,
+                   tuple(map(str, files)), str(out), args.text_key, args.id_key, threads,
+                   raises=args.executor != "local"), files  # fmt: skip
 
 
 def make_executor(step: Scoring, args: argparse.Namespace):
-    """datatrove's executor for the step, a task a file."""
+    """datatrove's executor for the step, one task per file."""
     try:
         from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
         from loguru import logger
@@ -173,7 +173,7 @@ def score_missing(step: Scoring, files: list[Path], threshold: float, args: argp
         executor = make_executor(step, args)
         if args.executor == "slurm":
             executor.run()
-            print(f"{len(missing)} tasks are with Slurm; run the same command again when they are through")
+            print(f"{len(missing)} tasks submitted to Slurm; run the same command again when they have finished")
             return
         with progress_bar(step):
             executor.run()
@@ -188,7 +188,7 @@ def score_missing(step: Scoring, files: list[Path], threshold: float, args: argp
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description="Score every document with a classifier. Run again after an interruption: it goes on.",
+        description="Score every document with a classifier. An interrupted run resumes.",
         epilog="example: python data/sweep.py fineweb/*.parquet --classifier clf --out sweep",
     )
     add = parser.add_argument
@@ -196,21 +196,27 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--classifier", required=True, type=Path, metavar="CLF", help="the folder that data/classify.py wrote")
     add("--out", required=True, type=Path, metavar="SWEEP", help="where the scores go")
     add("--executor", choices=("local", "slurm", "ray"), default="local", help="where it runs (default: %(default)s)")
-    add("--workers", type=int, metavar="N", help="tasks at the same time (default: the GPUs, or 1)")
-    add("--threads", type=int, metavar="N", help="CPU threads of a worker (default: its share of this machine's)")
-    add("--batch-tokens", type=int, default=0, metavar="N", help="of a batch (default: 65,536 on a GPU, else 4,096)")
+    add("--workers", type=int, metavar="N", help="concurrent tasks (default: one per GPU, or 1)")
+    add("--threads", type=int, metavar="N", help="CPU threads per worker (default: its share of this machine's)")
+    add(
+        "--batch-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens per batch (default: 65,536 on a GPU, else 4,096)",
+    )
     add(
         "--dtype",
         choices=("auto", "bf16", "fp32"),
         default="auto",
-        help="auto: bf16 on a GPU, fp32 on the CPU, where bf16 may be far slower",
+        help="auto, as in classify.py: bf16 on a GPU, fp32 on the CPU, where bf16 may be far slower",
     )
     add("--text-key", default="text", metavar="KEY", help="column of the text (default: %(default)s)")
     add("--id-key", default="id", metavar="KEY", help="column of the identifier (default: %(default)s)")
-    add("--gpus-per-task", type=int, default=0, metavar="N", help="to ask slurm or ray for (default: %(default)s)")
-    add("--mem-per-cpu-gb", type=int, default=4, metavar="N", help="to ask slurm or ray for (default: %(default)s)")
-    add("--slurm-partition", metavar="NAME", help="of the cluster")
-    add("--slurm-time", default="24:00:00", metavar="H:M:S", help="limit of a task (default: %(default)s)")
+    add("--gpus-per-task", type=int, default=0, metavar="N", help="requested from slurm or ray (default: %(default)s)")
+    add("--mem-per-cpu-gb", type=int, default=4, metavar="N", help="requested from slurm or ray (default: %(default)s)")
+    add("--slurm-partition", metavar="NAME", help="partition to run in")
+    add("--slurm-time", default="24:00:00", metavar="H:M:S", help="time limit per task (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.workers is None:
         import torch
@@ -223,7 +229,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """A wrong input is one line and exit status 1."""
+    """Bad input ends it with one line and exit status 1."""
     args = parse_arguments()
     sweep(args.inputs, args.classifier, args.out, args)
 

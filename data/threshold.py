@@ -1,44 +1,39 @@
-"""Threshold: where does a document count as medical? Chosen on one held-out part, and its worth measured on another.
+"""Threshold: from which score does a document count as medical? Chosen on one held-out part, measured on another.
 
     python data/threshold.py clf --target-precision 0.9        # choose again; no training, no sweep
 
 classify.py leaves the scores of both held-out parts in CLF/held_out.parquet. Of the thresholds at which the precision on
 the part `choose` reaches the target, the one with the highest recall is taken, and of several such the one with the highest
-precision: to go lower for nothing but wrong documents is no use. Chosen so, it is a little too good on that very part, so
-precision and recall are reported from the part `report`, which had no say.
+precision: going lower would only add wrong documents. On that part the choice looks a little too good, so precision and
+recall are reported from the part `report`, which played no role in it.
 Intervals are Wilson's, 95 %: they hold for small counts and near 0 and 1, where the textbook's ± does not.
 (E. B. Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 1927.)
 
-Both figures are against the annotator's labels; what those are worth, `annotate.py --audit` measures.
+Both figures are against the annotator's labels; `annotate.py --audit` measures what those are worth.
 """
 
 import argparse
 import json
-import math
 from pathlib import Path
 
 import numpy as np
 
 from documents import read_documents
 from nanomed import InputError, run_script
-from nanomed.files import write_durably
+from nanomed.evaluation.stats import wilson
+from nanomed.files import write_json
 
 
-def wilson(hits: int, n: int, z: float = 1.959964) -> list[float]:
-    """[share, low, high] of hits among n, 95 %; [nan, 0, 1] for n = 0."""
-    if n == 0:
-        return [math.nan, 0.0, 1.0]
-    share, shrink = hits / n, 1 + z * z / n
-    middle = (share + z * z / (2 * n)) / shrink
-    half = z / shrink * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return [share, max(0.0, middle - half), min(1.0, middle + half)]
+def share_of(hits: int, n: int) -> list[float | None]:
+    """[share, low, high] of hits among n, 95 %; [None, 0, 1] for n = 0, since JSON has no NaN."""
+    return [hits / n, *wilson(hits / n, n)] if n else [None, 0.0, 1.0]
 
 
 def curve(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Precision and recall at every possible threshold, from the highest down: (thresholds, precisions, recalls).
 
     scores: (N,) float; labels: (N,) 0 or 1, at least one of them 1. A document counts where score ≥ threshold. A
-    threshold lies halfway to the next lower score: so the same documents count where a score is a rounding off.
+    threshold lies halfway to the next lower score, so that a score's rounding error moves no document.
     """
     order = np.argsort(-scores, kind="stable")
     ranked, hits = scores[order].astype(np.float64), np.cumsum(labels[order])
@@ -66,8 +61,8 @@ def measure(scores: np.ndarray, labels: np.ndarray, threshold: float) -> dict:
     kept, true = scores >= threshold, labels == 1
     n_hits = int((kept & true).sum())
     return {
-        "precision": wilson(n_hits, int(kept.sum())),
-        "recall": wilson(n_hits, int(true.sum())),
+        "precision": share_of(n_hits, int(kept.sum())),
+        "recall": share_of(n_hits, int(true.sum())),
         "n_report": int(labels.size),
         "n_report_medical": int(true.sum()),
         "n_report_kept": int(kept.sum()),
@@ -94,13 +89,16 @@ def set_threshold(folder: Path, target_precision: float, about: dict) -> dict:
     result |= measure(*parts["report"], threshold) | about
     draw_curve(folder / "precision_recall.svg", parts, threshold, result)
     draw_histogram(folder / "scores.svg", parts["report"], threshold)
-    write_durably(folder / "threshold.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / "threshold.json", result)
     return result
 
 
 def summary(result: dict) -> str:
     """The figures in one line."""
-    shown = (f"{name} {{:.3f}} [{{:.3f}}, {{:.3f}}]".format(*result[name]) for name in ("precision", "recall"))
+    shown = []
+    for name in ("precision", "recall"):
+        value, low, high = result[name]
+        shown.append(f"{name} {'unknown' if value is None else f'{value:.3f}'} [{low:.3f}, {high:.3f}]")
     counts = f"{result['n_report']:,} held-out documents, {result['n_report_medical']:,} of them medical"
     return f"threshold {result['threshold']:.4f}: {', '.join(shown)} (95 %, {counts})"
 
@@ -137,7 +135,7 @@ def draw_curve(path: Path, parts: dict, threshold: float, result: dict) -> None:
         axes.step(recalls, precisions, where="post", color=color, label=f"{part} ({labels.size:,} documents)")
     axes.axhline(result["target_precision"], color="0.8", lw=1, ls="--", zorder=0)
     (p, *p_ends), (r, *r_ends) = result["precision"], result["recall"]
-    if not math.isnan(p):
+    if p is not None:
         bars = dict(xerr=np.abs(np.array([r_ends]).T - r), yerr=np.abs(np.array([p_ends]).T - p))
         label = f"threshold {threshold:.3f}, 95 % intervals"
         axes.errorbar([r], [p], **bars, fmt="o", color="C3", capsize=3, label=label)
@@ -147,7 +145,7 @@ def draw_curve(path: Path, parts: dict, threshold: float, result: dict) -> None:
 
 
 def draw_histogram(path: Path, part: tuple[np.ndarray, np.ndarray], threshold: float) -> None:
-    """How the scores of either label lie about the threshold; counts on a log axis, since most documents lie at 0."""
+    """The scores of either label around the threshold; counts on a log axis, since most documents lie at 0."""
     figure, axes = _axes(title="Scores of the part `report`", xlabel="score", ylabel="documents")
     scores, labels = part
     bins = np.linspace(0, 1, 41)
@@ -162,12 +160,12 @@ def draw_histogram(path: Path, part: tuple[np.ndarray, np.ndarray], threshold: f
 
 
 def main() -> None:
-    """The command line; a wrong input is one line and exit status 1."""
+    """The command line; bad input ends it with one line and exit status 1."""
     parser = argparse.ArgumentParser(
-        description="Choose the threshold of a trained classifier again, for another precision, without training."
+        description="Choose another threshold for a trained classifier, for another precision, without training."
     )
     parser.add_argument("classifier", type=Path, metavar="CLF", help="the folder that data/classify.py wrote")
-    parser.add_argument("--target-precision", type=float, required=True, metavar="P", help="to reach, 0 to 1")
+    parser.add_argument("--target-precision", type=float, required=True, metavar="P", help="precision to reach, 0 to 1")
     args = parser.parse_args()
     path = args.classifier / "threshold.json"
     try:

@@ -1,20 +1,19 @@
-"""Verify: are these bins whole, and do they say what the text said?
+"""Verify: are these bins whole, and do they say what the text says?
 
     python data/verify.py bins/medical
     python data/verify.py bins/medical --tokenizer Qwen/Qwen2.5-7B-Instruct --inputs corpus.jsonl more.parquet [--deep]
 
 Always: every byte of the bins once: checksums, ids, one separator at the end of each document and none inside (in
-conversations: as many as were written), BOS, totals. With --tokenizer: is it this one? And two documents, for the eye.
-With --inputs too: are they the files the bins were made of, do documents and bytes add up, and does a sample of the
-documents (--deep: every one) give these very ids with `tokenizers`, whichever engine made them? Stops at the first
+conversations: as many as were written), BOS, totals. With --tokenizer: were they made with it? And two documents, to
+look at. With --inputs too: are they the files the bins were made of, do documents and bytes add up, and does a sample of
+the documents (--deep: every one) give the same ids with `tokenizers`, whichever engine made them? Stops at the first
 problem with one line and exit status 1.
 
-Costs: a second per 1.3 GB of bins (sha256 decides); the sample a reading of the inputs, 100 to 200 MB/s of text; --deep
-what encoding costs, 2 to 3 MB/s a core.
+Costs: a second per 1.3 GB of bins (sha256 is the limit); the sample one read of the inputs, 100 to 200 MB/s of text;
+--deep what encoding costs, 2 to 3 MB/s per core.
 """
 
 import argparse
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from encoding import Job, describe_row, find_tokenizer, load_engine, parse_rows,
 from engines import load_tokenizer
 from nanomed import InputError, run_script
 from nanomed.bins import Bins, verify
+from nanomed.files import sha256
 from nanomed.tokenizer import tokenizer_sha256
 from reading import read_batches
 
@@ -79,8 +79,7 @@ def sources(bins: Bins) -> list[dict]:
 def check_input(path: Path, source: dict) -> None:
     """InputError if this is not the file that the bins record."""
     try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}; expected {source['name']}") from None
     if found != source["sha256"]:
@@ -114,7 +113,8 @@ def compare_input(bins: Bins, tokenizer: Path, path: Path, source: dict, chosen:
     """Compare one input, whose first document is `start`; yields the bytes of it read so far."""
     messages = "messages_key" in source
     key = source["messages_key" if messages else "text_key"]
-    job = Job(str(tokenizer), bins.tokenizer_sha256, bins.separator, bins.bos, key, messages, "tokenizers")
+    job = Job(str(tokenizer), bins.tokenizer_sha256, bins.separator, bins.bos, key, messages, "tokenizers",
+              source.get("hold_out"), source.get("held_out"))  # fmt: skip
     n_front, n_bytes, doc = 0 if bins.bos is None else 1, 0, start
     for first_row, rows, position in read_batches(path, key, nested=messages):
         parsed = parse_rows(job, path, first_row, rows)
@@ -125,7 +125,7 @@ def compare_input(bins: Bins, tokenizer: Path, path: Path, source: dict, chosen:
             if not np.array_equal(strip_separator(ids, bins.separator) if messages else ids, found):
                 where = describe_row(path, parsed.rows[i])
                 raise InputError(
-                    f"{where}: encodes to other ids than document {doc + i} of {bins.folder}; prepare again"
+                    f"{where}: encodes to different ids than document {doc + i} of {bins.folder}; prepare again"
                 )
         doc += len(parsed.texts)
         yield position
@@ -135,12 +135,18 @@ def compare_input(bins: Bins, tokenizer: Path, path: Path, source: dict, chosen:
 
 
 def main() -> None:
-    """The command line; a wrong input is one line and exit status 1."""
+    """The command line; bad input ends it with one line and exit status 1."""
     parser = argparse.ArgumentParser(description="Check token bins byte by byte; exit status 1 at the first problem.")
     parser.add_argument("bins", type=Path, help="the folder that data/prepare.py wrote")
-    parser.add_argument("--tokenizer", metavar="MODEL", help="also check that it is this one, and show two documents")
     parser.add_argument(
-        "--inputs", nargs="+", type=Path, metavar="FILE", help="also compare with the text, in its order"
+        "--tokenizer", metavar="MODEL", help="also check that they were made with it, and show two documents"
+    )
+    parser.add_argument(
+        "--inputs",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="also compare with the text: the same files in the same order",
     )
     parser.add_argument("--deep", action="store_true", help=f"compare every document, not a sample of {SAMPLE}")
     args = parser.parse_args()
@@ -154,7 +160,7 @@ def main() -> None:
         path = check_tokenizer(bins, args.tokenizer)
         if args.inputs:
             n_compared = compare_text(bins, path, args.inputs, bins.n_docs if args.deep else SAMPLE)
-            print(f"{'compared':12} {n_compared:,} documents encoded again from the text, the same ids")
+            print(f"{'compared':12} {n_compared:,} documents re-encoded from the text, with the same ids")
         show_documents(bins, path)
     print(f"{args.bins}: whole")
 

@@ -133,8 +133,8 @@ def test_the_prompt_of_the_project_is_whole():
         ('prompt = "a {text}"\nmedical = "JA"', "has no 'not_medical'"),
         ('prompt = "a"\nmedical = "JA"\nnot_medical = "NEIN"', "0 times"),
         ('prompt = "{text} {text}"\nmedical = "JA"\nnot_medical = "NEIN"', "2 times"),
-        ('prompt = "{text}"\nmedical = "medizinisch"\nnot_medical = "nicht medizinisch"', "one is in the other"),
-        ('prompt = "{text}"\nmedical = "ja"\nnot_medical = "JA"', "one is in the other"),
+        ('prompt = "{text}"\nmedical = "medizinisch"\nnot_medical = "nicht medizinisch"', "contains the other"),
+        ('prompt = "{text}"\nmedical = "ja"\nnot_medical = "JA"', "contains the other"),
         ("prompt = ", "cannot be read as a prompt"),
         (None, "cannot be read as a prompt"),
     ],
@@ -200,7 +200,7 @@ def test_a_second_run_has_nothing_to_do_and_another_is_refused(tmp_path, capsys)
 @pytest.mark.parametrize(
     ("table", "named"),
     [
-        ({"id": ["a", "a"], "text": ["x", "y"]}, "id 'a' comes twice"),
+        ({"id": ["a", "a"], "text": ["x", "y"]}, "duplicate id 'a'"),
         ({"id": ["a", "b"], "text": ["x", None]}, "row 2: 'text' is null"),
         ({"id": ["a"], "body": ["x"]}, "no column 'text', it has id, body"),
         ({"id": pa.array([], pa.string()), "text": pa.array([], pa.string())}, "has no documents"),

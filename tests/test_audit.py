@@ -75,7 +75,7 @@ def test_figures_of_a_filled_sheet(tmp_path, capsys, delimiter):
     capsys.readouterr()
     audit(path, 20)
     shown = capsys.readouterr().out.splitlines()
-    assert "20 documents judged, which stand for 440" in shown[0]
+    assert "20 documents judged, representing 440" in shown[0]
     assert shown[1].startswith("precision   90.0%  [")
     assert shown[2].startswith("recall     100.0%  [")
     assert shown[3].startswith("F1          94.7%  [")

@@ -147,7 +147,7 @@ def test_workers_and_interruptions_change_nothing(case, monkeypatch):
 def test_another_threshold_needs_another_folder_and_no_sweep(case):
     folder, files, *_ = case
     run_clean(folder, files)
-    with pytest.raises(InputError, match=r"kept/a.parquet: of another run: identity was"):
+    with pytest.raises(InputError, match=r"kept/a.parquet: from another run: identity was"):
         run_clean(folder, files, "--threshold", "0.4")
     report = run_clean(folder, files, "--threshold", "0.4", out="other")
     assert report["counts"]["below_threshold"] == 0
@@ -161,7 +161,7 @@ def test_what_is_refused(case):
     cases = [
         (files, ("--eval", folder / "missing.jsonl"), r"missing.jsonl: cannot be read"),
         (files, ("--eval", bad), r"bad.jsonl: near line 1: not valid JSON"),
-        (files, ("--threshold", "2"), r"no document is kept; the threshold is 2"),
+        (files, ("--threshold", "2"), r"no document was kept; the threshold is 2"),
         ([*files, write_documents(folder / "c.parquet", ["a"])], (), r"c.parquet: missing, expected the scores of"),
     ]
     for i, (inputs, more, message) in enumerate(cases):

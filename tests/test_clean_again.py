@@ -58,7 +58,7 @@ def test_a_refused_run_leaves_the_earlier_corpus(case):
     folder, files, *_ = case
     run_clean(folder, files)
     before = {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
-    with pytest.raises(InputError, match="of another run"):
+    with pytest.raises(InputError, match="from another run"):
         run_clean(folder, files, "--threshold", "0.4")
     assert {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()} == before
 
@@ -90,11 +90,11 @@ def test_the_card_says_what_was_not_kept_out_and_hits_stay_with_their_set(case):
     (folder / "short.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
     run_clean(folder, files, "--eval", folder / "short.jsonl", folder / "eval.jsonl")
     card = " ".join((folder / "out/README.md").read_text("utf-8").split())
-    assert "The question of 1 records is so short: documents that hold it without its options are here." in card
-    assert "1 records have fewer than 8 words with their options, or no options, and cannot be kept out." in card
+    assert "1 records have so short a question: documents that contain it without its options are kept." in card
+    assert "1 records have fewer than 8 words with their options, or no options, and cannot be detected." in card
     assert "| short.jsonl | 2 | 0 | 0 | | eval.jsonl | 1 | 1 | 0 |" in card
     (folder / "eval.jsonl").rename(folder / "renamed.jsonl")
-    with pytest.raises(InputError, match="of another run: identity was"):
+    with pytest.raises(InputError, match="from another run: identity was"):
         run_clean(folder, files, "--eval", folder / "short.jsonl", folder / "renamed.jsonl")
 
 

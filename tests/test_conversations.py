@@ -146,7 +146,11 @@ def test_what_is_refused(tmp_path, model, mistral):
             mistral,
             r"line 1: the chat template refuses it: only",
         ),
-        "alias": ([{"messages": [{"role": "user", "content": "\ufdd1"}]}], model, r"line 1: it holds the noncharacter"),
+        "alias": (
+            [{"messages": [{"role": "user", "content": "\ufdd1"}]}],
+            model,
+            r"line 1: it contains the noncharacter",
+        ),
         "surrogate": ([{"messages": [{"role": "user", "content": "\ud800"}]}], model, r"line 1: not valid UTF-8"),
     }
     for name, (records, folder, message) in cases.items():

@@ -1,4 +1,4 @@
-"""Does a document hold a question of an evaluation set: long ones by runs of words, short ones by their options."""
+"""Does a document contain a question of an evaluation set: long ones by runs of words, short ones by their options."""
 
 import json
 

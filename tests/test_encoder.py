@@ -143,7 +143,7 @@ def test_labels_without_texts(tmp_path):
         read_labels(path, 100)
 
 
-def test_what_is_no_encoder(tmp_path, base):
+def test_what_is_no_encoder(tmp_path, base, monkeypatch):
     with pytest.raises(InputError, match="cannot be loaded as an encoder"):
         load_base(str(tmp_path), 0)
     for path in base.iterdir():
@@ -152,3 +152,6 @@ def test_what_is_no_encoder(tmp_path, base):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": None}))
     with pytest.raises(InputError, match="no padding token"):
         load_base(str(tmp_path), 0)
+    monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
+    with pytest.raises(InputError, match=r"no tokenizer\.json, which scoring needs"):
+        load_base(str(base), 0)

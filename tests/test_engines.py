@@ -159,10 +159,10 @@ def test_a_wrong_engine_is_not_used(tmp_path, qwen, monkeypatch, capsys, what):
     expected = prepare([path], qwen, tmp_path / "expected", engine="tokenizers").fingerprint
     wrong(monkeypatch, lambda string: text in string)
     assert prepare([path], qwen, tmp_path / "bins").fingerprint == expected
-    assert "gigatoken is not used: it gives other ids" in capsys.readouterr().err
+    assert "gigatoken is not used: its ids differ" in capsys.readouterr().err
     assert Bins(tmp_path / "bins").shards[0]["engine"].startswith("tokenizers")
     encoding.load_engine.cache_clear()
-    with pytest.raises(InputError, match="--engine gigatoken: it gives other ids"):
+    with pytest.raises(InputError, match="--engine gigatoken: its ids differ"):
         prepare([path], qwen, tmp_path / "other", engine="gigatoken")
     encoding.load_engine.cache_clear()
 
@@ -184,7 +184,7 @@ def test_an_engine_that_goes_wrong_later_is_caught(tmp_path, qwen, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", [f"Text {i} und noch viel mehr davon" * 5 for i in range(200)])
     wrong(monkeypatch, lambda string: "Text 150" in string)
     with pytest.raises(
-        InputError, match=r"it gives other ids than tokenizers to '.*line 151'; delete .*, use --engine"
+        InputError, match=r"its ids differ from those of tokenizers for '.*line 151'; delete .*, use --engine"
     ):
         prepare([path], qwen, tmp_path / "bins", slice_bytes=4_000)
     encoding.load_engine.cache_clear()

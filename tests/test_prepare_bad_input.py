@@ -69,7 +69,7 @@ BAD = {
         r"row 2: 'text' is null, expected a string",
     ),
     "bad row": ("a.parquet", parquet_bytes(pa.table({"text": not_utf8()})), r"row 2: not valid UTF-8"),
-    "extension": ("a.csv", b"text\na\n", r"unknown kind of file, expected .jsonl"),
+    "extension": ("a.csv", b"text\na\n", r"unknown file type, expected .jsonl"),
     "no text at all": ("a.jsonl", b'{"text": ""}\n\n', r"no text in any of the documents"),
     "empty file": ("a.jsonl", b"", r"no text in any of the documents"),
 }
@@ -122,7 +122,7 @@ def test_other_wrong_arguments(tmp_path, tok, corpus):
         ([corpus[0], corpus[0]], tok, "a", "each once"),
         (corpus, tmp_path / "nowhere", "a", "nowhere: no such file; expected a folder"),
         (corpus, tmp_path, "a", "tokenizer.json: no such file"),
-        (corpus, "nobody/nothing", "a", "nobody/nothing: no such folder, and not to be had from the hub"),
+        (corpus, "nobody/nothing", "a", "nobody/nothing: no such folder, and the hub does not provide it"),
         (corpus, tmp_path / "broken", "a", "broken/tokenizer.json: refused by tokenizers"),
         (corpus, tmp_path / "bare.json", "a", "no <|endoftext|>, no <|end_of_text|>, no eos_token".replace("|", r"\|")),
         (corpus, tok, "file", "file: cannot be made"),

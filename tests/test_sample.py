@@ -210,7 +210,7 @@ def test_a_second_run_has_nothing_to_do_and_another_is_refused(tmp_path):
     sample([tmp_path / "a.jsonl"], tmp_path / "s.parquet", 10)
     made = (tmp_path / "s.parquet").read_bytes()
     assert sample([tmp_path / "a.jsonl"], tmp_path / "s.parquet", 10) == 50
-    with pytest.raises(InputError, match="made with other seed"):
+    with pytest.raises(InputError, match="made with another seed"):
         sample([tmp_path / "a.jsonl"], tmp_path / "s.parquet", 10, seed=1)
     assert (tmp_path / "s.parquet").read_bytes() == made
 
@@ -219,5 +219,5 @@ def test_an_interrupted_run_with_other_settings_is_not_gone_on_with(tmp_path):
     write(tmp_path / "a.jsonl", make(50))
     with pytest.raises(InputError, match="fewer than --n 60"):
         sample([tmp_path / "a.jsonl"], tmp_path / "s.parquet", 60)
-    with pytest.raises(InputError, match=r"interrupted run with other n; delete"):
+    with pytest.raises(InputError, match=r"interrupted run with another n; delete"):
         sample([tmp_path / "a.jsonl"], tmp_path / "s.parquet", 10)

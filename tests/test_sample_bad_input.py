@@ -40,7 +40,7 @@ random.Random(0).shuffle(many)
 BAD = {
     "no such file": lambda d: (d / "none.parquet", "no such input"),
     "empty folder": lambda d: ((d / "empty").mkdir() or d / "empty", "no such input"),
-    "other kind": lambda d: (write(d / "a.csv", many), "unknown kind of file"),
+    "other kind": lambda d: (write(d / "a.csv", many), "unknown file type"),
     "cut gz": lambda d: (cut(write(d / "a.jsonl.gz", many)), "a.jsonl.gz: unreadable after line"),
     "cut zst": lambda d: (cut(write(d / "a.jsonl.zst", many)), "a.jsonl.zst: unreadable after line"),
     "cut parquet": lambda d: (cut(write(d / "a.parquet", many)), "a.parquet: not a whole Parquet file"),

@@ -72,7 +72,7 @@ def test_a_gpu_is_claimed_by_its_uuid(tmp_path, monkeypatch):
     claim = claim_device.__wrapped__  # without the process's memory
     cards[:] = ["one"]
     assert claim() == torch.device("cuda", 0)
-    with pytest.raises(InputError, match="1 GPUs, and every one is taken"):
+    with pytest.raises(InputError, match="all 1 GPUs are in use by other workers"):
         claim()
     cards[:] = ["two"]
     assert claim() == torch.device("cuda", 0)

@@ -1,16 +1,18 @@
 """The threshold: chosen on one part, measured on another, with intervals that hold."""
 
 import json
-import math
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import threshold
+from card import quality
 from documents import write_parquet
 from nanomed import InputError
-from threshold import choose, curve, measure, set_threshold, wilson
+from nanomed.files import read_json
+from threshold import choose, curve, measure, set_threshold, share_of, summary
 
 SCORES = np.array([0.9, 0.8, 0.8, 0.6, 0.4, 0.2])
 LABELS = np.array([1, 1, 0, 1, 0, 0])
@@ -24,9 +26,7 @@ def test_wilson_is_the_published_one():
         (0, 20, 0, 0.1611),
         (1, 29, 0.0061, 0.1718),
     ):
-        assert wilson(hits, n) == pytest.approx([hits / n, low, high], abs=5e-5)
-    assert math.isnan(wilson(0, 0)[0])
-    assert wilson(0, 0)[1:] == [0.0, 1.0]
+        assert share_of(hits, n) == pytest.approx([hits / n, low, high], abs=5e-5)
 
 
 def test_the_curve_counts_equal_scores_together():
@@ -78,14 +78,29 @@ def test_measured_on_the_other_part(tmp_path):
     assert result["threshold"] == pytest.approx(0.5)
     assert (result["precision"][0], result["recall"][0]) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
     assert (result["n_report"], result["n_report_kept"], result["base_model"]) == (5, 3, "x")
-    assert result["precision"] == pytest.approx(wilson(2, 3))
+    assert result["precision"] == pytest.approx(share_of(2, 3))
     for picture in ("precision_recall.svg", "scores.svg"):
         assert "threshold 0.500" in (tmp_path / picture).read_text()
     with pytest.raises(InputError, match=r"target-precision is 1\.5"):
         set_threshold(tmp_path, 1.5, {})
 
 
-def test_nothing_kept_is_not_a_precision_of_zero():
+def test_nothing_kept_is_not_a_precision_of_zero(tmp_path, monkeypatch, capsys):
+    """Nor NaN, which JSON has not: it is null, in the files, the figures and the data card's words."""
     found = measure(np.array([0.1, 0.2]), np.array([1, 0]), 0.5)
-    assert math.isnan(found["precision"][0])
-    assert found["recall"][0] == 0
+    assert (found["precision"], found["recall"][0]) == ([None, 0.0, 1.0], 0)
+    rows = [{"id": f"{part}{i}", "part": part, "label": label, "score": score}
+            for part, scores in (("choose", (0.9, 0.2)), ("report", (0.4, 0.1)))
+            for i, (label, score) in enumerate(zip(("medical", "not_medical"), scores, strict=True))]  # fmt: skip
+    columns = {"id": "string", "part": "string", "label": "string", "score": "float32"}
+    write_parquet(tmp_path / "held_out.parquet", rows, columns, {})
+    assert summary(set_threshold(tmp_path, 0.9, {})).startswith(
+        "threshold 0.5500: precision unknown [0.000, 1.000], recall"
+    )
+    monkeypatch.setattr("sys.argv", ["threshold.py", str(tmp_path), "--target-precision", "0.9"])
+    threshold.main()
+    assert "precision unknown" in capsys.readouterr().out
+    assert '"precision": [\n  null,\n  0.0,' in (tmp_path / "threshold.json").read_text()
+    assert (
+        quality(read_json(tmp_path / "threshold.json")) == "Precision and recall at this threshold were not measured."
+    )

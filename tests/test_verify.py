@@ -57,7 +57,7 @@ def test_a_text_that_says_something_else_is_named(made):
     with pytest.raises(InputError, match=r"b.jsonl: sha256 is .*, the bins were made of b.jsonl with"):
         compare_text(bins, tokenizer, inputs, n_sample=1)
     claim(bins, inputs[1])
-    with pytest.raises(InputError, match=r"b.jsonl: line 101: encodes to other ids than document 243 of"):
+    with pytest.raises(InputError, match=r"b.jsonl: line 101: encodes to different ids than document 243 of"):
         compare_text(bins, tokenizer, inputs, n_sample=10**6)
 
 
@@ -86,7 +86,7 @@ def test_the_command_line(made):
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "292 documents encoded again from the text, the same ids" in done.stdout
+    assert "292 documents re-encoded from the text, with the same ids" in done.stdout
     inputs[0].unlink()
     bad = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (bad.returncode, bad.stderr.count("\n")) == (1, 1)
