@@ -1,5 +1,6 @@
 """Evaluate a medical language model: what it knows, whether its answers win, and how it fails.
 
+    python eval.py complete MODEL "text"                    a model continues a text; without the extra `eval`
     python eval.py convert SOURCE SRC                       a published question set as JSONL
     python eval.py knowledge MODEL ... --tasks medizin_de   accuracy on multiple-choice questions, with intervals
     python eval.py generate MODEL --prompts P.jsonl --out A.jsonl      answers to instructions
@@ -7,8 +8,8 @@
     python eval.py failures A.jsonl --ref B.jsonl           mixed languages, verbosity
     python eval.py report RUN ... --out report              one page of the runs, with pictures
 
-`eval.py COMMAND --help` says the rest. Every command writes a folder with its configuration and raw samples, and goes
-on where it was interrupted.
+See `eval.py COMMAND --help`. knowledge, generate, judge and failures write a folder with their configuration and
+raw samples, and resume where they were interrupted.
 """
 
 import argparse
@@ -18,12 +19,13 @@ import sys
 from nanomed import run_script
 
 COMMANDS = {
-    name: f"nanomed.evaluation.{name}" for name in ("convert", "knowledge", "generate", "judge", "failures", "report")
+    name: f"nanomed.evaluation.{name}"
+    for name in ("complete", "convert", "knowledge", "generate", "judge", "failures", "report")
 }
 
 
 def main() -> None:
-    """Run the one command; an input it cannot work with is one line and exit status 1."""
+    """Run one command; bad input ends it with one line and exit status 1."""
     parser = argparse.ArgumentParser(
         prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -6,23 +6,21 @@
     python merge.py OUT --mergekit-yaml config.yml                   a mergekit configuration
     python merge.py tune BASE CPT OUT --domain BINS ...              search t (python merge.py tune --help)
 
-Continual pre-training wears away what instruction tuning taught; interpolating back towards the instruct model brings
-it back, at some price in the domain. t says how much of CPT there is: 0 is BASE, 1 is CPT. Both are local folders or hub
-ids; CPT may be a run folder of train.py (then its float32 weights are merged). Memory does not grow with the model.
+Continual pre-training degrades instruction following; interpolating back towards the instruct model restores it, at some
+cost in the domain. t is the share of CPT: 0 is BASE, 1 is CPT. Both are local folders or hub ids; CPT may be a run folder
+of train.py (then its float32 weights are merged). Memory does not grow with the model.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-import yaml
-
 from nanomed import InputError, run_script
 from nanomed.merging import checks, mergekit_yaml, report
 from nanomed.merging.mergekit_yaml import DTYPES
 from nanomed.merging.schedule import PRESETS, Rule, evaluate, read_rules
 from nanomed.merging.source import Checkpoint, open_checkpoint
-from nanomed.merging.write import Staging, all_stats, write_linear, write_merges
+from nanomed.merging.write import all_stats, staging, write_linear, write_merges
 
 
 def merge_pair(args: argparse.Namespace) -> None:
@@ -56,10 +54,7 @@ def schedules(args: argparse.Namespace) -> dict[str, list[Rule]]:
 
 def read_t_file(path: Path) -> list[Rule]:
     """The rules of a t.yaml, whose one key is t."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"--t-file {path}: cannot be read as YAML ({str(error).splitlines()[0]})") from None
+    content = mergekit_yaml.read_yaml(path, f"--t-file {path}")
     if not isinstance(content, dict) or content.keys() != {"t"}:
         raise InputError(f"--t-file {path}: expected one key, t: a number, a list of numbers, or filters with values")
     return read_rules(content["t"], f"--t-file {path}")
@@ -83,14 +78,14 @@ def warn(lines: list[str]) -> None:
 
 
 def warn_outside(wanted: dict[str, list[Rule]]) -> None:
-    """t outside [0, 1] is allowed and said."""
+    """A t outside [0, 1] is allowed, with a warning."""
     values = {v for rules in wanted.values() for rule in rules for v in rule.values}
     if outside := sorted(v for v in values if not 0 <= v <= 1):
         warn([f"t = {outside[0]:g} lies outside [0, 1]: that extrapolates beyond the two models"])
 
 
 def print_stats(base: Checkpoint, cpt: Checkpoint) -> None:
-    """--stats-only: the distance of the two, per block and module."""
+    """--stats-only: how far CPT moved, per block and module."""
     stats = all_stats(base, cpt)
     table = report.rows(stats, dict.fromkeys(stats, 0.0), {name: t.shape for name, t in base.tensors.items()})
     n_arc = sum(row["branch"] == "slerp" for row in table)
@@ -104,7 +99,7 @@ def print_stats(base: Checkpoint, cpt: Checkpoint) -> None:
 
 
 def merge_yaml(path: Path, out: Path, check: bool) -> None:
-    """--mergekit-yaml: slerp and linear here, the rest by mergekit."""
+    """--mergekit-yaml: slerp and linear run here, mergekit does the rest."""
     recipe = mergekit_yaml.read_config(path)
     if isinstance(recipe, str):
         return run_mergekit(path, out, recipe, check)
@@ -127,13 +122,15 @@ def merge_yaml(path: Path, out: Path, check: bool) -> None:
 def run_mergekit(path: Path, out: Path, why: str, check: bool) -> None:
     """The whole merge by mergekit, its result renamed last as ours is."""
     if check:
-        raise InputError(f"--verify: {path} has {why}, which mergekit itself runs; only slerp and linear are verified")
+        raise InputError(
+            f"--verify: {path} has {why}, which mergekit itself runs; only slerp and linear can be verified"
+        )
     names = mergekit_yaml.models_of(path)
     checks.check_out(out, 0)
     if names and Path(names[0]).is_dir():  # mergekit would write a tokenizer of its own making
         checks.check_base(open_checkpoint(names[0], "model"))
     print(f"{why}: calling mergekit", file=sys.stderr)
-    with Staging(out) as tmp:
+    with staging(out) as tmp:
         mergekit_yaml.call_mergekit(path, tmp)
     print(f"merged: {out}")
 
@@ -142,7 +139,7 @@ def run_mergekit(path: Path, out: Path, why: str, check: bool) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line of everything but tune."""
+    """The command line, except tune's."""
     parser = argparse.ArgumentParser(
         prog="merge.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -156,7 +153,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="T.YAML",
         help="t by filter and gradient, spelled as mergekit does; tune writes one",
     )
-    add("--sweep", metavar="T,T,...", help="several t at once, each in a folder OUT/t-T")
+    add("--sweep", metavar="T,T,...", help="several t at once, each merge in its folder OUT/t-T")
     add("--dtype", choices=DTYPES, help="of the result (default: BASE's own, tensor by tensor)")
     add("--verify", action="store_true", help="read the result back and check every tensor against the formula")
     add("--stats-only", action="store_true", help="print how far CPT moved, per block and module; write nothing")
@@ -170,7 +167,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--mergekit-yaml",
         type=Path,
         metavar="FILE",
-        help="run a mergekit configuration: slerp and linear here, the rest by mergekit",
+        help="run a mergekit configuration: slerp and linear here, everything else by mergekit",
     )
     args = parser.parse_args(argv)
     given = [f"--{f.replace('_', '-')}" for f in ("t", "preset", "t_file", "sweep") if getattr(args, f) is not None]
@@ -178,7 +175,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"{' and '.join(given)} exclude each other")
     if args.mergekit_yaml:
         if given or args.dtype or args.stats_only or args.emit_mergekit:
-            parser.error("--mergekit-yaml says all of the merge; only --verify goes with it")
+            parser.error("--mergekit-yaml defines the whole merge; only --verify may be added")
         if len(args.paths) != 1:
             parser.error("--mergekit-yaml takes one path, OUT")
         return args

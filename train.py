@@ -71,7 +71,7 @@ def run(config: Config, world: World, inputs: Inputs, model: Decoder, files: dic
     loader = batches.prefetch(stream, shape, range(step, n_steps), windows, world.rank, world.size)
     metrics = Metrics(out, config, world, model, stream, step, n_steps)
     n_micro = -(-windows // (config.micro_batch * world.size))
-    with closing(StopSignal(world)) as stop, closing(metrics), closing(loader), parallel.no_garbage_collection():
+    with closing(StopSignal(world)) as stop, closing(metrics), loader, parallel.no_garbage_collection():
         try:
             # Step 0 is also the smoke test: what is wrong with data or weights shows before a step is spent.
             if not metrics.validated and any(due(step, n_steps, config.eval_every)):

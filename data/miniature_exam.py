@@ -23,15 +23,8 @@ import miniature
 from miniature_grammar import contract
 from miniature_templates import Row, Table, fill, value
 from nanomed import InputError
+from nanomed.miniature.forms import FORMS
 
-FORMS = {  # the request, and what it makes of the parts of an answer
-    "Antworte als Liste.": lambda parts: "\n".join(f"- {part}" for part in parts),
-    "Antworte mit Nummern.": lambda parts: "\n".join(f"{i}. {part}" for i, part in enumerate(parts, 1)),
-    "Antworte mit Sternen.": lambda parts: f"* {' und '.join(parts)} *",
-    "Antworte mit Ergebnis.": lambda parts: f"Ergebnis: {' und '.join(parts)}",
-    "Antworte in Klammern.": lambda parts: f"( {' und '.join(parts)} )",
-    "Antworte mit Pfeil.": lambda parts: f"-> {' und '.join(parts)}",
-}
 TASKS = {  # the request, and the parts of its answer. One word: tasks with two were not learnt in so short a time
     "Sage: {a}.": lambda a: [a],
     "Wiederhole: {a}.": lambda a: [a, a],
@@ -59,13 +52,13 @@ def instruction(rng: random.Random, words: list[str]) -> tuple[str, str]:
     """(prompt, the right answer) of a task with words."""
     task, form = rng.choice([*TASKS]), rng.choice([*FORMS])
     word = rng.choice(words)
-    return f"{task.format(a=word)} {form}", FORMS[form](TASKS[task](word))
+    return f"{task.format(a=word)} {form}", FORMS[form].write(TASKS[task](word))
 
 
 def asked(rng: random.Random, table: Table, row: Row, column: str) -> tuple[str, str]:
     """(prompt, answer) of a question about one fact, the answer in a form."""
     form = rng.choice([*FORMS])
-    return f"{fill(rng, table, row, f'{column} ask')} {form}", FORMS[form]([value(row, column)])
+    return f"{fill(rng, table, row, f'{column} ask')} {form}", FORMS[form].write([value(row, column)])
 
 
 def instructions(

@@ -18,9 +18,7 @@ import functools
 import hashlib
 import json
 import os
-import queue
 import tempfile
-import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +28,7 @@ import numpy as np
 from documents import find_files, read_about, read_documents, write_parquet
 from nanomed import InputError, first_line
 from nanomed.files import sha256
+from nanomed.prefetch import Prefetch
 from reading import SUFFIXES
 
 WINDOW = 8192  # documents that are sorted together
@@ -135,14 +134,15 @@ def score_documents(
     InputError where a text's score is not a number. source: where the documents are from, for its message.
     """
     scorer, n_scored = load_scorer(task), 0
-    for ids, tokens in read_ahead(read_windows(task, documents)):
-        scores = [score if text else None for score, text in zip(scorer(tokens).tolist(), tokens, strict=True)]
-        for number, (identifier, score) in enumerate(zip(ids, scores, strict=True), n_scored + 1):
-            if score is not None and np.isnan(score):
-                what = f"document {number}, {identifier!r}: the score is not a number"
-                raise InputError(f"{source}: {what}; train {task.classifier} again, or give --dtype fp32")
-        yield [*zip(ids, scores, strict=True)]
-        n_scored += len(ids)
+    with Prefetch(read_windows(task, documents), depth=1) as windows:
+        for ids, tokens in windows:
+            scores = [score if text else None for score, text in zip(scorer(tokens).tolist(), tokens, strict=True)]
+            for number, (identifier, score) in enumerate(zip(ids, scores, strict=True), n_scored + 1):
+                if score is not None and np.isnan(score):
+                    what = f"document {number}, {identifier!r}: the score is not a number"
+                    raise InputError(f"{source}: {what}; train {task.classifier} again, or give --dtype fp32")
+            yield [*zip(ids, scores, strict=True)]
+            n_scored += len(ids)
 
 
 def read_windows(task: Scoring, documents: Iterable[tuple[str, str]]) -> Iterator[tuple[list[str], list[list[int]]]]:
@@ -170,42 +170,6 @@ def read_windows(task: Scoring, documents: Iterable[tuple[str, str]]) -> Iterato
     tokenise()
     if ids:
         yield ids, tokens
-
-
-def read_ahead(items: Iterator) -> Iterator:
-    """The same items, made one ahead in a thread; its exception is raised here."""
-    waiting, stop = queue.Queue(maxsize=1), threading.Event()
-
-    def put(item) -> None:
-        while not stop.is_set():
-            try:
-                return waiting.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in items:
-                if stop.is_set():
-                    return
-                put((item, None))
-            put((None, None))
-        except BaseException as error:
-            put((None, error))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = waiting.get()
-            if error:
-                raise error
-            if item is None:
-                return
-            yield item
-    finally:
-        stop.set()
-        thread.join()
 
 
 def cut_batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:

@@ -4,6 +4,7 @@ The way of the data is the order of the files: bins → batches → model → tr
 """
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 
@@ -33,6 +34,9 @@ def run_script(main: Callable[[], None], interrupted: str = "run the same comman
     """A command from start to end: what `is_explained` is one line and exit status 1, Ctrl-C one line and 130."""
     try:
         main()
+    except BrokenPipeError:  # whoever read the output, `head` say, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains as it leaves
+        sys.exit(141)
     except (InputError, OSError) as error:
         if not is_explained(error):
             raise

@@ -11,10 +11,7 @@ Packing costs a few microseconds a document piece, in a thread beside the traini
 
 import argparse
 import dataclasses
-import queue
-import threading
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +23,7 @@ from torch import Tensor
 from nanomed import InputError, hf, run_script
 from nanomed.files import read_json
 from nanomed.kernels.linear_cross_entropy import IGNORED
+from nanomed.prefetch import Prefetch
 from nanomed.stream import Stream, open_sources
 
 
@@ -90,6 +88,17 @@ def pack(stream: Stream, window: int, shape: Shape, stop: int) -> Batch:
     return Batch(*map(torch.from_numpy, (tokens, labels, positions, cu_seqlens, extent)), work)
 
 
+def pack_documents(documents: list[list[int]]) -> Batch:
+    """Token lists → one batch without labels."""
+    lengths = np.array([len(d) for d in documents])
+    borders = np.concatenate(([0], np.cumsum(lengths)))
+    tokens = torch.from_numpy(np.concatenate(documents).astype(np.int64))
+    positions = torch.from_numpy(np.arange(borders[-1]) - np.repeat(borders[:-1], lengths))
+    cu_seqlens = torch.from_numpy(borders.astype(np.int32))
+    extent = torch.tensor([len(lengths), lengths.max()])
+    return Batch(tokens, torch.full_like(tokens, IGNORED), positions, cu_seqlens, extent, int((lengths**2).sum()))
+
+
 def train_batches(stream: Stream, shape: Shape, step: int, windows: int, rank: int, world: int) -> Iterator[Batch]:
     """One rank's batches of a step of `windows` windows, in order; on every rank the same number.
 
@@ -134,59 +143,13 @@ def val_batches(stream: Stream, shape: Shape, rank: int, world: int) -> Iterator
         yield pack(stream, (i * world + rank) * shape.micro_batch, shape, stream.start_of(1))
 
 
-class Prefetch:
-    """Runs an iterator in a thread, a few items ahead, and counts how long the consumer had to wait for it."""
-
-    def __init__(self, items: Iterable, depth: int = 4):
-        self.wait_s = 0.0
-        self._queue, self._stop = queue.Queue(depth), threading.Event()
-        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        self._thread = threading.Thread(target=self._fill, args=(iter(items),), daemon=True)
-        self._thread.start()
-
-    def _fill(self, items: Iterator) -> None:
-        if self._device is not None:  # every thread begins on GPU 0: pinning memory would make a context there
-            torch.cuda.set_device(self._device)
-        try:
-            for item in items:
-                self._put((item, None))
-                if self._stop.is_set():
-                    return
-            self._put((None, StopIteration()))
-        except BaseException as error:  # raised again where the item was wanted
-            self._put((None, error))
-
-    def _put(self, entry: tuple) -> None:
-        while not self._stop.is_set():
-            try:
-                return self._queue.put(entry, timeout=0.1)
-            except queue.Full:
-                pass
-
-    def __iter__(self) -> "Prefetch":
-        return self
-
-    def __next__(self):
-        start = time.perf_counter()
-        item, error = self._queue.get()
-        self.wait_s += time.perf_counter() - start
-        if error is not None:
-            raise error
-        return item
-
-    def close(self) -> None:
-        """End the thread; what it has prepared is dropped."""
-        self._stop.set()
-        self._thread.join()
-
-
 def prefetch(stream: Stream, shape: Shape, steps: range, windows: int, rank: int, world: int) -> Prefetch:
     """One rank's batches of the steps, packed in a thread; in page-locked memory where there is a GPU to copy it."""
-    return Prefetch(
-        batch.pinned() if torch.cuda.is_available() else batch
-        for step in steps
-        for batch in train_batches(stream, shape, step, windows, rank, world)
-    )
+    made = (b for step in steps for b in train_batches(stream, shape, step, windows, rank, world))
+    if not torch.cuda.is_available():
+        return Prefetch(made)
+    device = torch.cuda.current_device()  # every thread begins on GPU 0: pinning memory would make a context there
+    return Prefetch((b.pinned() for b in made), setup=lambda: torch.cuda.set_device(device))
 
 
 # --- which text made this step? ------------------------------------------------------------------------------------

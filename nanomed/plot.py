@@ -2,37 +2,34 @@
 
     python -m nanomed.plot runs/x
 
-The forgetting meter is the question of continual pre-training in one picture: bits per byte of every validation set,
-relative to where the model started. The target domain should fall; how far a general set rises is the price.
+The forgetting meter shows the trade-off of continual pre-training: bits per byte of every validation set, relative to the
+start. The target domain should fall; the rise of a general set is the price.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 
 from nanomed import InputError, run_script
+from nanomed.figures import canvas, save
+from nanomed.files import read_jsonl
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl, oldest first. InputError where there is none."""
+    """The rows of a metrics.jsonl, oldest first. InputError if there is none."""
     if not path.exists():
         raise InputError(f"{path}: no such file; is this a run folder?")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [row for _, row in read_jsonl(path)]
 
 
 def plot_curves(run: Path) -> Path:
-    """Write RUN/curves.svg from RUN/metrics.jsonl; its path."""
-    import matplotlib  # only when a run ends: half a second that its start can do without
-    from matplotlib.figure import Figure
-
+    """Write RUN/curves.svg from RUN/metrics.jsonl; returns its path."""
     rows = read_metrics(run / "metrics.jsonl")
     train = [r for r in rows if "loss" in r and not r.get("skipped")]
     skipped = [r["tokens"] / 1e6 for r in rows if r.get("skipped") is True]
     names = list(dict.fromkeys(k[4:-4] for r in rows for k in r if k.startswith("val_") and k.endswith("_bpb")))
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = canvas(11, 4, columns=2)
     if train:
         tokens, loss = np.array([r["tokens"] / 1e6 for r in train]), np.array([r["loss"] for r in train])
         left.plot(tokens, loss, lw=0.6, color="0.85")
@@ -51,17 +48,15 @@ def plot_curves(run: Path) -> Path:
     right.axhline(0, color="0.8", lw=1, zorder=0)
     right.set(title="Forgetting meter", xlabel="million tokens", ylabel="bits per byte, % from the start")
     for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(frameon=False)
     path = run / "curves.svg"
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nanomed"}):  # text stays text, same bytes
-        figure.savefig(path, metadata={"Date": None})
+    save(figure, path)
     return path
 
 
 def main() -> None:
-    """Draw the curves of a run again."""
+    """Redraw the curves of a run."""
     parser = argparse.ArgumentParser(prog="python -m nanomed.plot", description=main.__doc__)
     parser.add_argument("run", type=Path, help="run folder, the --out of train.py")
     print(plot_curves(parser.parse_args().run))

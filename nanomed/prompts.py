@@ -1,21 +1,21 @@
-"""Prompts from files, and how a model wants to read them: through its own chat template.
+"""Prompts from files, and their rendering by a model's own chat template.
 
-Templates are rendered by transformers' own function, in jinja's sandbox: what it offers them (dates, tools as JSON) and
-how it treats white space is what models were trained with. Importing it costs a second, so it is imported where it is used.
+Templates are rendered by transformers' own function, in jinja's sandbox: models were trained with its white space and with
+what it offers templates (dates, tools as JSON). Importing it costs a second, so it is imported where it is used.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 
-from nanomed import InputError
+from nanomed import InputError, first_line
 from nanomed.files import read_json, read_jsonl
 from nanomed.tokenizer import token_content, tokenizer_config
 
 
 def read_prompts(path: Path) -> dict[str, list[dict]]:
-    """id → messages, in the file's order: lines {"prompt": text} or {"messages": [...]}, the id else the line's number.
+    """id → messages, in the file's order: lines {"prompt": text} or {"messages": [...]}; without an id, the line's number.
 
-    InputError for a line without a prompt, or an id that comes twice.
+    InputError for a line without a prompt, or a duplicate id.
     """
     prompts: dict[str, list[dict]] = {}
     for number, record in read_jsonl(path):
@@ -24,7 +24,7 @@ def read_prompts(path: Path) -> dict[str, list[dict]]:
             raise InputError(f'{path}: line {number} is neither {{"prompt": text}} nor {{"messages": [...]}}')
         name = str(record.get("id", number))
         if name in prompts:
-            raise InputError(f"{path}: line {number}: id {name!r} comes twice; answers are kept by id, so change one")
+            raise InputError(f"{path}: line {number}: duplicate id {name!r}; answers are kept by id, so change one")
         prompts[name] = messages
     if not prompts:
         raise InputError(f"{path}: has no prompts")
@@ -32,27 +32,27 @@ def read_prompts(path: Path) -> dict[str, list[dict]]:
 
 
 def is_conversation(messages: object) -> bool:
-    """Whether this is a list of {"role": text, "content": text} with something in it."""
+    """Whether this is a non-empty list of {"role": text, "content": text}."""
     return bool(messages) and isinstance(messages, list) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
     )  # fmt: skip
 
 
 def chat_template(folder: Path) -> str:
-    """The model's chat template; of several the default one. InputError where it has none."""
+    """The model's chat template, of several the default one. InputError if it has none."""
     file = folder / "chat_template.jinja"
     template = file.read_text(encoding="utf-8") if file.is_file() else tokenizer_config(folder).get("chat_template")
     if isinstance(template, list):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...}]
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if not isinstance(template, str) or not template:
-        raise InputError(f"{folder}: has no chat template; give an instruct model, or one that was merged with one")
+        raise InputError(f"{folder}: has no chat template; give an instruct model, or a merge with one")
     return template
 
 
 def template_renderer(folder: Path, **settings) -> Callable[[list[dict]], str]:
     """The function messages → text by the model's template, which may name the settings and the model's special tokens.
 
-    It raises ValueError for messages that the template refuses. InputError where there is no template, or no transformers.
+    It raises ValueError for messages that the template rejects. InputError if there is no template, or no transformers.
     """
     template, config = chat_template(folder), tokenizer_config(folder)
     try:
@@ -66,17 +66,21 @@ def template_renderer(folder: Path, **settings) -> Callable[[list[dict]], str]:
         try:
             [[text], _] = render_jinja_template([messages], chat_template=template, **settings)
         except Exception as error:  # jinja's own, and whatever a template's raise_exception says
-            what = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(f"the chat template refuses it: {what}") from None
+            raise ValueError(f"the chat template refuses it: {first_line(error)}") from None
         return text
 
     return render
 
 
+def prompt_renderer(folder: Path) -> Callable[[list[dict]], str]:
+    """template_renderer for a prompt: up to the assistant's turn, thinking (Qwen3) switched off."""
+    return template_renderer(folder, add_generation_prompt=True, enable_thinking=False)
+
+
 def render(folder: Path, messages: list[dict]) -> str:
-    """The conversation up to where the assistant begins. A model that may think before it answers (Qwen3) is told not to."""
+    """One conversation by prompt_renderer; InputError if the template rejects it."""
     try:
-        return template_renderer(folder, add_generation_prompt=True, enable_thinking=False)(messages)
+        return prompt_renderer(folder)(messages)
     except ValueError as error:
         raise InputError(f"{folder}: {error}") from None
 

@@ -173,18 +173,3 @@ def test_padding_is_no_work():
     stream = Stream([(MemoryBins([4, 4]), 1.0)], None, VOCAB)
     whole, half, none = (batches.pack(stream, window, Shape(8, 1), stop) for window, stop in ((0, 8), (0, 4), (1, 8)))
     assert [b.sum_squared_lens for b in (whole, half, none)] == [32, 16, 0]
-
-
-def test_prefetch_passes_items_and_errors():
-    def items():
-        yield from range(20)
-        raise InputError("the twentieth")
-
-    loader = batches.Prefetch(items())
-    assert [next(loader) for _ in range(20)] == list(range(20))
-    with pytest.raises(InputError, match="twentieth"):
-        next(loader)
-    endless = batches.Prefetch(iter(int, 1))
-    next(endless)
-    endless.close()
-    assert not endless._thread.is_alive()

@@ -124,7 +124,7 @@ def test_bad_sources_end_in_one_line(tmp_path):
 
     faults = {
         "1 of 8 questions are damaged, .* option 0 is empty": ('"A": "die Leber"', '"A": " "'),
-        "answer -1 is none of its options": ('"answer_idx": "A"', '"answer_idx": "E"'),
+        "answer -1 is not one of its options": ('"answer_idx": "A"', '"answer_idx": "E"'),
         "KeyError: 'options'": ('"options"', '"choices"'), "not as published": ("{", ""),
     }  # fmt: skip
     for message, (old, new) in faults.items():
@@ -136,7 +136,7 @@ def test_bad_sources_end_in_one_line(tmp_path):
     path.write_text(text, encoding="utf-8")
     run()
     path.write_text(text.replace("Frage 7", "Frage acht"), encoding="utf-8")
-    with pytest.raises(InputError, match="is there already with other questions"):
+    with pytest.raises(InputError, match="exists already with other questions"):
         run()
     with pytest.raises(InputError, match="not as published"):
         run("mmlux", path)

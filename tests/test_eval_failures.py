@@ -91,7 +91,7 @@ def test_what_is_thought_aloud_is_not_counted(command, tmp_path):
     path = answers(tmp_path / "a.jsonl", texts, "m-a")
     status, said = command("failures", path, "--out", tmp_path / "run")
     assert status == 0
-    assert "3 of 4 answers of m-a hold a <think> block, which is left out; 1 of them have nothing behind it" in said
+    assert "3 of 4 answers of m-a have a <think> block, which is removed; 1 of them have nothing after it" in said
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert results["language"]["mixed"]["value"] == results["language"]["wholly_english"]["value"] == 0
     assert results["verbosity"]["empty"]["value"] == 0.25

@@ -110,6 +110,9 @@ def test_in_this_process_an_interruption_changes_no_byte(command, tmp_path, monk
     set_template(model, thinks + TEMPLATE)
     assert command("generate", model, *flags, "--batch", 2, "--out", tmp_path / "c.jsonl")[0] == 0
 
+    set_template(model, "{{ raise_exception('no such role') }}")
+    line = refused(command, "generate", model, *flags, "--out", tmp_path / "d.jsonl")
+    assert line.endswith("prompt '1': the chat template refuses it: no such role")
     set_template(model, None)
     assert "has no chat template" in refused(command, "generate", model, *flags, "--out", tmp_path / "b.jsonl")
 

@@ -45,8 +45,8 @@ def test_both_orders_ties_and_verdicts_that_cannot_be_read(command, tmp_path):
         assert results["consistency"] == 0.75  # of the four that could be read, q2 disagrees
         assert results["first_position_rate"] == pytest.approx(4 / 6)
         assert results["cut"] == {"a": 0, "b": 5}
-        assert "5 of 5 answers of model-b are cut" in said
-        assert "2 of 10 verdicts cannot be read" in said
+        assert "5 of 5 answers of model-b were cut" in said
+        assert "2 of 10 verdicts are unreadable" in said
         assert "at equal lengths   - (one side is nearly always the longer)" in said
         assert "0 of its 16 replies being cut at --max-tokens 256" in said
         games = [json.loads(line) for line in (tmp_path / "run/games.jsonl").read_text().splitlines()]
@@ -79,7 +79,7 @@ def test_a_judge_of_no_readable_verdict_gives_no_rate(command, tmp_path):
     a, b = (answers(tmp_path / f"{n}.jsonl", {"q": n, "r": n}, n) for n in "ab")
     with serving(lambda body, number: completion("<think>Erstens", "length")) as endpoint:
         said = refused(command, "judge", a, b, "--url", endpoint.url, "--judge", "r", "--out", tmp_path / "run")
-    assert "no verdict that can be read, 12 of its 12 replies being cut at --max-tokens 256" in said
+    assert "no readable verdict, 12 of its 12 replies being cut at --max-tokens 256" in said
     assert not (tmp_path / "run/results.json").exists()
     games = [json.loads(line) for line in (tmp_path / "run/games.jsonl").read_text().splitlines()]
     assert [g["replies"] for g in games] == [["<think>Erstens"] * 3] * 4
@@ -156,7 +156,7 @@ def test_the_judge_sees_the_whole_conversation_and_no_thoughts(command, tmp_path
     asked = {text.partition("<<<ANFRAGE\n")[2].partition("\nANFRAGE>>>")[0] for text in shown}
     assert asked == {whole, "Husten?"}
     assert all("\nTee hilft.\n" in text and "think" not in text for text in shown)
-    assert "2 of 2 answers of a hold a <think> block, which is left out; 0 of them have nothing behind it" in said
+    assert "2 of 2 answers of a have a <think> block, which is removed; 0 of them have nothing after it" in said
 
 
 # --- win rates ------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def test_a_run_of_two_models(world, tmp_path, monkeypatch, capsys):
     assert "both, macro" in capsys.readouterr().out
     before = (out / "results.json").stat().st_mtime_ns
     run(monkeypatch, *argv)
-    assert "finished already" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
     assert (out / "results.json").stat().st_mtime_ns == before
     the_page_of(out, found, tmp_path, monkeypatch)
 
@@ -110,7 +110,7 @@ def test_bad_command_lines_end_in_one_line(world, tmp_path, monkeypatch):
         (flags(world, out, "a", "a"), "the name 'a' is taken"),
         (flags(world, out, "nowhere"), "neither a local folder nor a hub id"),
         (flags(world, out, "a", tasks="german_medical"), "make it with: python eval.py convert mmlux SRC"),
-        (flags(world, used, "a"), "not empty and not an evaluation's"),
+        (flags(world, used, "a"), "not empty and not from an evaluation"),
         ([*flags(world, out, "a"), "--chat"], "has no chat template"),
     ):  # fmt: skip
         with pytest.raises(SystemExit, match=message) as stop:
@@ -172,7 +172,7 @@ def test_record_is_torn_by_nothing(tmp_path):
     assert record.open_run(out, "judge", {"x": 1}, [data])
     with pytest.raises(InputError, match="x = 1, this one 2"):
         record.open_run(out, "judge", {"x": 2}, [data])
-    with pytest.raises(InputError, match="holds a run of judge, not of generate"):
+    with pytest.raises(InputError, match="holds a run of judge, not generate"):
         record.open_run(out, "generate", {"x": 1}, [data])
     write_jsonl(data, QUESTIONS[:3])
     with pytest.raises(InputError, match=r"with data .*d\.jsonl"):

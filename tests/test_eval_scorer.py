@@ -12,7 +12,8 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qw
 
 from conftest import SENTENCES, save_reference
 from nanomed import InputError
-from nanomed.evaluation.scorer import DecoderLM, load_decoder
+from nanomed.evaluation.loading import load_decoder
+from nanomed.evaluation.scorer import DecoderLM
 from nanomed.evaluation.sharing import Question, common, groups, shared
 
 CPU = torch.device("cpu")

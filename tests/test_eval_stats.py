@@ -29,6 +29,17 @@ def test_wilson_covers():
     rng, n, truth = np.random.default_rng(0), 68, 0.05
     ends = [stats.wilson(k / n, n) for k in rng.binomial(n, truth, 4000)]
     assert 0.93 < np.mean([low <= truth <= high for low, high in ends]) < 0.98
+    assert stats.wilson(0, 0) == (0, 1)
+
+
+def test_bootstrap_draws_with_replacement():
+    """Of a mean it gives the normal interval; a sample of n leaves out 1/e of them."""
+    values = np.random.default_rng(0).random(3000)
+    low, high = stats.bootstrap(lambda drawn: drawn @ values / 3000, 3000, 2000)  # 666 samples at a time
+    error = stats.Z95 * values.std() / 3000**0.5
+    assert (low, high) == pytest.approx((values.mean() - error, values.mean() + error), abs=0.1 * error)
+    assert stats.bootstrap(lambda drawn: drawn.sum(1), 3000, 2000) == (3000, 3000)
+    assert stats.bootstrap(lambda drawn: (drawn > 0).mean(1), 3000, 2000) == pytest.approx((0.63, 0.63), abs=0.02)
 
 
 @given(bits)

@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from conftest import ROOT
 from knowledge_world import QUESTIONS, fixture_world, flags, run, write_jsonl, write_task  # noqa: F401
 from nanomed.evaluation import accuracy, knowledge, tasks
+from nanomed.evaluation.loading import load_decoder
 from nanomed.evaluation.questions import read_questions
-from nanomed.evaluation.scorer import DecoderLM, load_decoder
+from nanomed.evaluation.scorer import DecoderLM
 
 
 def test_lm_eval_gives_the_same_from_the_same_files(world, tmp_path, monkeypatch):
@@ -79,13 +80,13 @@ def test_the_paper_s_average_is_of_two_exams():
 
 FAULTS = {
     "answer is missing": lambda q: q.pop("answer"),
-    "answer 4 is none of its options": lambda q: q.update(answer=4),
-    "answer -1 is none of its options": lambda q: q.update(answer=-1),
+    "answer 4 is not one of its options": lambda q: q.update(answer=4),
+    "answer -1 is not one of its options": lambda q: q.update(answer=-1),
     "answer is 'A', expected int": lambda q: q.update(answer="A"),
     "option 1 is empty": lambda q: q["options"].__setitem__(1, " "),
     "two options are the same": lambda q: q["options"].__setitem__(1, "ja"),
     "question is empty": lambda q: q.update(question=" "),
-    "id 'q0' stands there twice": lambda q: q.update(id="q0"),
+    "duplicate id 'q0'": lambda q: q.update(id="q0"),
     "has 5 options, one asks for 4": lambda q: q["options"].append("doch"),
 }
 
@@ -119,6 +120,9 @@ def test_a_task_of_another_layout_is_lm_eval_s_alone(world, tmp_path, monkeypatc
     found = json.loads((tmp_path / "out/results.json").read_text())
     assert found["models"][0]["tasks"][0]["n"] == len(QUESTIONS)
     assert f"--include_path {tmp_path} --tasks goals" in found["lm_eval"][0]
+    (tmp_path / "goals.parquet").write_text("no parquet")
+    with pytest.raises(SystemExit, match=r"^error: goals: lm-eval cannot load it .*Parquet magic bytes not found"):
+        run(monkeypatch, world / "a", *argv, "--out", tmp_path / "damaged")
     (tmp_path / "goals.parquet").unlink()
-    with pytest.raises(SystemExit, match=r"goals\.parquet"):
+    with pytest.raises(SystemExit, match=r"^error: goals: lm-eval cannot load it .*goals\.parquet"):
         run(monkeypatch, world / "a", *argv, "--out", tmp_path / "none")

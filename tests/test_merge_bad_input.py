@@ -188,7 +188,7 @@ def test_a_file_that_shrinks_meanwhile(refused, monkeypatch):
 
     monkeypatch.setattr(write, "create", cut)
     with pytest.raises(AssertionError):  # the damage is done by us: only the line counts here
-        refused(lambda *_: None, "ends too early")
+        refused(lambda *_: None, "too early")
 
 
 @pytest.mark.parametrize(("value", "flags"), [(1e6, ("--dtype", "float16")), (3e38, ("--t=-2",))])

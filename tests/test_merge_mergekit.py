@@ -146,7 +146,7 @@ def test_mergekits_own_failure_is_one_line(tmp_path, tiny, monkeypatch):
     assert "mergekit failed" in str(exit_.value.code)
     assert "\n" not in str(exit_.value.code)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(SystemExit, match="only slerp and linear are verified"):
+    with pytest.raises(SystemExit, match="only slerp and linear can be verified"):
         run(monkeypatch, tmp_path / "out", "--mergekit-yaml", tmp_path / "c.yml", "--verify")
     monkeypatch.setattr(mergekit_yaml.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(SystemExit, match="pip install"):

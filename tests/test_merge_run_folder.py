@@ -56,7 +56,7 @@ def test_a_run_without_checkpoints_gives_its_export_and_an_empty_one_is_refused(
     expected, found = tensors_of(trained / "hf"), tensors_of(tmp_path / "out")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     shutil.rmtree(copy / "hf")
-    with pytest.raises(InputError, match="no whole checkpoint"):
+    with pytest.raises(InputError, match="no complete checkpoint"):
         open_checkpoint(str(copy), "CPT")
 
 
@@ -90,5 +90,5 @@ def test_a_run_that_has_not_exported_is_no_base_and_no_run_is_mergekits(pair_and
 def test_a_run_folder_that_is_none(tmp_path):
     (tmp_path / "run.json").write_text("{}")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="no whole checkpoint"):
+    with pytest.raises(InputError, match="no complete checkpoint"):
         open_checkpoint(str(tmp_path), "CPT")

@@ -249,7 +249,7 @@ def test_bad_input(chat_pair, tiny, tmp_path, monkeypatch):
     ):
         (tmp_path / "bad.jsonl").write_text(text)
         refused(tmp_path / "bad.jsonl", named=named)
-    refused(prompts, "--tokens", "60", named="fewer than two windows")
+    refused(prompts, "--tokens", "60", named="less than two windows")
     write_bins(tmp_path / "other", [[1, 2, 3]] * 9, 320)
     flags[5] = tmp_path / "other"
     refused(prompts, named="another tokenizer")

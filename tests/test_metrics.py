@@ -10,12 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import batch_of
 from nanomed import metrics, parallel
-from nanomed.batches import Prefetch
 from nanomed.config import Config
 from nanomed.guard import Verdict
 from nanomed.hf import ModelConfig
 from nanomed.metrics import Metrics, attention_flops, flops_per_token, peak_flops
 from nanomed.model import Decoder
+from nanomed.prefetch import Prefetch
 
 V, D, F, LAYERS, H, K, HEAD = 50, 24, 40, 3, 4, 2, 16
 

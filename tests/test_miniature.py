@@ -165,7 +165,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         miniature.claim(tmp_path / "run", FAST, True, 1)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    with pytest.raises(InputError, match="not empty and not a miniature"):
+    with pytest.raises(InputError, match="not empty and not a run of the miniature"):
         miniature.claim(tmp_path / "mine", FAST, True, 0)
 
 

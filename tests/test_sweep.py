@@ -23,7 +23,7 @@ from transformers import AutoModelForSequenceClassification, XLMRobertaConfig, X
 import scoring
 import sweep as script
 from nanomed import InputError
-from scoring import Scoring, cut_batches, read_ahead, score_path
+from scoring import Scoring, cut_batches, score_path
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = "Der Patient erhält täglich fünf Milligramm Ramipril gegen hohen Blutdruck und das Amt gibt Auskunft".split()
@@ -157,17 +157,6 @@ def test_batches_hold_every_document_once_within_the_budget(lengths, budget):
     assert (np.diff(lengths[together]) <= 0).all()
     for batch in batches:
         assert batch.size == 1 or lengths[batch].max() * batch.size <= budget
-
-
-def test_read_ahead_raises_what_the_thread_meets():
-    def items():
-        yield 1
-        raise InputError("cut")
-
-    ahead = read_ahead(items())
-    assert next(ahead) == 1
-    with pytest.raises(InputError, match="cut"):
-        next(ahead)
 
 
 def sweep(*arguments) -> None:

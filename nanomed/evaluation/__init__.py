@@ -1,1 +1,1 @@
-"""Evaluation: one module a command of eval.py, and the statistics, tasks and records that they share."""
+"""Evaluation: one module per command of eval.py, and the statistics, tasks and records that they share."""

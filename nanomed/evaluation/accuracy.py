@@ -1,7 +1,7 @@
 """From samples to numbers: accuracy, interval, letters, calibration, and the difference to the first model.
 
-A question's value is the share of shot seeds in which it was answered rightly; intervals and tests are over questions.
-McNemar's test, which knows right and wrong only, uses the first seed.
+A question's value is the share of shot seeds in which it was answered correctly; intervals and tests are over questions.
+McNemar's test, which takes right or wrong only, uses the first seed.
 """
 
 import argparse
@@ -29,12 +29,12 @@ def results(
     for name, path in models.items():
         values, entries = {}, []
         for task in group.tasks():
-            mine = samples(name, task)
-            values[task.name] = per_question(mine)
+            own = samples(name, task)
+            values[task.name] = per_question(own)
             reference = (first, samples(first, task)) if first else None
-            entries.append(task_entry(task, mine, seeds, args, reference))
+            entries.append(task_entry(task, own, seeds, args, reference))
         average = None
-        if group.name:  # tasks named one by one have no average that means anything
+        if group.name:  # an average of tasks named one by one means nothing
             difference = {"to": first} | group_difference(group, values, first_values) if first else None
             average = group_entry(group, values) | {"difference": difference}
         if first is None:
@@ -56,20 +56,20 @@ def first_seed(samples: Samples) -> np.ndarray:
     return np.array([s["correct"] for s in samples if s["seed"] == samples[0]["seed"]])
 
 
-def task_entry(task: Task, mine: Samples, seeds: list[int], args: argparse.Namespace, reference) -> dict:
-    """One model's numbers on one task. reference: (name, samples) of the first model, None for itself."""
-    values = per_question(mine)
+def task_entry(task: Task, own: Samples, seeds: list[int], args: argparse.Namespace, reference) -> dict:
+    """One model's numbers on one task. reference: (name, samples) of the first model; None for the first itself."""
+    values = per_question(own)
     accuracy, difference = float(values.mean()), None
     if reference:
         delta, interval = stats.paired_bootstrap(values, per_question(reference[1]))
-        p = stats.mcnemar(first_seed(mine), first_seed(reference[1]))
+        p = stats.mcnemar(first_seed(own), first_seed(reference[1]))
         difference = {"to": reference[0], "delta": delta, "ci": interval, "mcnemar_p": p}
-    per_seed = [{"seed": s, "accuracy": float(np.mean([x["correct"] for x in mine if x["seed"] == s]))} for s in seeds]
-    confidence = confidences(mine)
+    per_seed = [{"seed": s, "accuracy": float(np.mean([x["correct"] for x in own if x["seed"] == s]))} for s in seeds]
+    confidence = confidences(own)
     return {
-        "task": task.name, "source": task.source, "n": len(values), "metric": mine[0]["metric"], "accuracy": accuracy,
+        "task": task.name, "source": task.source, "n": len(values), "metric": own[0]["metric"], "accuracy": accuracy,
         "ci": stats.wilson(accuracy, len(values)), "shots": args.shots, "seeds": per_seed, "cue": args.cue, "chat": args.chat,
-        "letters": letters(mine), "cut": sum(x["cut"] for x in mine),
+        "letters": letters(own), "cut": sum(x["cut"] for x in own),
         "ece": None if confidence is None else stats.calibration_error(*confidence),
         "reliability": None if confidence is None else [list(bin_) for bin_ in stats.reliability(*confidence)],
         "difference": difference,
@@ -77,7 +77,7 @@ def task_entry(task: Task, mine: Samples, seeds: list[int], args: argparse.Names
 
 
 def letters(samples: Samples) -> dict | None:
-    """How often each place is right and is chosen: a model that prefers a letter shows here."""
+    """How often each place is right and how often it is chosen: shows a preference for a letter."""
     if "chosen" not in samples[0]:
         return None
     n = max(len(s["options"]) for s in samples)
@@ -85,7 +85,7 @@ def letters(samples: Samples) -> dict | None:
 
 
 def confidences(samples: Samples) -> tuple[np.ndarray, np.ndarray] | None:
-    """(probability of the chosen option among the options, right?) of every sample; None where scores are no probabilities."""
+    """(probability of the chosen option among the options, right?) of every sample; None if scores are not probabilities."""
     if "log_p" not in samples[0] or samples[0]["metric"] != "acc":
         return None
     odds = [np.exp(np.array(s["log_p"]) - max(s["log_p"])) for s in samples]
@@ -96,7 +96,7 @@ def confidences(samples: Samples) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def value(node: Group | Task, means: dict, sizes: dict):
-    """A node's number: of a task its mean, of a group the mean of its children or of all its questions."""
+    """A node's number: a task's mean; of a group the mean over its children or over all its questions."""
     if isinstance(node, Task):
         return means[node.name]
     if node.by_size:
@@ -110,7 +110,7 @@ def _macro(group: Group, means: dict, sizes: dict):
 
 
 def group_entry(group: Group, values: dict[str, np.ndarray]) -> dict:
-    """macro: every child of the group alike, as the paper's average; micro: every question alike. ci: of macro."""
+    """macro: mean over the group's children, as the paper's average; micro: over all questions. ci: of macro."""
     sizes = {name: len(v) for name, v in values.items()}
     means = {name: float(v.mean()) for name, v in values.items()}
     micro = value(Group(group.name, group.children, True), means, sizes)
@@ -120,7 +120,7 @@ def group_entry(group: Group, values: dict[str, np.ndarray]) -> dict:
 
 
 def group_difference(group: Group, values: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> dict:
-    """Of macro to the first model's, questions paired."""
+    """Difference of macro to the first model's, questions paired."""
     sizes = {name: len(v) for name, v in values.items()}
     found = {name: stats.paired_bootstrap(v, reference[name]) for name, v in values.items()}
     means, intervals = ({name: both[i] for name, both in found.items()} for i in (0, 1))
@@ -128,9 +128,9 @@ def group_difference(group: Group, values: dict[str, np.ndarray], reference: dic
 
 
 def macro_interval(group: Group, means: dict, intervals: dict, sizes: dict) -> tuple[float, float]:
-    """95 % interval of macro from those of its tasks, whose errors are independent: each side is the root of the summed
-    squares of theirs (MOVER, Zou and Donner 2008). So a task without any spread, as of two models that answer alike, counts
-    with what its own interval allows."""
+    """95 % interval of macro; it combines the tasks' intervals, whose errors are independent: each side is the root of the sum
+    of their squares (MOVER, Zou and Donner 2008). So a task without any spread, as between two models that answer alike,
+    still contributes its own interval."""
     weights = {name: _macro(group, {**dict.fromkeys(means, 0.0), name: 1.0}, sizes) for name in means}
     low, high = (math.hypot(*(weights[n] * (intervals[n][i] - means[n]) for n in means)) for i in (0, 1))
     middle = _macro(group, means, sizes)

@@ -2,8 +2,8 @@
 
     {id, prompt: messages, answer, finish_reason, completion_tokens, model}
 
-finish_reason is "stop" where the model ended its answer, "length" where it was cut off. The file holds what the model
-wrote; what it thought aloud, in <think>...</think>, is left out where answers are read. No torch is imported here.
+finish_reason is "stop" if the model ended its answer, "length" if it was cut off. The file holds what the model wrote;
+<think>...</think> blocks are removed when answers are read. No torch is imported here.
 """
 
 import json
@@ -28,18 +28,18 @@ class Sample:
     prompt: list[dict]  # [{"role", "content"}]
     answer: str
     finish_reason: str
-    completion_tokens: int  # of the model's own tokenizer, the end token included
+    completion_tokens: int  # in the model's own tokens, the end token included
     model: str
-    thought: bool = False  # whether what it thought aloud was left out of the answer
+    thought: bool = False  # whether a <think> block was removed from the answer
 
     @property
     def question(self) -> str:
-        """What the user said, all turns."""
+        """What the user said, in all turns."""
         return "\n\n".join(m["content"] for m in self.prompt if m["role"] == "user")
 
     @property
     def conversation(self) -> str:
-        """The whole prompt as a judge reads it: one user's turn as it is, else every turn under its role."""
+        """The whole prompt as a judge reads it: a single user turn as it is, several each under its role."""
         if [m["role"] for m in self.prompt] == ["user"]:
             return self.question
         return "\n\n".join(f"[{ROLES.get(m['role'], m['role'])}]\n{m['content']}" for m in self.prompt)
@@ -50,7 +50,7 @@ class Sample:
 
 
 def read_answers(path: Path) -> dict[str, Sample]:
-    """id → sample, in the file's order. InputError naming line and field where one is missing or of another type."""
+    """id → sample, in the file's order. InputError naming the line and the field that is missing or of another type."""
     samples: dict[str, Sample] = {}
     kinds = {"answer": str, "finish_reason": str, "completion_tokens": int, "model": str}
     for number, record in read_jsonl(path):
@@ -64,7 +64,7 @@ def read_answers(path: Path) -> dict[str, Sample]:
         about = (record[field] for field in kinds if field != "answer")
         sample = Sample(str(record["id"]), record["prompt"], said, *about, thought=said != record["answer"])
         if sample.id in samples:
-            raise InputError(f"{where}: id {sample.id!r} comes twice")
+            raise InputError(f"{where}: duplicate id {sample.id!r}")
         samples[sample.id] = sample
     if not samples:
         raise InputError(f"{path}: has no answers")
@@ -72,8 +72,7 @@ def read_answers(path: Path) -> dict[str, Sample]:
 
 
 def without_thoughts(text: str) -> str:
-    """What is said behind what is thought; some templates open <think> themselves. "" where a thought has no end: then the
-    answer never came."""
+    """The text without thoughts; some templates open <think> themselves. "" if a thought has no end: then there is no answer."""
     said = THOUGHT.sub("", text).rpartition("</think>")[2]
     if "<think>" in said:
         return ""
@@ -81,15 +80,15 @@ def without_thoughts(text: str) -> str:
 
 
 def thoughts_left_out(samples: list[Sample]) -> Iterator[str]:
-    """A line that says how many answers held thoughts, where one did."""
+    """A line with the number of answers that had thoughts, if any."""
     if n := sum(sample.thought for sample in samples):
         without = sum(sample.thought and not sample.answer for sample in samples)
-        yield (f"{n} of {len(samples)} answers of {samples[0].model} hold a <think> block, which is left out; "
-               f"{without} of them have nothing behind it")  # fmt: skip
+        yield (f"{n} of {len(samples)} answers of {samples[0].model} have a <think> block, which is removed; "
+               f"{without} of them have nothing after it")  # fmt: skip
 
 
 def read_pair(a: Path, b: Path) -> list[tuple[Sample, Sample]]:
-    """The answers of both files to the same prompts, in A's order. InputError where one has a prompt the other lacks."""
+    """The answers of both files to the same prompts, in A's order. InputError if one has a prompt that the other lacks."""
     left, right = read_answers(a), read_answers(b)
     alone = [(name, a, b) for name in left if name not in right] + [(name, b, a) for name in right if name not in left]
     if alone:
@@ -103,8 +102,8 @@ def read_pair(a: Path, b: Path) -> list[tuple[Sample, Sample]]:
 
 
 def model_name(samples: list[Sample], path: Path) -> str:
-    """The one model that gave the answers; InputError where there are several."""
+    """The model that gave the answers; InputError if there are several."""
     names = sorted({sample.model for sample in samples})
     if len(names) > 1:
-        raise InputError(f"{path}: has answers of {names[0]} and of {names[1]}; one file, one model")
+        raise InputError(f"{path}: has answers of {names[0]} and of {names[1]}; expected one model per file")
     return names[0]

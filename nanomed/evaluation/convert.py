@@ -4,9 +4,9 @@
     python eval.py convert bioinstructqa German-full.json
 
 SRC is a file, a folder with the files as they were published, or the data set's id on the Hugging Face hub. Translations
-of one exam differ, and so do the numbers: the source is part of every file's and every task's name, and nothing is mixed.
-Per task two files: NAME.jsonl and NAME.dev.jsonl, whose questions serve as shots. Where a source has no dev questions, the
-first 5 of every task are taken out of the test and said so. Questions already there are not written over.
+of one exam differ, and so do the scores: the source is part of every file's and task's name, and sources are never mixed.
+Two files per task: NAME.jsonl, and NAME.dev.jsonl, whose questions serve as shots. If a source has no dev questions, the
+first 5 of every task are taken from the test set, and a note says so. Existing questions are not overwritten.
 
     mmlux          openGPT-X/mmlux (now Eurolingua/mmlux): MMLU by DeepL; hendrycks_SUBJECT_DE_{test,dev}.jsonl
     mmmlu          openai/MMMLU: MMLU by human translators; test/mmlu_DE-DE.csv
@@ -14,8 +14,8 @@ first 5 of every task are taken out of the test and said so. Questions already t
     bioinstructqa  BioMistral/BioInstructQA: German-full.json of its data.zip, or the zip; its MedQA with four options
     medqa          MedQA's own layout, translated: phrases_no_exclude_{test,train}.jsonl
 
-A machine translation may turn two options into the same word, or lose one. Such a question has no right answer any more:
-it is left out and named. Where more than one in 20 of a file are so, the file is refused.
+A machine translation may turn two options into the same word, or lose one. Such a question no longer has a right answer:
+it is left out and named. A file in which more than one in 20 are like this is rejected.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanomed import InputError
+from nanomed import InputError, first_line
 from nanomed.evaluation.questions import fault
 from nanomed.files import write_durably
 
@@ -137,7 +137,7 @@ def made(name: object, question: str, options: list[str], answer: int | str) -> 
 
 
 def place(options: dict[str, str], letter: str) -> int:
-    """Where the letter stands among the options; -1 where it is none of them."""
+    """The letter's place among the options; -1 if it is none of them."""
     return list(options).index(letter) if letter in options else -1
 
 
@@ -184,7 +184,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def find_files(src: str, patterns: Iterable[str]) -> list[Path]:
-    """The file, or those of a folder or hub data set that fit; of one name (test, dev) each once."""
+    """The file, or the matching files of a folder or a hub data set."""
     path = Path(src)
     if path.is_file():
         return [path]
@@ -204,11 +204,11 @@ def download(name: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns))
     except (OSError, HFValidationError, ValueError) as error:
-        raise InputError(f"{name}: no such file or folder, and the hub says: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{name}: no such file or folder, and the hub says: {first_line(error)}") from error
 
 
 def checked(path: Path, read: Callable[[Path], Rows]) -> Rows:
-    """The sound questions of a file; the others are named. InputError where they are many, or the layout is another."""
+    """The sound questions of a file; the others are named. InputError if there are many, or the layout is different."""
     number, damaged = 0, []
     try:
         for split, subject, question in read(path):
@@ -218,7 +218,7 @@ def checked(path: Path, read: Callable[[Path], Rows]) -> Rows:
                 damaged.append(f"{question['id']}: {wrong}")
             else:
                 yield split, subject, question
-    except (KeyError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, csv.Error, zipfile.BadZipFile) as error:
         raise InputError(
             f"{path}: after question {number}: not as published ({type(error).__name__}: {error})"
         ) from None
@@ -234,11 +234,11 @@ def write_task(out: Path, name: str, splits: dict[str, list[dict]]) -> None:
     if not dev:
         test, dev, note = test[N_DEV:], test[:N_DEV], f" (its first {N_DEV}: the source has no dev questions)"
     if not test:
-        raise InputError(f"{name}: the source has no test questions; was the test file given?")
+        raise InputError(f"{name}: the source has no test questions; is the test file there?")
     out.mkdir(parents=True, exist_ok=True)
     for path, questions in ((out / f"{name}.dev.jsonl", dev), (out / f"{name}.jsonl", test)):
         text = "".join(json.dumps(q, ensure_ascii=False) + "\n" for q in questions)
         if path.exists() and path.read_text(encoding="utf-8") != text:
-            raise InputError(f"{path}: is there already with other questions; move it away first")
+            raise InputError(f"{path}: exists already with other questions; move it away first")
         write_durably(path, text)
     print(f"{out / name}.jsonl: {len(test)} questions, {len(dev)} for shots{note}")

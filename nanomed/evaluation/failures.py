@@ -3,14 +3,14 @@
     python eval.py failures a.jsonl --ref b.jsonl
 
     language     line pass rate: share of answers in which every line of five words and more is German. As in the Language
-                 Confusion Benchmark (Marchisio et al. 2024, arXiv 2406.20052), with word lists in the place of its fastText
+                 Confusion Benchmark (Marchisio et al. 2024, arXiv 2406.20052), with word lists instead of its fastText
                  model, which takes "Diagnose: Diabetes mellitus Typ 2." for another language; English function words per
-                 100 words; answers with a sentence that mixes; wholly English answers; other scripts (Qwen's Chinese)
+                 100 words; answers with a mixed sentence; wholly English answers; other scripts (Qwen's Chinese)
     verbosity    length, and its ratio to the reference's as the geometric mean over prompts; answers without an end;
                  repeated 4-grams; turns continued by the model itself; echoes of the prompt; empty answers
 
-What a model thinks aloud, in <think>...</think>, is no part of its answer. Every figure has its 95 % interval, from
-resampling prompts. OUT/samples.jsonl says for each answer what was found in it.
+A model's <think>...</think> blocks are not part of its answer. Every figure has a 95 % interval, from resampling prompts.
+OUT/samples.jsonl lists what was found in each answer.
 """
 
 import argparse
@@ -31,7 +31,7 @@ LABELS = {
     "repeated_4grams": "repeated 4-grams", "continued_turns": "turns continued by itself", "prompt_echo": "echoes of the prompt",
     "empty": "empty answers",
 }  # fmt: skip
-PLAIN = ("english_per_100", "length", "ratio_to_ref")  # figures that are no share
+PLAIN = ("english_per_100", "length", "ratio_to_ref")  # figures that are not shares
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     )
     finish_run(out, results)
     print_results(results)
-    print(f"{out}: what was found in which answer is in samples.jsonl")
+    print(f"{out}: samples.jsonl lists what was found in each answer")
 
 
 def summarise(rows: list[tuple[Sample, language.Language, verbosity.Verbosity]]) -> dict:
@@ -105,7 +105,7 @@ def sample_line(side: str, sample: Sample, spoken: language.Language, sized: ver
 
 
 def spell(name: str, figure: dict | None) -> str:
-    """A figure with its interval, as people write it; without one where no resample differs, for that shows nothing."""
+    """A figure with its interval, as people write it; without one if no resample differs, since that shows nothing."""
     if figure is None:
         return "–"
     scale, unit = (1, "") if name in PLAIN else (100, " %")
@@ -116,7 +116,7 @@ def spell(name: str, figure: dict | None) -> str:
 
 
 def print_results(r: dict) -> None:
-    """One line a figure; the reference's beside it."""
+    """One line per figure, the reference's beside it."""
     print(f"{r['a']}{' against ' + r['ref'] if r['ref'] else ''}, {r['n']} answers, length in {r['unit']}")
     for part in ("language", "verbosity"):
         for name, figure in r[part].items():

@@ -1,13 +1,12 @@
-"""Accuracy in one picture: every model's bars with their intervals, which letters it likes, whether its confidence is earned."""
+"""Accuracy in one figure: bars with intervals, preference for letters, calibration."""
 
 import numpy as np
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 
-from nanomed.evaluation.pictures import RED, svg
+from nanomed.evaluation.pictures import RED
+from nanomed.figures import canvas, svg
 
 CHANCE = 0.25
-PAPER = {  # arXiv 2604.19394: mean of MMLU-de (medical) and MedQA-de, in per cent; other models than those of the runs
+PAPER = {  # arXiv 2604.19394: mean of MMLU-de (medical) and MedQA-de, in per cent; for other models than the runs'
     "BioMistral-7B": 43.55, "BioMistral-7B-SLERP": 48.22, "Mistral-7B-Instruct": 49.73,
     "DeFineMed-Mistral-7B-SLERP": 56.46, "Qwen2.5-7B-Instruct": 59.08, "DeFineMed-Qwen2.5-7B": 64.91,
 }  # fmt: skip
@@ -17,15 +16,11 @@ def draw(results: dict, paper: bool = False) -> str:
     """The <svg> of the results of `knowledge`. paper: with the paper's numbers as marks below the bars."""
     models = results["models"]
     n_rows = (len(models[0]["tasks"]) + bool(models[0]["group"])) * (len(models) + 1)
-    figure = Figure(figsize=(13, max(3.5, 1.2 + 0.16 * (n_rows + len(models) + 1)) + 0.22 * len(PAPER) * paper))
-    FigureCanvasSVG(figure)
-    bars, letters, curve = figure.subplots(1, 3, width_ratios=(1.6, 1, 1))
+    height = max(3.5, 1.2 + 0.16 * (n_rows + len(models) + 1)) + 0.22 * len(PAPER) * paper
+    figure, (bars, letters, curve) = canvas(13, height, columns=3, width_ratios=(1.6, 1, 1))
     _bars(bars, models, paper)
     _letters(letters, models)
     _reliability(curve, models)
-    for axes in (bars, letters, curve):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
     return svg(figure)
 
 
@@ -57,7 +52,7 @@ def _bars(axes, models: list[dict], paper: bool) -> None:
 
 
 def _letters(axes, models: list[dict]) -> None:
-    """How often each letter is chosen, beside how often it is right; where whole answers are scored, places mean nothing."""
+    """How often each letter is chosen, and how often it is right; if whole answers are scored, places mean nothing."""
     counts = {
         model["name"]: [e["letters"] for e in model["tasks"] if e["letters"] and e["metric"] == "acc"]
         for model in models
@@ -79,7 +74,7 @@ def _letters(axes, models: list[dict]) -> None:
 
 
 def _reliability(axes, models: list[dict]) -> None:
-    """Share right against confidence: on the diagonal where the model knows what it knows."""
+    """Share right against confidence: on the diagonal if the model is calibrated."""
     drawn = [(m, model, [e for e in model["tasks"] if e["reliability"]]) for m, model in enumerate(models)]
     if not any(entries for _, _, entries in drawn):
         return axes.set_axis_off()
@@ -98,5 +93,5 @@ def _reliability(axes, models: list[dict]) -> None:
 
 
 def _legend_below(axes, columns: int) -> None:
-    """Where no bar and no curve can be, however many models there are."""
+    """Below the axes, where it hides nothing, however many models there are."""
     axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns)

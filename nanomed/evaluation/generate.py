@@ -3,17 +3,17 @@
     python eval.py generate runs/x --prompts data/tasks/prompts_de.jsonl --out x.jsonl          in this process
     python eval.py generate http://localhost:8000/v1 --model NAME --prompts P.jsonl --out y.jsonl        vllm serve
 
-In this process transformers generates, in batches padded on the left; an answer that has ended costs no more attention
-to itself but its row stays until the batch's longest has ended, so for thousands of prompts serve the model with vLLM
-and give its URL. Greedy means greedy: a repetition penalty in generation_config.json (Qwen2.5 has one) is not applied;
-vLLM applies it unless told `--generation-config vllm`. A model that may think before it answers (Qwen3) is told not to, by
-its template's `enable_thinking`: what is compared are answers. A server has to be told so itself.
+In this process transformers generates, in batches padded on the left; a row whose answer has ended stays until the
+batch's longest has ended, so for thousands of prompts serve the model with vLLM and give its URL. Greedy means greedy: a
+repetition penalty in generation_config.json (Qwen2.5 has one) is not applied; vLLM applies it unless started with
+`--generation-config vllm`. Thinking (Qwen3) is switched off by the template's `enable_thinking`, since answers are what is
+compared; a server has a setting of its own for that.
 
-A.jsonl has a line for every prompt: {id, prompt, answer, finish_reason, completion_tokens, model}; beside it A.run/ says
-how it came about. An interrupted run goes on: at a URL with the answers in A.run/, in this process with the first batch
-that is not whole. Batches are the same slices of the prompts whenever the run goes on, since in bfloat16 the neighbours
-of a prompt move its last bits, and a weak model's answers with them: with --batch 6, 5 of 12 answers of
-SmolLM2-135M-Instruct were others than with --batch 1, which gives what `transformers serve` gives, token for token.
+A.jsonl has a line per prompt: {id, prompt, answer, finish_reason, completion_tokens, model}; A.run/ beside it records how it
+was made. An interrupted run resumes: at a URL with the answers in A.run/, in this process with the first incomplete batch.
+Batches are the same slices of the prompts after every resumption, since in bfloat16 the neighbours of a prompt change its
+last bits, and with them a weak model's answers: with --batch 6, 5 of 12 answers of SmolLM2-135M-Instruct differed from
+those with --batch 1, which gives what `transformers serve` gives, token for token.
 """
 
 import argparse
@@ -21,12 +21,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanomed import InputError
+from nanomed import InputError, first_line
 from nanomed.evaluation.answers import Sample, model_name, read_answers
 from nanomed.evaluation.record import fingerprint, finish_run, open_run
 from nanomed.files import read_jsonl, write_durably
 from nanomed.hf import fetch
-from nanomed.prompts import read_prompts
+from nanomed.prompts import prompt_renderer, read_prompts
 
 PROMPTS = Path(__file__).resolve().parents[2] / "data" / "tasks" / "prompts_de.jsonl"
 
@@ -39,10 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL|URL",
         help="folder, hub id, run folder of train.py; or an OpenAI-compatible URL with its /v1",
     )
-    add("--model", metavar="NAME", help="at a URL: the model's name there, needed; else: how the answers name it")
+    add("--model", metavar="NAME", help="at a URL: the model's name there (required); else its name in the answers")
     add("--prompts", type=Path, default=PROMPTS, help="JSONL of prompts (default: data/tasks/prompts_de.jsonl)")
-    add("--out", type=Path, metavar="A.jsonl", required=True, help="the answers; A.run/ beside it holds how they came")
-    add("--max-new-tokens", type=int, default=512, metavar="N", help="then an answer is cut (default: %(default)s)")
+    add("--out", type=Path, metavar="A.jsonl", required=True, help="the answers; A.run/ beside it records the run")
+    add("--max-new-tokens", type=int, default=512, metavar="N", help="limit of an answer (default: %(default)s)")
     add("--limit", type=int, metavar="N", help="only the first N prompts")
     add("--batch", type=int, default=8, metavar="N", help="prompts at once, in this process (default: %(default)s)")
     add("--concurrency", type=int, default=64, metavar="N", help="requests in flight, at a URL (default: %(default)s)")
@@ -69,8 +69,8 @@ def run(args: argparse.Namespace) -> None:
     config = {"model": name, "max_new_tokens": args.max_new_tokens, "limit": args.limit}
     config |= {"batch": None if at_url else args.batch, "where": "endpoint" if at_url else "in process"}
     if args.out.exists() and not (folder / "run.json").exists():
-        raise InputError(f"--out {args.out}: is there already, without {folder}; choose another, or delete it")
-    model = None if at_url else model_folder(args.source)
+        raise InputError(f"--out {args.out}: exists already, without {folder}; choose another, or delete it")
+    model = None if at_url else fetch(args.source, "MODEL")
     config |= {"fingerprint": fingerprint(model)} if model else {}
     if open_run(folder, "generate", config, [args.prompts]) and args.out.exists():
         return print(f"{args.out}: already finished")
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """InputError for an option that is given and not above zero."""
+    """InputError for an option that was given and is not positive."""
     for name in names:
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected more than 0")
@@ -105,7 +105,7 @@ def summary(samples: list[Sample], path: Path) -> dict:
 
 
 def from_url(args: argparse.Namespace, prompts: dict[str, list[dict]], cache: Path) -> None:
-    """Ask the endpoint; the file is written when every answer is there, in the order of the prompts."""
+    """Ask the endpoint; the file is written when all answers are there, in the order of the prompts."""
     from nanomed.chat import ask
 
     settings = {"model": args.model, "temperature": 0, "max_tokens": args.max_new_tokens}
@@ -131,8 +131,10 @@ def in_process(args: argparse.Namespace, prompts: dict[str, list[dict]], name: s
     n_done = keep_whole_batches(args.out, args.batch, list(prompts))
     if n_done == len(prompts):
         return
+    texts = render(folder, dict(list(prompts.items())[n_done:]))
     model, tokenizer = load(folder)
-    tokens = render(tokenizer, dict(list(prompts.items())[n_done:]), args.source)
+    # A special token spelled out in a prompt is read as one, as by transformers and vLLM.
+    tokens = {i: tokenizer(text, add_special_tokens=False)["input_ids"] for i, text in texts.items()}
     check_lengths(tokens, model, args.max_new_tokens)
     bar = tqdm(total=len(prompts), initial=n_done, desc="generate", unit="answer", smoothing=0, disable=None)
     with bar, args.out.open("ab") as file:
@@ -145,7 +147,7 @@ def in_process(args: argparse.Namespace, prompts: dict[str, list[dict]], name: s
 
 
 def keep_whole_batches(path: Path, batch: int, names: list[str]) -> int:
-    """Cut the file back to the batches that an earlier run wrote whole; how many answers those are."""
+    """Truncate the file to the batches that an earlier run completed; returns their number of answers."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
@@ -155,19 +157,24 @@ def keep_whole_batches(path: Path, batch: int, names: list[str]) -> int:
     for (number, record), name in zip(read_jsonl(path) if n_whole else (), names, strict=False):
         if record.get("id") != name:
             raise InputError(
-                f"{path}: line {number} is of prompt {record.get('id')!r}, expected {name!r}; delete the file"
+                f"{path}: line {number} belongs to prompt {record.get('id')!r}, expected {name!r}; delete the file"
             )
     return n_whole
 
 
-def model_folder(source: str) -> Path:
-    """The checkpoint's folder; a run folder of train.py stands for its export."""
-    run = Path(source) / "hf"
-    return run if (run / "config.json").is_file() else fetch(source, "MODEL")
+def render(folder: Path, prompts: dict[str, list[dict]]) -> dict[str, str]:
+    """id → the conversation as the model reads it, up to where the assistant begins."""
+    to_text, texts = prompt_renderer(folder), {}
+    for name, messages in prompts.items():
+        try:
+            texts[name] = to_text(messages)
+        except ValueError as error:
+            raise InputError(f"MODEL {folder}: prompt {name!r}: {error}") from None
+    return texts
 
 
 def load(folder: Path):
-    """(model on its device, tokenizer that pads on the left). InputError without a chat template."""
+    """(model on its device, tokenizer that pads on the left)."""
     try:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, logging
@@ -177,28 +184,10 @@ def load(folder: Path):
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-        if not tokenizer.chat_template:
-            raise InputError(f"{folder}: has no chat template; give an instruct model, or one that was merged with one")
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"MODEL {folder}: transformers cannot load it ({str(error).splitlines()[0]})") from None
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:  # a package, files, shapes, memory
+        raise InputError(f"MODEL {folder}: transformers cannot load it ({first_line(error)})") from None
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
-
-
-def render(tokenizer, prompts: dict[str, list[dict]], source: str) -> dict[str, list[int]]:
-    """id → tokens of the conversation up to where the assistant begins. A special token that a prompt spells is read as
-    one, as transformers and vLLM do."""
-    tokens = {}
-    for name, messages in prompts.items():
-        try:
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
-        except Exception as error:  # jinja's own, and whatever a template's raise_exception says
-            what = (str(error) or type(error).__name__).splitlines()[0]
-            raise InputError(f"MODEL {source}: its chat template refuses prompt {name!r} ({what})") from None
-        tokens[name] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return tokens
 
 
 def check_lengths(prompts: dict[str, list[int]], model, max_new_tokens: int) -> None:
@@ -224,23 +213,23 @@ def answer(
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
         ends.append(tokenizer.eos_token_id)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
-    model.generation_config = GenerationConfig()  # whatever it says of sampling and penalties does not hold here
+    model.generation_config = GenerationConfig()  # ignore its sampling and penalties
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad
     )
     names = list(prompts)
     for start in range(0, len(names), batch):
-        mine = names[start : start + batch]
-        length = max(len(prompts[name]) for name in mine)
-        padded = torch.tensor([[pad] * (length - len(prompts[n])) + prompts[n] for n in mine], device=model.device)
-        mask = torch.tensor([[0] * (length - len(prompts[n])) + [1] * len(prompts[n]) for n in mine])
+        part = names[start : start + batch]
+        length = max(len(prompts[name]) for name in part)
+        padded = torch.tensor([[pad] * (length - len(prompts[n])) + prompts[n] for n in part], device=model.device)
+        mask = torch.tensor([[0] * (length - len(prompts[n])) + [1] * len(prompts[n]) for n in part])
         with torch.inference_mode():
             full = model.generate(padded, attention_mask=mask.to(model.device), generation_config=settings)
-        yield [(name, _read(tokenizer, ids, ends)) for name, ids in zip(mine, full[:, length:].tolist(), strict=True)]
+        yield [(name, _read(tokenizer, ids, ends)) for name, ids in zip(part, full[:, length:].tolist(), strict=True)]
 
 
 def _read(tokenizer, ids: list[int], ends: list[int]) -> tuple[str, str, int]:
-    """(answer, finish_reason, tokens with the end) of what was generated, padding behind the end cut off."""
+    """(answer, finish_reason, tokens with the end) of what was generated, without the padding after the end."""
     n_tokens = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
     ended = bool(ids) and ids[n_tokens - 1] in ends
     text = tokenizer.decode(ids[:n_tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,13 +1,14 @@
-"""The decoder at inference: many continuations of one prefix, whose keys and values are computed once.
+"""The decoder at inference: keys and values are computed once, and many continuations share those of one prefix.
 
-A few-shot prompt is mostly the same text before every question, and the options of a question share the question. So a
-row here is a tree: a question (branch 0) and after it the options (branches 1, 2, ...), each of which sees the prefix,
-the question and itself, at the positions it would have on its own. One pass scores them all.
+Few-shot prompts begin with the same text, and the options of a question share the question. So a row here is a tree: a
+question (branch 0) and after it the options (branches 1, 2, ...), each of which sees the prefix, the question and itself,
+at the positions it would have on its own. One pass scores them all.
 
-Matrix products run over the real tokens only, packed; attention alone is padded to (rows, longest row), with a mask that
-is exact: padding is never seen. What a row yields does not depend on the rows beside it, up to rounding.
+Matrix products run over the real tokens only, packed; attention alone is padded to (rows, longest row), with an exact
+mask: padding is never seen. A row's results do not depend on the rows beside it, up to rounding.
 """
 
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -39,10 +40,10 @@ class Packed:
 
     tokens: Tensor  # (N,) int64
     positions: Tensor  # (N,) int64
-    slots: Tensor  # (N,) int64: where token i stands in the padded (R · L)
+    slots: Tensor  # (N,) int64: place of token i in the padded (R · L)
     n_rows: int
     length: int  # L
-    mask: Tensor  # (R, L, P + L) bool: which keys a query sees where no sliding window hides them
+    mask: Tensor  # (R, L, P + L) bool: which keys a query sees without a sliding window
     position: Tensor  # (R, P + L) int32, of prefix and row
 
     def windowed(self, window: int | None) -> Tensor:  # (R, 1, L, P + L) bool
@@ -81,7 +82,7 @@ def pack(rows: list[Row], n_prefix: int, device: torch.device) -> Packed:
 
 
 def hidden(model: Decoder, packed: Packed, prefix: KV) -> tuple[Tensor, KV]:  # (N, D), and the tokens' own keys, values
-    """Final hidden states of the rows' tokens behind the prefix ([] where there is none); needs an unsharded model."""
+    """Final hidden states of the rows' tokens behind the prefix ([] if there is none); needs an unsharded model."""
     x = model.model.embed_tokens(packed.tokens).to(model.dtype)
     cos, sin = model.rope_tables(packed.positions)
     masks, own = {}, []
@@ -122,7 +123,7 @@ def _pad(x: Tensor, packed: Packed) -> Tensor:  # (N, heads, d) -> (R, L, heads,
 
 
 def extend(model: Decoder, prefix: KV, n_prefix: int, tokens: list[int]) -> tuple[Tensor, KV]:  # (n, D)
-    """Hidden states of the tokens that follow the prefix, and the prefix with them; in chunks, so that memory is bounded."""
+    """Hidden states of the tokens that follow the prefix, and the prefix extended by them; in chunks, to bound memory."""
     device, states = model.lm_head.weight.device, []
     for start in range(0, len(tokens), PREFIX_CHUNK):
         chunk = tokens[start : start + PREFIX_CHUNK]
@@ -138,14 +139,36 @@ def extend(model: Decoder, prefix: KV, n_prefix: int, tokens: list[int]) -> tupl
 def scores(model: Decoder, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:  # (M, D), (M,) -> (M,) twice
     """Log-probability, float32, of every target after its state, and whether it is the likeliest token.
 
-    At most 64 MB of logits exist, and where lm_head is kept in another dtype, one cast of 2,048 of its rows.
+    At most 64 MB of logits exist at a time, and if lm_head has another dtype, a cast of 2,048 of its rows.
     """
     found, head = [], model.lm_head.weight
     cast = states.new_empty(2048, head.shape[1])
     for x, y in zip(*(t.split(max(1, 2**24 // len(head))) for t in (states, targets)), strict=True):
-        logits = x.new_empty(len(head), len(x))  # vocabulary first: a part of it is one piece of memory
+        logits = x.new_empty(len(head), len(x))  # vocabulary first: a part of it is contiguous
         for rows, out in zip(head.split(2048), logits.split(2048), strict=True):
             torch.mm(rows if rows.dtype == x.dtype else cast[: len(rows)].copy_(rows), x.T, out=out)
         logits = logits.float()
         found.append((logits.gather(0, y[None])[0] - logits.logsumexp(0), logits.argmax(0) == y))
     return tuple(map(torch.cat, zip(*found, strict=True)))
+
+
+def greedy(logits: Tensor) -> int:  # (V,)
+    """The likeliest token."""
+    return int(logits.argmax())
+
+
+@torch.inference_mode()
+def continuation(
+    model: Decoder, tokens: list[int], n_tokens: int, ends: Container[int], choose: Callable[[Tensor], int]
+) -> Iterator[int]:
+    """At most n_tokens that follow the given ones, each as it is chosen from its float32 logits (V,); up to an end token."""
+    prefix: KV = []
+    n_prefix, new = 0, tokens
+    for _ in range(n_tokens):
+        states, prefix = extend(model, prefix, n_prefix, new)
+        n_prefix += len(new)
+        token = choose(model.logits(states[-1:])[0].float())
+        if token in ends:
+            return
+        yield token
+        new = [token]

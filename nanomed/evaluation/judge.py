@@ -2,17 +2,17 @@
 
     python eval.py judge a.jsonl b.jsonl --url http://localhost:8000/v1 --judge NAME
 
-The judge sees the whole conversation and both answers, without what the models think aloud. Every prompt is played twice,
-A's answer first and B's answer first, since judges favour a place. A wins a prompt that it wins in both orders; verdicts
-that disagree are a tie. A verdict that cannot be read is asked for again in the same conversation, twice; then it counts
-as no decision, and is counted. The prompt is a file with a version (data/tasks/judge-de-v1.toml); it tells the judge that
-German is expected, so language mixing weighs here too: `failures` measures it apart.
+The judge sees the whole conversation and both answers, without <think> blocks. Every prompt is played twice, with A's and
+with B's answer first, since judges favour a position. A wins a prompt that it wins in both orders; verdicts that disagree
+are a tie. An unreadable verdict is asked for again in the same conversation, twice; after that it is no decision, and the
+results say how many. The prompt is a versioned file (data/tasks/judge-de-v1.toml); it tells the judge that German is
+expected, so language mixing counts here too: `failures` measures it separately.
 
-Reported beside the win rate with its interval: the rate at equal lengths, how often both orders agree, how often the
-first place wins. A judge of a contestant's own family favours it, and draws a warning.
+Reported beside the win rate and its interval: the rate at equal lengths, how often both orders agree, how often the first
+position wins. A judge favours models of its own family: then there is a warning.
 
-OUT/games.jsonl holds every game with the judge's words; OUT/answers.sqlite pays for each once (nanomed/chat.py). Costs
-two requests a prompt, each of both answers.
+OUT/games.jsonl holds every game with the judge's replies; thanks to OUT/answers.sqlite each is paid for once
+(nanomed/chat.py). Costs two requests per prompt, each with both answers.
 """
 
 import argparse
@@ -33,12 +33,12 @@ from nanomed.evaluation.record import finish_run, open_run
 from nanomed.evaluation.win_rate import summarise
 
 PROMPT = Path(__file__).resolve().parents[2] / "data" / "tasks" / "judge-de-v1.toml"
-UNREADABLE = 0.1  # share of verdicts from which on a warning is due
+UNREADABLE = 0.1  # share of verdicts above which there is a warning
 N_AGAIN = 2  # times that an unreadable verdict is asked for again
-# A line of its own, maybe with a word before (Mein URTEIL) and brackets before or behind the verdict: both quote the prompt.
+# A line of its own, maybe after a word (Mein URTEIL), with brackets before or after the verdict: both quote the prompt.
 BRACKETS = r"(?:\([^()\n]*\)\W*)?"
 VERDICT = re.compile(rf"^\W*(?:\w+\W+)?URTEIL\W*{BRACKETS}(1|2|GLEICH)\W*?{BRACKETS}$", re.IGNORECASE | re.MULTILINE)
-FAMILIES = {  # a part of the name, in lower case → who trained it
+FAMILIES = {  # part of the name, in lower case → family
     "mistral": "Mistral", "mixtral": "Mistral", "ministral": "Mistral", "magistral": "Mistral", "qwen": "Qwen",
     "qwq": "Qwen", "llama": "Llama", "meditron": "Llama", "gemma": "Google", "gemini": "Google", "gpt": "OpenAI",
     "claude": "Anthropic", "deepseek": "DeepSeek", "phi-": "Phi", "smollm": "SmolLM", "teuken": "Teuken",
@@ -53,9 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--url",
         required=True,
-        help="of the judge's OpenAI-compatible endpoint, with its /v1; a key from OPENAI_API_KEY",
+        help="the judge's OpenAI-compatible endpoint, with its /v1; the key comes from OPENAI_API_KEY",
     )
-    add("--judge", required=True, metavar="NAME", help="the judge's name there")
+    add("--judge", required=True, metavar="NAME", help="the judge's model name there")
     add(
         "--prompt",
         type=Path,
@@ -89,8 +89,8 @@ def run(args: argparse.Namespace) -> None:
     write_games(out / "games.jsonl", games)
     behaviour = orders(games)
     if behaviour["unreadable"] == len(games):
-        raise InputError(f"the judge {args.judge} gave no verdict that can be read, {cut_replies(behaviour, args)}; its words "
-                         f"are in {out / 'games.jsonl'}; take a stronger judge, and another --out")  # fmt: skip
+        raise InputError(f"the judge {args.judge} gave no readable verdict, {cut_replies(behaviour, args)}; its replies "
+                         f"are in {out / 'games.jsonl'}; use a stronger judge, and another --out")  # fmt: skip
     results = {"a": a, "b": b, "judge": args.judge, "prompt": prompt.version}
     lengths = [[len(pair[i].answer) for pair in pairs] for i in (0, 1)]
     results |= summarise(worth, *lengths) | behaviour
@@ -101,13 +101,13 @@ def run(args: argparse.Namespace) -> None:
     finish_run(out, results)
     print_results(results)
     if behaviour["unreadable"] > len(games) * UNREADABLE:
-        print(f"warning: {behaviour['unreadable']} of {len(games)} verdicts cannot be read and count as no decision, "
+        print(f"warning: {behaviour['unreadable']} of {len(games)} verdicts are unreadable and count as no decision, "
               f"{cut_replies(behaviour, args)}: these rates say little", file=sys.stderr)  # fmt: skip
     print(f"{out}: every verdict is in games.jsonl")
 
 
 def cut_replies(behaviour: dict, args: argparse.Namespace) -> str:
-    """The commonest reason why verdicts cannot be read, in words."""
+    """The most common reason for unreadable verdicts."""
     n_replies = behaviour["games"] + behaviour["asked_again"]
     return f"{behaviour['replies_cut']} of its {n_replies} replies being cut at --max-tokens {args.max_tokens}"
 
@@ -125,14 +125,14 @@ class Prompt:
     sha256: str  # of the file
 
     def messages(self, question: str, answer_1: str, answer_2: str) -> list[dict]:
-        """The conversation that ends in a verdict. What is inserted is never searched for fields."""
+        """The conversation that asks for a verdict. Inserted texts are never searched for fields."""
         texts = {"question": question, "answer_1": answer_1, "answer_2": answer_2}
         content = re.sub(r"\{(question|answer_1|answer_2)\}", lambda match: texts[match[1]].strip(), self.template)
         return [{"role": "user", "content": content}]
 
 
 def read_prompt(path: Path) -> Prompt:
-    """The prompt of a TOML file. InputError where it is none, a text is missing, or a field not in it once."""
+    """The prompt of a TOML file. InputError if it is not TOML, a text is missing, or a field does not occur exactly once."""
     raw = path.read_bytes()
     try:
         spec = tomllib.loads(raw.decode())
@@ -140,17 +140,17 @@ def read_prompt(path: Path) -> Prompt:
         raise InputError(f"{path}: cannot be read as TOML ({error}); expected a file such as {PROMPT}") from None
     for key in ("version", "prompt", "again"):
         if not isinstance(spec.get(key), str) or not spec[key].strip():
-            raise InputError(f"{path}: has no text {key!r}; see {PROMPT} for what a judge's prompt needs")
+            raise InputError(f"{path}: has no text {key!r}; {PROMPT} shows what a judge's prompt needs")
     for field in ("{question}", "{answer_1}", "{answer_2}"):
         if (n := spec["prompt"].count(field)) != 1:
-            raise InputError(f"{path}: {field} stands in its prompt {n} times, expected once")
+            raise InputError(f"{path}: {field} occurs {n} times in its prompt, expected once")
     texts = (spec[key].strip() for key in ("version", "prompt", "again"))
     return Prompt(*texts, hashlib.sha256(raw).hexdigest())
 
 
 def parse(reply: str, cut: bool = False) -> str | None:
-    """ "1", "2" or "tie" by the verdict in the judge's words; None where there is none, or two that differ. What a
-    reasoning judge thinks aloud is not its verdict; in a reply that was cut the last line must have it."""
+    """ "1", "2" or "tie": the verdict in the judge's reply; None if there is none, or two that differ. Thoughts do not
+    count; in a reply that was cut the verdict must be the last line."""
     said = without_thoughts(reply).strip()
     found = {verdict.upper() for verdict in VERDICT.findall(said)}
     if len(found) != 1 or (cut and not VERDICT.match(said.rpartition("\n")[2])):
@@ -165,7 +165,7 @@ def parse(reply: str, cut: bool = False) -> str | None:
 def play(
     pairs: list[tuple[Sample, Sample]], prompt: Prompt, settings: dict, url: str, cache: Path, how: dict
 ) -> list[dict]:
-    """Both games of every prompt, in order. Verdicts that cannot be read are asked for again, all in one round."""
+    """Both games of every prompt, in order. Unreadable verdicts are asked for again, all in one round."""
     games = [{"id": a.id, "first": first, "messages": prompt.messages(a.conversation, *texts), "replies": [], "cut": 0}
              for a, b in pairs
              for first, texts in (("a", (a.answer, b.answer)), ("b", (b.answer, a.answer)))]  # fmt: skip
@@ -186,24 +186,24 @@ def play(
 
 
 def winner(first: str, verdict: str | None) -> str | None:
-    """ "a", "b" or "tie"; None where there is no verdict. first: whose answer was shown as the first."""
+    """ "a", "b" or "tie"; None without a verdict. first: whose answer was shown first."""
     return {"1": first, "2": {"a": "b", "b": "a"}[first], "tie": "tie", None: None}[verdict]
 
 
 def conversation(game: dict, prompt: Prompt) -> list[dict]:
-    """The game's messages with the replies that could not be read, each followed by the request for a verdict."""
+    """The game's messages with the unreadable replies, each followed by the request for a verdict."""
     turns = [[{"role": "assistant", "content": reply or "(leer)"}, {"role": "user", "content": prompt.again}]
              for reply in game["replies"]]  # fmt: skip
     return game["messages"] + [message for turn in turns for message in turn]
 
 
 def decide(first: str | None, second: str | None) -> float:
-    """A's worth of a prompt, by the winners of its two games: 1 or 0 where they agree on one, else a tie."""
+    """A's score for a prompt from the winners of its two games: 1 or 0 if they agree on one, else a tie."""
     return {"a": 1.0, "b": 0.0}.get(first, 0.5) if first == second else 0.5
 
 
 def orders(games: list[dict]) -> dict:
-    """How the judge behaves: agreement of both orders, and how often the first place wins, over what was readable."""
+    """The judge's behaviour: how often both orders agree and the first position wins, among readable verdicts."""
     both = [(x["winner"], y["winner"]) for x, y in zip(games[::2], games[1::2], strict=True)]
     read = [pair for pair in both if None not in pair]
     decided = [game for game in games if game["winner"] in ("a", "b")]
@@ -216,7 +216,7 @@ def orders(games: list[dict]) -> dict:
 
 
 def write_games(path: Path, games: list[dict]) -> None:
-    """One line a game: id, first, winner, the replies, and what was asked."""
+    """One line per game: id, first, winner, replies and messages."""
     keys = ("id", "first", "winner", "replies", "messages")
     lines = [json.dumps({key: game[key] for key in keys}, ensure_ascii=False) + "\n" for game in games]
     path.write_text("".join(lines), encoding="utf-8")
@@ -226,7 +226,7 @@ def write_games(path: Path, games: list[dict]) -> None:
 
 
 def family(name: str) -> str | None:
-    """Who trained the model of this name, as far as the name tells."""
+    """The model's family, as far as its name tells."""
     return next((maker for part, maker in FAMILIES.items() if part in name.lower()), None)
 
 
@@ -234,15 +234,15 @@ def warnings(pairs: list[tuple[Sample, Sample]], a: str, b: str, judge: str) -> 
     """What makes the comparison doubtful."""
     for name in dict.fromkeys((a, b)):
         if name == judge or (family(judge) and family(name) == family(judge)):
-            yield f"the judge {judge} is of the family of {name}, and judges favour their own; take another judge"
+            yield f"the judge {judge} is of the same family as {name}, and judges favour their own; use another judge"
     for name, i in ((a, 0), (b, 1)):
         yield from thoughts_left_out([pair[i] for pair in pairs])
         if cut := sum(pair[i].finish_reason == "length" for pair in pairs):
-            yield f"{cut} of {len(pairs)} answers of {name} are cut at max_new_tokens, and are judged as they are"
+            yield f"{cut} of {len(pairs)} answers of {name} were cut at max_new_tokens, and are judged as they are"
 
 
 def print_results(r: dict) -> None:
-    """Rates and their difference, and only then the ratio."""
+    """Rates, their difference, and the ratio last."""
     show = lambda value, ci: "-" if value is None else f"{value:.1%} [{ci[0]:.1%}, {ci[1]:.1%}]"  # noqa: E731
     print(f"{r['a']} against {r['b']}, {r['n']} prompts, judged by {r['judge']} in both orders")
     print(f"  win {r['win']:.1%}, tie {r['tie']:.1%}, loss {r['loss']:.1%}")
@@ -253,5 +253,5 @@ def print_results(r: dict) -> None:
     print(f"  win - loss         {100 * r['difference']:+.1f} points [{low:+.1f}, {high:+.1f}]")
     print(f"  ratio              {r['ratio']:.2f}" if r["ratio"] is not None else "  ratio              B won nothing")
     rate = lambda value: "none" if value is None else f"{value:.1%}"  # noqa: E731
-    print(f"  both orders agree  {rate(r['consistency'])}; the first place wins {rate(r['first_position_rate'])}; "
+    print(f"  both orders agree  {rate(r['consistency'])}; the first position wins {rate(r['first_position_rate'])}; "
           f"{r['unreadable']} of {r['games']} verdicts unreadable")  # fmt: skip

@@ -2,13 +2,13 @@
 
     python eval.py knowledge MODEL ... --tasks medizin_de --shots 3
 
-lm-eval is the harness; its model class is ours (scorer.py: the same log-probabilities, several times as fast). Of several
-models all but the first are compared with the first, question by question. The questions of `medizin_de` come with the
-project; those of `german_medical` are made from the published files by `eval.py convert`.
+lm-eval is the harness, with a model class of ours (scorer.py: the same log-probabilities, several times as fast). Each
+further model is compared with the first, question by question. The questions of `medizin_de` come with the project;
+`eval.py convert` makes those of `german_medical` from the published files.
 
 The folder of a run: run.json, results.json, accuracy.svg, samples/MODEL/TASK.jsonl (every prompt, log-probability and
-choice), tasks/seed-S/TASK.yaml (what `lm-eval run --include_path` needs to repeat it). A run goes on after its last whole
-samples file.
+choice), tasks/seed-S/TASK.yaml (what `lm-eval run --include_path` needs to repeat it). An interrupted run resumes after its
+last complete samples file.
 """
 
 import argparse
@@ -20,9 +20,10 @@ from pathlib import Path
 import datasets
 import torch
 
-from nanomed import InputError
-from nanomed.evaluation import accuracy, record, tasks
-from nanomed.evaluation.scorer import DecoderLM, load_decoder
+from nanomed import InputError, first_line
+from nanomed.evaluation import accuracy, figure, record, tasks
+from nanomed.evaluation.loading import load_decoder
+from nanomed.evaluation.scorer import DecoderLM
 from nanomed.evaluation.tasks import Task
 from nanomed.files import read_jsonl, write_durably
 from nanomed.hf import fetch, find_weights
@@ -53,15 +54,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="choices of shots: 1 is the order on disk, further ones are shuffled",
+        help="selections of shots: the first is the order on disk, further ones are shuffled",
     )
-    add("--cue", choices=tasks.CUES, default=tasks.CUES[0], help="what the answer follows (default Antwort:)")
+    add("--cue", choices=tasks.CUES, default=tasks.CUES[0], help="text before the answer (default Antwort:)")
     add(
         "--chat",
         action="store_true",
-        help="prompts through the model's chat template, shots as turns of a conversation, thinking switched off",
+        help="use the model's chat template, with shots as turns of a conversation and thinking switched off",
     )
-    add("--limit", type=int, metavar="N", help="only the first N questions of every task, for a trial")
+    add("--limit", type=int, metavar="N", help="only the first N questions of every task, for a test run")
     add(
         "--task-path",
         type=Path,
@@ -82,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Score every model on every task that has no samples yet, then compare."""
+    """Score every model on every task without samples, then compare."""
     for name in ("shots", "seeds", "limit", "batch_tokens"):
         if (value := getattr(args, name)) is not None and value < (name != "shots"):
             raise InputError(f"--{name.replace('_', '-')} {value}: expected a positive number")
@@ -102,9 +103,9 @@ def run(args: argparse.Namespace) -> None:
     }  # fmt: skip
     own = [(seed, tasks.prepared(t, args.shots, seed, args.cue)) for t in group.tasks() if t.test for seed in seeds]
     for path in models.values() if args.chat else ():
-        render(path, [{"role": "user", "content": "Frage"}])  # a model without a template is refused before all else
+        render(path, [{"role": "user", "content": "Frage"}])  # fail first if a model has no template
     if record.open_run(out, "knowledge", config, [path for task in group.tasks() for path in task.files]):
-        print(f"{out}: finished already; {out / 'results.json'} holds the numbers")
+        print(f"{out}: already finished; the results are in {out / 'results.json'}")
         return
     for seed, yaml in own:
         tasks.write_task(yaml, out / "tasks" / f"seed-{seed}")
@@ -120,8 +121,6 @@ def run(args: argparse.Namespace) -> None:
         group, models, seeds, args, lambda name, task: read_samples(samples_path(out, name, task))
     )
     results["lm_eval"] = [command(path, out, args, dtype, group.tasks()) for path in models.values()]
-    from nanomed.evaluation import figure  # matplotlib, a second
-
     (out / "accuracy.svg").write_text(figure.draw(results), encoding="utf-8")
     record.finish_run(out, results)
     print(accuracy.table(results), f"{out}: results.json, accuracy.svg, samples/", "the same by lm-eval:", sep="\n")
@@ -129,7 +128,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def quieten() -> None:
-    """lm-eval and datasets announce every step; here a progress bar tells what takes long."""
+    """lm-eval and datasets log every step; here a progress bar shows what takes long."""
     datasets.disable_progress_bars()
     for name in ("lm_eval", "lm-eval", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -139,19 +138,17 @@ def quieten() -> None:
 
 
 def named_models(given: list[str]) -> dict[str, Path]:
-    """Name → folder of the checkpoint, in order. A run folder of train.py stands for its export."""
+    """Name → folder of the checkpoint, in order."""
     found: dict[str, Path] = {}
     for text in given:
         name, _, model = text.rpartition("=")
-        if (Path(model) / "hf" / "config.json").is_file():
-            model = str(Path(model) / "hf")
         folder = fetch(model, "MODEL")
         if not find_weights(folder):
             raise InputError(f"MODEL {model}: has no weights (model.safetensors)")
         parts = [part for part in Path(model).parts if part != "hf"]
         name = name or (parts[-1] if parts else "model")
         if name in found or "/" in name:
-            raise InputError(f"MODEL {text}: the name {name!r} is taken or holds a slash; give another as NAME=MODEL")
+            raise InputError(f"MODEL {text}: the name {name!r} is taken or has a slash; give another as NAME=MODEL")
         found[name] = folder.resolve()
     return found
 
@@ -160,7 +157,7 @@ def named_models(given: list[str]) -> dict[str, Path]:
 
 
 def score(lm: DecoderLM, task: Task, out: Path, seeds: list[int], args: argparse.Namespace) -> list[dict]:
-    """One line a question and seed. lm-eval builds the prompts and judges the answers."""
+    """One line per question and seed. lm-eval builds the prompts and scores the answers."""
     from lm_eval.evaluator import evaluate  # simple_evaluate also lists every installed package, 1.3 s a call
     from lm_eval.tasks import TaskManager
 
@@ -173,12 +170,14 @@ def score(lm: DecoderLM, task: Task, out: Path, seeds: list[int], args: argparse
             manager = tasks.manager(tuple(args.task_path), args.include_defaults)
         try:
             loaded = manager.load([task.name])
-        except (ImportError, KeyError, ValueError) as error:  # OSError, as without a network, speaks for itself
-            raise InputError(f"{task.name}: lm-eval cannot load it ({_first_line(error)})") from error
+        except (ImportError, KeyError, ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+            # A missing package, file or network, a damaged file: what datasets says of the last stands in the cause.
+            what = ": ".join(first_line(e) for e in (error, error.__cause__) if e)
+            raise InputError(f"{task.name}: lm-eval cannot load it ({what})") from error
         (leaf,) = loaded["tasks"].values()
         if (
             task.test is None and leaf.get_config("num_fewshot") != 0
-        ):  # ours say it themselves; 0 there is a rule of the task
+        ):  # ours have it in their YAML; a 0 there is the task's rule
             leaf.set_config("num_fewshot", args.shots)
         leaf.set_fewshot_seed(seed)
         found = evaluate(
@@ -199,15 +198,11 @@ def score(lm: DecoderLM, task: Task, out: Path, seeds: list[int], args: argparse
     return lines
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def sample_line(lm: DecoderLM, name: str, sample: dict, seed: int) -> dict:
-    """What of lm-eval's sample is kept."""
+    """What is kept of lm-eval's sample."""
     metric = sample["metrics"][0]
     if sample[metric] not in (0, 1):
-        raise InputError(f"{name}: {metric} is not right or wrong for every question; run it by lm-eval itself")
+        raise InputError(f"{name}: {metric} is not 0 or 1 for every question; run this task with lm-eval itself")
     doc, prompt = sample["doc"], sample["arguments"][0][0]
     line = {"id": doc.get("id", sample["doc_id"]) if isinstance(doc, dict) else sample["doc_id"], "seed": seed,
             "correct": bool(sample[metric]), "metric": metric}  # fmt: skip
@@ -223,12 +218,12 @@ def sample_line(lm: DecoderLM, name: str, sample: dict, seed: int) -> dict:
 
 
 def samples_path(out: Path, name: str, task: Task) -> Path:
-    """Where the lines of a model and a task are."""
+    """The file of a model's samples on a task."""
     return out / "samples" / name / f"{task.name}.jsonl"
 
 
 def write_samples(path: Path, lines: list[dict]) -> None:
-    """The whole file or none: its being there means that it is done."""
+    """The whole file or none: if it exists, the task is done."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
@@ -239,12 +234,12 @@ def read_samples(path: Path) -> list[dict]:
 
 
 def command(path: Path, out: Path, args: argparse.Namespace, dtype: str, wanted: list[Task]) -> str:
-    """The lm-eval command line that gives the numbers of the first seed."""
+    """The lm-eval command line that reproduces the first seed."""
     names = ",".join(task.name for task in wanted)
     flags = f" --num_fewshot {args.shots}" if any(task.test is None for task in wanted) else ""
     flags += " --apply_chat_template --fewshot_as_multiturn" if args.chat else ""
     flags += f" --limit {args.limit}" if args.limit else ""
-    thinks = args.chat and "enable_thinking" in chat_template(path)  # by default: lm-eval leaves it to the template
+    thinks = args.chat and "enable_thinking" in chat_template(path)  # by default, which lm-eval leaves to the template
     answer = ",enable_thinking=False" if thinks else ""
     folder = out / "tasks" / "seed-0" if any(task.test for task in wanted) else args.task_path[-1]
     return (

@@ -1,11 +1,11 @@
-"""Language mixing in German answers, by words: two small lists decide, no model does.
+"""Language mixing in German answers, by two small word lists instead of a model.
 
-Language identification by character n-grams does not see English inside a German sentence, and stumbles over Latin
-("Ulcus cruris venosum links"). Words see both: one English word that is neither German nor a loan of German medicine
-makes a German sentence mixed. The lists lie in data/tasks/words/, tests/language_cases.tsv holds 202 labelled sentences, half
-of them to tune on and half to test on.
+Language identification by character n-grams misses English inside a German sentence, and stumbles over Latin ("Ulcus
+cruris venosum links"). Words catch both: one English word that is neither German nor a loan of German medicine makes a
+German sentence mixed. The lists are in data/tasks/words/; tests/language_cases.tsv has 202 labelled sentences, half of them
+to tune on and half to test on.
 
-Not counted: code, URLs, what stands in quotation marks, words in capitals (WHO, IT), hyphenated words (Point-of-Care-Test)
+Not counted: code, URLs, text in quotation marks, words in capitals (WHO, IT), hyphenated words (Point-of-Care-Test)
 and the loans of english_loans.txt (watch and wait). Costs some 50 µs a sentence.
 """
 
@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 WORDS = Path(__file__).resolve().parents[2] / "data" / "tasks" / "words"
-WORD = re.compile(r"[^\W\d_]++(?:['’\-][^\W\d_]++)*+(?!-)")  # and not the half of "Be- oder Verarbeitung"
+WORD = re.compile(r"[^\W\d_]++(?:['’\-][^\W\d_]++)*+(?!-)")  # not the first half of "Be- oder Verarbeitung"
 SKIPPED = re.compile(
     r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+|„[^“”\"\n]{1,300}[“”\"]|\"[^\"\n]{1,300}\"|»[^«\n]{1,300}«", re.DOTALL
 )
@@ -26,7 +26,7 @@ SCRIPTS = {
     "Cyrillic": r"\u0400-\u052f", "Arabic": r"\u0600-\u06ff\u0750-\u077f", "Devanagari": r"\u0900-\u097f",
     "Thai": r"\u0e00-\u0e7f", "Hebrew": r"\u0590-\u05ff",
 }  # fmt: skip
-FOREIGN = re.compile(f"[{''.join(SCRIPTS.values())}]")  # Greek is not in it: α-Blocker, µ, Ω
+FOREIGN = re.compile(f"[{''.join(SCRIPTS.values())}]")  # without Greek: α-Blocker, µ, Ω
 
 
 @cache
@@ -38,7 +38,7 @@ def word_list(name: str) -> frozenset[str]:
 
 @cache
 def loans() -> re.Pattern:
-    """The phrases of english_loans.txt, spelled with blanks or hyphens, in any case."""
+    """The phrases of english_loans.txt, with spaces or hyphens, in any case."""
     lines = (WORDS / "english_loans.txt").read_text(encoding="utf-8").splitlines()
     phrases = (re.escape(line.strip()).replace(r"\ ", r"[\s\-]") for line in lines if line.strip() and line[0] != "#")
     return re.compile(rf"\b(?:{'|'.join(phrases)})\b", re.IGNORECASE)
@@ -65,7 +65,7 @@ class Counts:
 
 
 def count(text: str) -> Counts:
-    """Of a sentence or line that `visible` has been applied to."""
+    """Counts of a sentence or line, after `visible`."""
     words = [w for w in WORD.findall(text) if not (len(w) > 1 and w.isupper())]
     lower = [w.lower().replace("’", "'") for w in words]
     function = sum(w in word_list("english_function_words") for w in lower)
@@ -76,7 +76,7 @@ def count(text: str) -> Counts:
 
 
 def visible(text: str) -> str:
-    """The text without what does not count as its language. A text of nothing but quotation marks stays as it is."""
+    """The text without what does not count. A text that is nothing but a quotation stays as it is."""
     shown = loans().sub(" ", SKIPPED.sub(" ", text))
     return shown if WORD.search(shown) or FOREIGN.search(shown) else loans().sub(" ", text)
 
@@ -87,7 +87,7 @@ def sentences(text: str) -> list[str]:
 
 
 def is_german_line(line: str) -> bool:
-    """Whether German prevails in a line: no other script, and no more English words than German function words."""
+    """Whether a line is mostly German: no other script, and no more English words than German function words."""
     found = count(line)
     return not found.foreign and (found.english == 0 or found.german > found.english)
 
@@ -98,8 +98,8 @@ class Language:
 
     words: int
     english_function: int
-    line_pass: bool | None  # every line of five words and more is German; None where there is none, or no answer
-    mixed: bool  # at least one sentence mixes
+    line_pass: bool | None  # every line of five words or more is German; None without such a line
+    mixed: bool  # at least one sentence is mixed
     wholly_english: bool
     scripts: tuple[str, ...]  # other scripts in it
 

@@ -1,37 +1,17 @@
-"""The report's pictures, each an SVG string: same numbers, same bytes."""
+"""The report's pictures, each an SVG string."""
 
-import io
 from itertools import cycle
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 
 from nanomed.evaluation.win_rate import fit
+from nanomed.figures import canvas, svg
 
 BLUE, GREY, RED = "#2f6f9f", "#999999", "#b5523b"
 
 
-def canvas(width: float, height: float) -> tuple[Figure, object]:
-    """An empty figure in inches with one pair of axes."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def svg(figure: Figure) -> str:
-    """The figure's <svg> element; text stays text."""
-    out = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nanomed"}):
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()[out.getvalue().index("<svg") :]
-
-
 def bars(axes, rows: list[tuple[str, float, list[float], str]]) -> None:
-    """Horizontal bars of (label, per cent, interval, colour), the first on top, each with its number."""
+    """Horizontal bars of (label, per cent, interval, colour), each with its number."""
     for y, (_, value, (low, high), colour) in enumerate(rows):
         axes.barh(y, value, color=colour, height=0.65)
         axes.errorbar(value, y, xerr=[[max(0, value - low)], [max(0, high - value)]], color="0.2", lw=1, capsize=2)
@@ -40,8 +20,8 @@ def bars(axes, rows: list[tuple[str, float, list[float], str]]) -> None:
 
 
 def win_rates(rows: list[tuple[str, dict]]) -> str:
-    """For each comparison (label, results of judge) the rate and the rate at equal lengths."""
-    figure, axes = canvas(9, 1.2 + 0.6 * len(rows))
+    """For each comparison (label, results of judge) the win rate, and the rate at equal lengths."""
+    figure, [axes] = canvas(9, 1.2 + 0.6 * len(rows))
     lines = []
     for label, r in rows:
         lines.append((label, 100 * r["win_rate"], [100 * x for x in r["ci"]], BLUE))
@@ -56,13 +36,13 @@ def win_rates(rows: list[tuple[str, dict]]) -> str:
 
 
 def length_and_win(label: str, points: list[dict]) -> str:
-    """Every prompt: the difference of the lengths, and who won; with the curve that the length-controlled rate reads at 0."""
-    figure, axes = canvas(6, 3.2)
+    """Who won each prompt, over the difference of lengths; with the curve whose value at 0 is the length-controlled rate."""
+    figure, [axes] = canvas(6, 3.2)
     difference = np.array([p["length_a"] - p["length_b"] for p in points], dtype=float)
     worth = np.array([p["worth"] for p in points])
     scale = difference.std() or 1.0
     theta, gamma = fit(worth, np.tanh(difference / scale), np.ones((1, len(points))))
-    jitter = 0.04 * np.sin(12.9898 * np.arange(len(points)))  # points on one another part; always the same way
+    jitter = 0.04 * np.sin(12.9898 * np.arange(len(points)))  # separates coinciding points, always in the same way
     axes.plot(difference, worth + jitter, "o", ms=4, alpha=0.5, color=BLUE, mew=0)
     x = np.linspace(min(difference.min(), 0), max(difference.max(), 0), 200)
     axes.plot(x, 1 / (1 + np.exp(-(theta + gamma * np.tanh(x / scale)))), color=RED, lw=1.2)
@@ -74,8 +54,8 @@ def length_and_win(label: str, points: list[dict]) -> str:
 
 
 def against_t(curves: dict[str, list[tuple[float, dict]]]) -> str:
-    """One curve for each figure: (t, {value, ci}) of the models whose t is known."""
-    figure, axes = canvas(7, 3.4)
+    """A curve per figure: (t, {value, ci}) of the models whose t is known."""
+    figure, [axes] = canvas(7, 3.4)
     for (label, points), style in zip(curves.items(), cycle(("o-", "s--", "^:", "D-.")), strict=False):
         t, found = zip(*sorted(points, key=lambda point: point[0]), strict=True)
         value = 100 * np.array([f["value"] for f in found])

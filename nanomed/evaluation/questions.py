@@ -1,7 +1,7 @@
 """A multiple-choice question as JSON: {"id", "question", "options": [text, ...], "answer": place from 0}; further keys are free.
 
-lm-eval meets a damaged question with a stack trace or, worse, with a number: an answer outside the options is never right,
-an empty option is easily avoided. So files are checked whole before the first token is scored.
+On a damaged question lm-eval fails with a stack trace or, worse, gives a number: an answer outside the options is never
+right, an empty option is easily avoided. So whole files are checked before the first token is scored.
 """
 
 from pathlib import Path
@@ -13,25 +13,25 @@ FIELDS = {"id": str, "question": str, "options": list, "answer": int}
 
 
 def read_questions(path: Path) -> list[dict]:
-    """Every question of a JSONL file. InputError naming the first line that is none, and what is wrong with it."""
+    """The questions of a JSONL file. InputError naming the first bad line, and what is wrong with it."""
     questions, ids = [], set()
     for number, question in read_jsonl(path):
         wrong = fault(question)
         if wrong is None and question["id"] in ids:
-            wrong = f"id {question['id']!r} stands there twice"
+            wrong = f"duplicate id {question['id']!r}"
         if wrong:
             raise InputError(f"{path}: line {number}: {wrong}")
         ids.add(question["id"])
         questions.append(question)
     if not questions:
-        raise InputError(f"{path}: holds no questions")
+        raise InputError(f"{path}: has no questions")
     return questions
 
 
 def fault(question: object) -> str | None:
-    """What keeps this from being a question with options, or None."""
+    """What is wrong with the question, or None."""
     if not isinstance(question, dict):
-        return "is no JSON object"
+        return "is not a JSON object"
     for field, kind in FIELDS.items():
         if field not in question:
             return f"{field} is missing; expected {', '.join(FIELDS)}"
@@ -48,5 +48,5 @@ def fault(question: object) -> str | None:
     if len(set(options)) < len(options):
         return "two options are the same"
     if not 0 <= question["answer"] < len(options):
-        return f"answer {question['answer']} is none of its options, which count from 0 to {len(options) - 1}"
+        return f"answer {question['answer']} is not one of its options, which are numbered from 0 to {len(options) - 1}"
     return None

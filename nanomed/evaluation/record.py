@@ -1,12 +1,12 @@
-"""The folder of an evaluation: what was asked of what, so that every number can be traced, and gone on with.
+"""The folder of an evaluation: what was measured and how, so that every number can be traced and a run resumed.
 
     run.json       written first, `finished: false`: the command line, every option, versions, git commit, sha256 of the data
     *.jsonl        raw samples, as they come
     results.json   written last and whole: what report reads
     run.json       again, `finished: true`
 
-A folder belongs to one configuration on one state of its data: another is refused by the name of the field that
-differs, a finished one is left as it is, an unfinished one goes on. No torch is imported here.
+A folder belongs to one configuration and one state of its data: another is rejected, naming the field that differs. A
+finished run is left as it is, an unfinished one resumed. No torch is imported here.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ PACKAGES = ("torch", "lm_eval", "tokenizers", "transformers", "numpy")
 
 
 def open_run(out: Path, kind: str, config: dict, data: list[Path]) -> bool:
-    """Begin or go on with the run in the folder OUT; True if it is finished already.
+    """Start or resume the run in the folder OUT; True if it is already finished.
 
-    kind: "knowledge", "generate", "judge" or "failures". config: every option that decides the results, JSON-able.
-    data: the files read, recorded with their sha256. InputError, and nothing written, where OUT holds something else.
+    kind: "knowledge", "generate", "judge" or "failures". config: every option that affects the results, JSON-able.
+    data: the files read, recorded with their sha256. InputError, and nothing written, if OUT holds something else.
     """
     wanted = {"kind": kind, "config": json.loads(json.dumps(config)), "data": {str(p): sha256(p) for p in data}}
     path = out / "run.json"
@@ -38,7 +38,7 @@ def open_run(out: Path, kind: str, config: dict, data: list[Path]) -> bool:
         _check_same(out, found, wanted)
         return found.get("finished") is True and (out / "results.json").exists()
     if out.exists() and any(p.suffix != ".tmp" for p in out.iterdir()):
-        raise InputError(f"--out {out}: the folder is not empty and not an evaluation's; choose another")
+        raise InputError(f"--out {out}: the folder is not empty and not from an evaluation; choose another")
     out.mkdir(parents=True, exist_ok=True)
     about = {
         "command": sys.argv,
@@ -58,8 +58,8 @@ def finish_run(out: Path, results: dict) -> None:
 
 
 def fingerprint(folder: Path) -> str:
-    """sha256 over config, tokenizer, chat template, and of every weights file its size and 17 pieces of it: tells
-    checkpoints apart in milliseconds, so that a run does not go on with another model at the same path."""
+    """sha256 over config, tokenizer, chat template, and the size and 17 samples of every weights file: tells checkpoints
+    apart in milliseconds, so that a run is not resumed with another model at the same path."""
     digest = hashlib.sha256()
     for path in (folder / name for name in CARRIED):
         if path.exists():
@@ -75,9 +75,9 @@ def fingerprint(folder: Path) -> str:
 
 
 def _check_same(out: Path, found: dict, wanted: dict) -> None:
-    """InputError naming the first thing in which the run of the folder is another than the wanted one."""
+    """InputError naming the first difference between the folder's run and the wanted one."""
     if found.get("kind") != wanted["kind"]:
-        raise InputError(f"--out {out}: holds a run of {found.get('kind')}, not of {wanted['kind']}; choose another")
+        raise InputError(f"--out {out}: holds a run of {found.get('kind')}, not {wanted['kind']}; choose another")
     for part, what in (("config", ""), ("data", "data ")):
         old, new = found.get(part, {}), wanted[part]
         for key in sorted(old.keys() | new.keys()):

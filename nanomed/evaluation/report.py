@@ -1,10 +1,10 @@
-"""Report: the runs of an evaluation on one page, as Markdown and as HTML with its pictures inside.
+"""Report: evaluation runs on one page, as Markdown and as HTML with the pictures inside.
 
     python eval.py report runs/eval/* --out report
 
-Takes folders of knowledge, generate, judge and failures. Accuracy with the paper's numbers as marks, win rates, failures,
-all of them against t where a model's merge_report.json tells its t, and length against win. Every table names its runs,
-each linked to its raw samples, with commit and versions at the end.
+Takes folders of knowledge, generate, judge and failures. Shows accuracy beside the paper's numbers, win rates, failures, all
+of them against t for models with a merge_report.json, and length against win. Tables link to the raw samples; commits and
+versions are at the end.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 
 from nanomed import InputError
+from nanomed.evaluation import figure, pictures
 from nanomed.evaluation.failures import LABELS, spell
 from nanomed.files import read_json, write_durably
 
@@ -26,42 +27,42 @@ th{border-bottom:2px solid #888}figure{margin:1em 0}svg{max-width:100%;height:au
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="folders that the other commands wrote")
+    add("runs", nargs="+", type=Path, metavar="RUN", help="folders written by the other commands")
     add("--out", type=Path, default=Path("report"), help="folder of report.md and report.html (default: %(default)s)")
     add("--title", default="Evaluation", help="of the page")
 
 
 def run(args: argparse.Namespace) -> None:
-    """The command; InputError for a folder that is no finished run."""
+    """The command; InputError for a folder that is not a finished run."""
     if args.out.is_file():
         raise InputError(f"--out {args.out}: is a file, expected a folder")
-    folders = {path.resolve(): path for path in args.runs if not path.is_file()}  # RUN/* holds files of answers too
+    folders = {path.resolve(): path for path in args.runs if not path.is_file()}  # RUN/* matches files of answers too
     runs = [read_run(path) for path in folders.values()]
     if not runs:
-        raise InputError(f"{args.runs[0]}: is a file, expected a folder that eval.py wrote")
+        raise InputError(f"{args.runs[0]}: is a file, expected a folder written by eval.py")
     args.out.mkdir(parents=True, exist_ok=True)
     sections = []
     for kind, section in (("knowledge", knowledge), ("judge", judge), ("failures", failures), ("generate", generated)):
-        if mine := [r for r in runs if r["kind"] == kind]:
-            sections += section(mine, args.out)
+        if of_kind := [r for r in runs if r["kind"] == kind]:
+            sections += section(of_kind, args.out)
     sections += over_t(runs) + [provenance(runs, args.out)]
-    pictures = {block[1]: block[2] for _, blocks in sections for block in blocks if block[0] == "picture"}
-    for name, content in pictures.items():
+    drawn = {block[1]: block[2] for _, blocks in sections for block in blocks if block[0] == "picture"}
+    for name, content in drawn.items():
         (args.out / f"{name}.svg").write_text(content, encoding="utf-8")
     for name, text in (("report.md", markdown(args.title, sections)), ("report.html", page(args.title, sections))):
         write_durably(args.out / name, text)
-    print(f"{args.out / 'report.html'}: {len(runs)} runs, {len(pictures)} pictures; also report.md")
+    print(f"{args.out / 'report.html'}: {len(runs)} runs, {len(drawn)} pictures; also report.md")
 
 
 def read_run(path: Path) -> dict:
-    """run.json of the folder, with "results" and "path". InputError if it is no finished evaluation."""
+    """run.json of the folder, with "results" and "path". InputError if it is not a finished evaluation."""
     if not (path / "run.json").is_file():
-        raise InputError(f"{path}: has no run.json; expected a folder that eval.py wrote")
+        raise InputError(f"{path}: has no run.json; expected a folder written by eval.py")
     about = read_json(path / "run.json")
     if about.get("kind") not in KINDS:
         raise InputError(f"{path}: is a run of {about.get('kind')!r}; {', '.join(KINDS)} are reported")
     if not about.get("finished") or not (path / "results.json").is_file():
-        raise InputError(f"{path}: is not finished; run its command again, it goes on")
+        raise InputError(f"{path}: is not finished; run its command again to resume")
     return about | {"results": read_json(path / "results.json"), "path": path}
 
 
@@ -69,14 +70,12 @@ def read_run(path: Path) -> dict:
 
 
 def knowledge(runs: list[dict], out: Path) -> list[tuple]:
-    """Accuracy of every model on every task: a picture a run, and one table."""
-    from nanomed.evaluation import figure  # matplotlib, a second
-
-    rows, pictures = [], []
+    """Accuracy of every model on every task: a picture per run, and one table."""
+    rows, drawn = [], []
     for number, about in enumerate(runs, 1):
         models, path, shots = about["results"]["models"], about["path"], str(about["config"]["shots"])
-        pictures += [("text", f"{path.name}, {shots} shots:")]
-        pictures += [("picture", f"accuracy-{number}", figure.draw(about["results"], paper=True))]
+        drawn += [("text", f"{path.name}, {shots} shots:")]
+        drawn += [("picture", f"accuracy-{number}", figure.draw(about["results"], paper=True))]
         for same in zip(*(model["tasks"] for model in models), strict=True):  # a task, by every model
             for model, task in zip(models, same, strict=True):
                 questions = link(task["n"], path / "samples" / model["name"] / f"{task['task']}.jsonl", out)
@@ -86,8 +85,8 @@ def knowledge(runs: list[dict], out: Path) -> list[tuple]:
                 rows.append([f"{group['name']}, macro", shots, model["name"], "", *compared(group["macro"], group)])
     header = ["task", "shots", "model", "questions", "accuracy", "to the first model, points"]
     note = ("text", "Intervals: 95 %; p: McNemar's exact test on the same questions. The paper's averages of MMLU-de (medical) "
-            "and MedQA-de are of other models and questions: marks to orient by, not a comparison.")  # fmt: skip
-    return [("Knowledge", [*pictures, ("table", header, rows), note])]
+            "and MedQA-de are of other models and questions: for orientation, not for comparison.")  # fmt: skip
+    return [("Knowledge", [*drawn, ("table", header, rows), note])]
 
 
 def compared(value: float, entry: dict) -> tuple[str, str]:
@@ -100,9 +99,7 @@ def compared(value: float, entry: dict) -> tuple[str, str]:
 
 
 def judge(runs: list[dict], out: Path) -> list[tuple]:
-    """Win rates, how the judge behaves, and length against win."""
-    from nanomed.evaluation import pictures
-
+    """Win rates, the judge's behaviour, and length against win."""
     rows, blocks = [], []
     for number, about in enumerate(runs, 1):
         r = about["results"]
@@ -116,13 +113,13 @@ def judge(runs: list[dict], out: Path) -> list[tuple]:
         if r.get("points"):
             blocks.append(("picture", f"length-{number}", pictures.length_and_win(label, r["points"])))
     header = ["comparison", "judge", "prompts", "win / tie / loss", "win rate", "at equal lengths", "orders agree",
-              "first place wins", "unreadable"]  # fmt: skip
+              "first position wins", "unreadable"]  # fmt: skip
     bars = pictures.win_rates([(row[0], about["results"]) for row, about in zip(rows, runs, strict=True)])
     return [("Win rates", [("picture", "win-rates", bars), ("table", header, rows)]), ("Length against win", blocks)]
 
 
 def failures(runs: list[dict], out: Path) -> list[tuple]:
-    """One column a model, references before what was compared with them; one line a figure."""
+    """One column per model, references before what was compared with them; one line per figure."""
     columns: dict[str, dict] = {}
     for about in runs:
         r, n = about["results"], link(about["results"]["n"], about["path"] / "samples.jsonl", out)
@@ -150,9 +147,7 @@ def generated(runs: list[dict], out: Path) -> list[tuple]:
 
 
 def over_t(runs: list[dict]) -> list[tuple]:
-    """Accuracy, win rate and mixing over the share t of the continued model, where two or more models have a known t."""
-    from nanomed.evaluation import pictures
-
+    """Accuracy, win rate and mixing over the share t of the continued model, if at least two models have a known t."""
     found: dict[str, dict[str, dict]] = {}  # curve → path of the model → {value, ci}
     for about in runs:
         r, config = about["results"], about["config"]
@@ -178,7 +173,7 @@ def over_t(runs: list[dict]) -> list[tuple]:
 
 
 def shares_of(models: set[str]) -> dict[str, float]:
-    """Model → its t, from the merge_report.json of merges with one t, which also names the two models at 0 and 1."""
+    """Model → its t, from the merge_report.json of merges with a single t, which also names the models at 0 and 1."""
     place = lambda name: str(Path(name).resolve()).removesuffix("/hf")  # noqa: E731
     shares: dict[str, float] = {}
     for name in models:

@@ -1,8 +1,8 @@
-"""Which questions begin alike? Found from their tokens, so that it works for any task and any kind of shots.
+"""Which questions have a common beginning? Found from their tokens, for any task and any kind of shots.
 
-In the order of their tokens, neighbours share most. A border is where two neighbours share less than half of what one of
-them shares with its other neighbour: the shots of every task are found among several, and where nothing is shared, as
-without shots, all questions are one group without a prefix.
+Sorted by tokens, neighbours share most. A group ends where two neighbours share less than half of what one of them shares
+with its other neighbour: so the shots of every task are found among several tasks, and if nothing is shared, as without
+shots, all questions are one group without a prefix.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from nanomed.evaluation.inference import PREFIX_CHUNK, Row
 
-SHARED = 32  # tokens that questions must share at least for a pass of its own to pay
+SHARED = 32  # tokens that questions must share for a separate pass to pay off
 
 
 @dataclass
@@ -23,12 +23,12 @@ class Question:
     wanted: list[list[int]]  # per continuation, the numbers of the requests that ask for it
 
     def row(self, n_prefix: int) -> Row:
-        """Without the first n_prefix tokens, which are computed already; a continuation's last token is never fed."""
+        """Without the first n_prefix tokens, which are already computed; a continuation's last token is never fed."""
         return Row(self.context[n_prefix:], [c[:-1] for c in self.continuations])
 
 
 def groups(questions: list[Question]) -> Iterator[list[Question]]:
-    """The questions, those with a long common beginning together."""
+    """The questions, grouped by a long common beginning."""
     rest = sorted(questions, key=lambda q: q.context)
     alike = [n if (n := common(a.context, b.context)) >= SHARED else 0 for a, b in pairwise(rest)]
     group: list[Question] = []
@@ -42,7 +42,7 @@ def groups(questions: list[Question]) -> Iterator[list[Question]]:
 
 
 def _without_long(group: list[Question]) -> Iterator[list[Question]]:
-    """The group without questions too long for one pass, and each of those alone."""
+    """Questions too long for one pass, each alone, and the rest of the group."""
     n = shared(group)
     short = [q for q in group if len(q.context) - n <= PREFIX_CHUNK]
     yield from ([q] for q in group if len(q.context) - n > PREFIX_CHUNK)
@@ -51,7 +51,7 @@ def _without_long(group: list[Question]) -> Iterator[list[Question]]:
 
 
 def shared(group: list[Question]) -> int:
-    """Tokens that all contexts of a sorted group begin with; one token is left to each. 0 where it does not pay."""
+    """How many tokens all contexts of a sorted group begin with, one token being left to each; 0 if that does not pay off."""
     n = common(group[0].context, group[-1].context)
     n = min(n, min(len(q.context) for q in group) - 1)
     return n if n >= SHARED else 0

@@ -1,9 +1,9 @@
-"""Tasks: lm-eval's YAML files, found, checked and made ready.
+"""Tasks: lm-eval's YAML files, found, checked and prepared.
 
-A task of ours is a YAML file on JSONL files (`data/tasks`). lm-eval reads the same file, but meets a damaged question with
-a stack trace or, worse, with a number. So questions are checked here first, and what lm-eval then gets is a YAML of this
-run's own: absolute paths, the shots written out, the cue as asked. It lies in the run's folder, and
-`lm-eval run --include_path` on it repeats the very same prompts with any other model class.
+A task of ours is a YAML file on JSONL files (`data/tasks`). lm-eval reads the same file, but on a damaged question it fails
+with a stack trace or, worse, gives a number. So questions are checked here first, and lm-eval gets a YAML of this run's own:
+absolute paths, the shots written out, the cue as given. It is kept in the run's folder, and `lm-eval run --include_path` on
+it repeats exactly these prompts with any other model class.
 """
 
 import random
@@ -27,13 +27,13 @@ class Task:
     """A leaf: one set of questions."""
 
     name: str
-    config: dict  # of its YAML, includes merged; empty for a task of lm-eval's own
-    test: Path | None  # questions; None: lm-eval fetches them
+    config: dict  # its YAML, includes merged; empty for a task of lm-eval's own
+    test: Path | None  # questions; None: lm-eval loads them
     dev: Path | None  # questions with answers for shots
 
     @property
     def files(self) -> list[Path]:
-        """What its score depends on."""
+        """The files that its score depends on."""
         return [path for path in (self.test, self.dev) if path]
 
     @property
@@ -48,7 +48,7 @@ class Group:
 
     name: str
     children: tuple
-    by_size: bool  # its number weighs every question alike; else every child alike
+    by_size: bool  # mean over questions; else over children
 
     def tasks(self) -> list[Task]:
         """The leaves, in order."""
@@ -57,12 +57,12 @@ class Group:
 
 @cache
 def manager(folders: tuple[Path, ...], defaults: bool) -> TaskManager:
-    """lm-eval's index of the tasks in the folders, and with defaults of its own 14,000 (9 seconds, hence kept)."""
+    """lm-eval's index of the tasks in the folders, and with defaults of its own 14,000 (9 seconds, hence cached)."""
     return TaskManager(include_path=list(folders), include_defaults=defaults)
 
 
 def find_tasks(names: list[str], folders: list[Path], defaults: bool) -> Group:
-    """The wanted tasks and groups as one group: the one that was asked for, or one without a name.
+    """The wanted tasks and groups as one group: the one asked for, or one without a name.
 
     defaults: also lm-eval's own. InputError for an unknown name.
     """
@@ -102,7 +102,7 @@ def _find(name: str, index: dict) -> Task | Group:
 
 
 def _locate(name: str) -> Path:
-    """A path of a YAML file: as it stands, else from the clone's root."""
+    """A path in a YAML file: as it is, else relative to the clone's root."""
     for path in (Path(name), ROOT / name):
         if path.is_file():
             return path.resolve()
@@ -117,21 +117,21 @@ def _locate(name: str) -> Path:
 
 
 def shots_of(task: Task, n_shots: int, seed: int) -> list[dict]:
-    """The first n_shots of the dev questions: seed 0 in their order on disk, others shuffled. The same before every question."""
+    """The first n_shots of the dev questions: seed 0 in order, others shuffled. The same before every question."""
     if not n_shots:
         return []
     if task.dev is None:
-        raise InputError(f"{task.name}: has no fewshot_split, so no shots; use --shots 0")
+        raise InputError(f"{task.name}: has no fewshot_split, hence no shots; use --shots 0")
     pool = read_questions(task.dev)
     if len(pool) < n_shots:
-        raise InputError(f"{task.dev}: has {len(pool)} questions, --shots {n_shots} are wanted")
+        raise InputError(f"{task.dev}: has {len(pool)} questions, --shots {n_shots} asks for more")
     if seed:
         random.Random(seed).shuffle(pool)
     return pool[:n_shots]
 
 
 def prepared(task: Task, n_shots: int, seed: int, cue: str) -> dict:
-    """The configuration of one seed, complete in itself. InputError where a question or the task does not allow it."""
+    """The self-contained configuration of one seed. InputError if a question or the task does not allow it."""
     letters = task.config.get("doc_to_choice")
     for question in read_questions(task.test):
         if isinstance(letters, list) and len(letters) != len(question["options"]):

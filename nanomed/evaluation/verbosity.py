@@ -1,8 +1,8 @@
 """Verbosity: how long answers are, whether they end, and what they are padded with.
 
-Lengths are counted by one rule for all models, since tokens of different tokenizers are no common measure: words, or the
-tokens of the tokenizer that `--tokenizer` names. "Continued turns" is the classic damage of continual pre-training
-without chats: the model answers, then writes the user's next question too.
+Lengths are counted in the same unit for all models, since tokens of different tokenizers cannot be compared: in words, or
+in tokens of `--tokenizer`. "Continued turns" are the typical damage of continual pre-training without chats: the model
+answers, then writes the user's next question too.
 """
 
 import re
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from nanomed import InputError
+from nanomed import InputError, first_line
 from nanomed.evaluation.answers import Sample
 
 WORD = re.compile(r"\w+(?:[-'’]\w+)*")
-TURN = re.compile(  # what no German answer holds
+TURN = re.compile(  # what a German answer does not contain
     r"^[\s#*>\-]*(?:user|human|assistant|instruction)\**\s*:|"
     r"<\|im_(?:start|end)\|>|\[/?INST\]|<\|(?:user|assistant|eot_id|start_header_id)\|>|</?s>",
     re.IGNORECASE | re.MULTILINE,
@@ -24,18 +24,18 @@ TURN = re.compile(  # what no German answer holds
 ROLE = re.compile(
     r"^(?:#+ *|\*\*)?(?:(frage|anfrage|nutzer|benutzer)|antwort|assistent)\**\s*:", re.IGNORECASE | re.MULTILINE
 )
-ECHO_WORDS = 12  # so many words of the prompt, in a row, make an echo
+ECHO_WORDS = 12  # this many consecutive words of the prompt make an echo
 N_GRAM = 4
 
 
 @dataclass(frozen=True)
 class Verbosity:
-    """What one answer costs its reader."""
+    """One answer's length, and how it wastes it."""
 
     length: int  # in the common unit
     ended: bool  # not cut off
-    repeated: float  # share of the 4-grams of words that have been there before
-    continued: bool  # goes on with a turn of its own making
+    repeated: float  # share of repeated 4-grams of words
+    continued: bool  # invents a further turn of the conversation
     echo: bool  # begins by repeating the prompt
     empty: bool
 
@@ -52,8 +52,8 @@ def counter(tokenizer: str | None) -> tuple[str, Callable[[str], int]]:
         raise InputError(f"--tokenizer {tokenizer}: has no tokenizer.json; give a model's folder or that file")
     try:
         encode = Tokenizer.from_file(str(path)).encode
-    except Exception as error:  # the package's own kind is Exception itself
-        raise InputError(f"{path}: cannot be read as a tokenizer ({error})") from None
+    except Exception as error:  # the package raises plain Exception
+        raise InputError(f"{path}: cannot be read as a tokenizer ({first_line(error)})") from None
     return f"tokens of {tokenizer}", lambda text: len(encode(text, add_special_tokens=False).ids)
 
 
@@ -77,11 +77,11 @@ def repeated_share(words: list[str]) -> float:
 
 
 def continues(answer: str) -> bool:
-    """Whether a turn begins behind the answer's first words. A label at its very start ("Antwort: ...") is none.
+    """Whether a turn begins after the answer's first words. A label at its very start ("Antwort: ...") does not count.
 
-    German labels stand in good answers too: a letter's "Patientin:", "**Antwort:** B" at the end, an anamnesis as a list of
-    "Frage:". So a user's label counts where an assistant's comes next, or where it is the only label and begins the last
-    line: a user's turn is ended by the token that ends answers."""
+    German labels occur in good answers too: a letter's "Patientin:", "**Antwort:** B" at the end, an anamnesis as a list of
+    "Frage:". So a user's label counts if an assistant's comes next, or if it is the only label and begins the last line: a
+    user's turn ends with the token that ends answers."""
     behind = lambda match: bool(answer[: match.start()].strip())  # noqa: E731
     if any(map(behind, TURN.finditer(answer))):
         return True
@@ -92,7 +92,7 @@ def continues(answer: str) -> bool:
 
 
 def echoes(words: list[str], prompt: list[str]) -> bool:
-    """Whether the answer's first ECHO_WORDS words, or all of a shorter prompt of at least 5, stand in the prompt."""
+    """Whether the prompt contains the answer's first ECHO_WORDS words (of a shorter prompt: as many as it has, at least 5)."""
     n = min(ECHO_WORDS, len(prompt))
     if n < 5 or len(words) < n:
         return False

@@ -1,45 +1,38 @@
 """Win rates and their intervals.
 
-A prompt is worth 1 to the model that won it, 0.5 for a tie, 0 for a loss; the win rate is the mean. The interval comes
-from resampling *prompts*: the two games of a prompt, in either order, are not independent, and resampling them as if
-they were gives a "95 %" interval that covers 90 % (tests/bench/win_rate.py measures the coverage of this one).
+A won prompt is worth 1, a tie 0.5, a loss 0; the win rate is the mean. The interval comes from resampling *prompts*: a
+prompt's two games, one per order, are not independent, and resampling them as if they were gives a "95 %" interval that
+covers 90 % (tests/bench/win_rate.py measures the coverage of this one).
 
 The length-controlled rate answers: what if both answers had been equally long? As in AlpacaEval 2 (Dubois et al. 2024,
 arXiv 2404.04475), without its term for the prompt's difficulty, which needs many models:
 
     P(A wins) = sigmoid(theta + gamma tanh((length_a - length_b) / s)),  s the standard deviation of the differences
 
-fitted to the prompts' worths; the rate is sigmoid(theta), read where the difference is 0, if both sides of it were seen.
+fitted to the prompts' worths; the rate is sigmoid(theta), its value at difference 0, if there are prompts on both sides.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import numpy as np
 
-N_RESAMPLES, LEVEL = 2000, 0.95
-RIDGE = 1e-3  # on gamma and theta, per prompt: a fit exists even where one side wins every prompt
+from nanomed.evaluation import stats
 
-
-@lru_cache(maxsize=4)  # many figures over the same prompts; 5 MB each
-def resamples(n: int, seed: int = 0) -> np.ndarray:  # (R, n)
-    """How often each of n prompts is in each of the bootstrap's samples."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=N_RESAMPLES)
+N_RESAMPLES = 2000
+RIDGE = 1e-3  # on gamma and theta, per prompt: a fit exists even if one side wins every prompt
 
 
 def interval(statistic: Callable[[np.ndarray], np.ndarray], n: int) -> list[float]:
     """The percentile bootstrap's interval of a statistic of weights (R, n) -> (R,)."""
-    values = statistic(resamples(n).astype(np.float64))
-    return [float(x) for x in np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])]
+    return list(stats.bootstrap(statistic, n, N_RESAMPLES))
 
 
 def mean_interval(values: np.ndarray) -> list[float]:
-    """Of the mean of numbers in [0, 1]. Where all are alike no resample differs, and the exact binomial bound on how many
-    others there may be stands in: with 12 prompts won out of 12 the rate may well be 0.74."""
+    """Of the mean of numbers in [0, 1]. If all are alike, `stats.unseen` bounds what else may occur: with 12 of 12
+    prompts won the rate may well be 0.74."""
     n, value = len(values), float(values[0])
     if np.ptp(values) == 0:
-        others = 1 - ((1 - LEVEL) / 2) ** (1 / n)
-        return [value - others * value, value + others * (1 - value)]
+        return [value - stats.unseen(n) * value, value + stats.unseen(n) * (1 - value)]
     return interval(lambda weights: weights @ values / n, n)
 
 
@@ -56,7 +49,7 @@ def mean(numbers: list[float]) -> dict:
 
 
 def ratio_of_sums(top: list[float], bottom: list[float]) -> dict:
-    """{value, ci} of a sum over a sum, prompts resampled; 0 where the lower sum is 0."""
+    """{value, ci} of a sum over a sum, prompts resampled; 0 if the lower sum is 0."""
     above, below = np.array(top, dtype=np.float64), np.array(bottom, dtype=np.float64)
     ratio = lambda weights: weights @ above / np.maximum(weights @ below, 1e-12)  # noqa: E731
     return {"value": float(ratio(np.ones((1, len(above))))[0]), "ci": interval(ratio, len(above))}
@@ -72,8 +65,8 @@ def geometric_ratio(top: list[float], bottom: list[float]) -> dict:
 def length_controlled(
     worth: np.ndarray, length_a: np.ndarray, length_b: np.ndarray
 ) -> tuple[float | None, list[float] | None]:
-    """(rate at equal lengths, its interval). worth: 1, 0.5 or 0 for each prompt; lengths in characters. (None, None) where
-    one side is longer in more than 19 of 20 prompts: equal lengths are then outside of what was seen."""
+    """(rate at equal lengths, its interval). worth: 1, 0.5 or 0 for each prompt; lengths in characters. (None, None) if one
+    side is longer in more than 19 of 20 prompts: equal lengths would then be an extrapolation."""
     if np.ptp(worth) == 0:  # length explains nothing
         return float(worth[0]), mean_interval(worth)
     difference = np.asarray(length_a, dtype=np.float64) - length_b
@@ -102,7 +95,7 @@ def fit(worth: np.ndarray, x: np.ndarray, weights: np.ndarray) -> tuple[np.ndarr
 
 
 def summarise(worth: list[float], length_a: list[int], length_b: list[int]) -> dict:
-    """Everything that judge reports of the prompts' worths; A's win rate, its difference to B's, and only then a ratio."""
+    """What judge reports of the prompts' worths: A's win rate, its difference to B's, a ratio."""
     values, n = np.array(worth, dtype=np.float64), len(worth)
     controlled, controlled_ci = length_controlled(values, np.array(length_a), np.array(length_b))
     rate, ci = float(values.mean()), mean_interval(values)

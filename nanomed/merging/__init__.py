@@ -1,1 +1,4 @@
-"""Merging checkpoints: merge.py's work. source → schedule → slerp → stream → report; mergekit_yaml and tune beside it."""
+"""Merging checkpoints, merge.py's work: source → checks → schedule → slerp → stream → write → verify → report.
+
+mergekit_yaml reads and writes mergekit's configurations; tune searches t with the losses of losses.py.
+"""

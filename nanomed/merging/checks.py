@@ -1,7 +1,7 @@
-"""May these checkpoints be merged, and is there room? Everything that can be wrong is found before a byte is written.
+"""Can these checkpoints be merged, and is there room? Whatever is wrong is found before a byte is written.
 
-A merge of two models that differ in a shape, a tied head or a tokenizer mostly runs through and gives a model that
-talks nonsense: so each of these is one line here.
+Models that differ in a tied head, RoPE or a tokenizer can often be merged without an error, and the result talks nonsense:
+so each of these is checked.
 """
 
 import os
@@ -13,7 +13,7 @@ from nanomed import InputError
 from nanomed.hf import model_config
 from nanomed.merging.source import Checkpoint, tokenizer_of
 
-# Fields of config.json that may differ: they name versions and habits, not maths, or are compared by what they mean.
+# Fields of config.json that may differ: they do not change the maths, or are compared by meaning below.
 # (vocab_size is compared by shape too.)
 FREE = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache", "max_position_embeddings",
         "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "pretraining_tp", "attention_dropout",
@@ -22,7 +22,7 @@ FREE = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_ca
 
 
 def check_pair(base: Checkpoint, other: Checkpoint, role: str) -> list[str]:
-    """InputError where `other` (role: CPT, ...) is no sibling of BASE; else warnings, one line each."""
+    """InputError unless `other` (role: CPT, ...) can be merged with BASE; else warnings, one line each."""
     _check_architecture(base, other, role)
     _check_tensors(base, other, role)
     for file in ("tokenizer.json", "tokenizer.model"):
@@ -30,18 +30,18 @@ def check_pair(base: Checkpoint, other: Checkpoint, role: str) -> list[str]:
             ours, theirs = base.tokenizer[file], other.tokenizer[file]
             if ours != theirs:
                 raise InputError(
-                    f"{role} {other.name}: its {file} is another one than BASE's (sha256 {theirs[:12]}, BASE {ours[:12]}): "
-                    "token ids mean different words; merge models of one tokenizer"
+                    f"{role} {other.name}: its {file} differs from BASE's (sha256 {theirs[:12]}, BASE {ours[:12]}): "
+                    "token ids mean different words; merge models with the same tokenizer"
                 )
             return []
-    return [f"{role} {other.name} has no tokenizer to compare with BASE's; it is taken for the same"]
+    return [f"{role} {other.name} has no tokenizer to compare with BASE's; assuming the same"]
 
 
 def _check_architecture(base: Checkpoint, other: Checkpoint, role: str) -> None:
     ours, theirs = base.config(), other.config()
     if not (ours and theirs):
-        return  # a run that has not exported: its tensors tell
-    for config in (ours, theirs):  # what may be left out means the same as its default
+        return  # a run that has not exported yet: only its tensors can be compared
+    for config in (ours, theirs):  # a missing field means its default
         config["tie_word_embeddings"] = bool(config.get("tie_word_embeddings"))
         if not config.get("head_dim") and config.get("num_attention_heads"):
             config["head_dim"] = config.get("hidden_size", 0) // config["num_attention_heads"]
@@ -55,11 +55,10 @@ def _check_architecture(base: Checkpoint, other: Checkpoint, role: str) -> None:
 
 
 def _windows(*checkpoints: Checkpoint) -> list[str]:
-    """The sliding windows that are in force, in words: of Qwen2's four fields for them hub files and transformers' own
-    hold different values that mean the same."""
+    """The sliding windows in force, as text: Qwen2 has four fields for them, in which different values can mean the same."""
     try:
         configs = [model_config(checkpoint.folder) for checkpoint in checkpoints]
-    except InputError:  # maths that train.py lacks, as other families have: the field itself must do
+    except InputError:  # a family that train.py does not know: compare the field itself
         raw = [checkpoint.config() for checkpoint in checkpoints]
         return [str(None if c.get("use_sliding_window") is False else c.get("sliding_window")) for c in raw]
     layers = [c.sliding_windows or (None,) * c.num_hidden_layers for c in configs]
@@ -69,12 +68,13 @@ def _windows(*checkpoints: Checkpoint) -> list[str]:
 def _expect(role: str, other: Checkpoint, field: str, found, expected) -> None:
     if found != expected:
         raise InputError(
-            f"{role} {other.name}: config.json has {field} {found}, BASE {expected}; only models of one architecture merge"
+            f"{role} {other.name}: config.json has {field} {found}, BASE {expected}; "
+            "only models of the same architecture can be merged"
         )
 
 
 def _rope(config: dict) -> dict:
-    """rope_theta and scaling from transformers 4's spelling or 5's; what is left out has its default."""
+    """rope_theta and scaling from transformers 4's spelling or 5's; a missing field has its default."""
     found = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     found["rope_theta"] = config.get("rope_theta") or found.get("rope_theta")
     kind = found.pop("rope_type", None) or found.pop("type", None) or "default"
@@ -101,10 +101,10 @@ def _check_tensors(base: Checkpoint, other: Checkpoint, role: str) -> None:
 
 
 def check_base(base: Checkpoint) -> None:
-    """The result takes BASE's config and tokenizer: InputError where it has none."""
+    """The result takes BASE's config and tokenizer: InputError if it has none."""
     if base.folder is None:
         raise InputError(
-            f"BASE {base.name}: is a run that has not exported, so there is no config.json; give the model it began with"
+            f"BASE {base.name}: is a run that has not exported yet, so there is no config.json; give the model it started from"
         )
     if not tokenizer_of(base.folder):
         raise InputError(
@@ -114,7 +114,7 @@ def check_base(base: Checkpoint) -> None:
 
 
 def check_out(out: Path, n_bytes: int) -> None:
-    """InputError if OUT is taken, or the disk has no room for this many bytes of weights."""
+    """InputError if OUT exists, or the disk has no room for this many bytes of weights."""
     if out.exists():
         raise InputError(f"OUT {out}: exists already; choose another or remove it")
     parent = next(folder for folder in out.absolute().parents if folder.exists())

@@ -1,18 +1,17 @@
 """What a merge costs and gains, measured on the model in memory: the three losses that `merge.py tune` weighs.
 
-All three are in bits per byte of text, so that they may be added:
-    domain, general    -log2 p of held-out text of the field, and of other text
+All three are in bits per byte of text, so that they can be added:
+    domain, general    -log2 p of held-out text of the domain, and of other text
     chat               KL(BASE ‖ merged) on BASE's own greedy answers to chat prompts: how far the merged model has moved
-                       from what instruction tuning taught, where it was taught
+                       from the instruct model on instructions
 
-Every other window and every other prompt is kept from the search: `check` measures there what `search` has chosen.
-Chat needs BASE's log-probabilities at every answered token: 4 bytes x vocabulary x answered tokens of memory.
+Every other window and every other prompt is withheld from the search; `check` measures the result there. Chat keeps BASE's
+log-probabilities of every answer token: 4 bytes x vocabulary x answer tokens of memory.
 """
 
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
@@ -20,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanomed import InputError
-from nanomed.batches import Batch, Shape, pack
+from nanomed.batches import Batch, Shape, pack, pack_documents
 from nanomed.kernels.linear_cross_entropy import IGNORED
 from nanomed.model import Decoder
 from nanomed.prompts import end_tokens, read_prompts, render
@@ -45,7 +44,7 @@ class Text:
         self.n_windows = -(-self.stop // seq_len)
         if self.n_windows < 2:
             raise InputError(
-                f"{flag} {folder}: {total:,} tokens are fewer than two windows of {seq_len}; give more text"
+                f"{flag} {folder}: {total:,} tokens are less than two windows of {seq_len}; give more text"
             )
         self.shape = Shape(seq_len, 1)
         self.bytes_per_label = bins.n_bytes / (total - bins.n_docs)
@@ -68,14 +67,13 @@ class Chat:
         self.tokenizer, self.device = Tokenizer.from_file(str(folder / "tokenizer.json")), device
         texts = [render(folder, messages) for messages in read_prompts(path).values()]
         if len(texts) < 2:
-            raise InputError(f"--chat {path}: needs two prompts at least, one to search with and one to check")
+            raise InputError(f"--chat {path}: needs at least two prompts, one to search with and one to check with")
         prompts = [self.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
         answers = greedy_answers(model, prompts, end_tokens(folder), device)
         self.halves = {}
         for i, half in enumerate(HALVES):
-            mine = slice(i, None, 2)
-            batch, rows = self._rows(prompts[mine], answers[mine])
-            n_bytes = sum(len(self.tokenizer.decode(a, skip_special_tokens=False).encode()) for a in answers[mine])
+            batch, rows = self._rows(prompts[i::2], answers[i::2])
+            n_bytes = sum(len(self.tokenizer.decode(a, skip_special_tokens=False).encode()) for a in answers[i::2])
             self.halves[half] = batch, rows, log_probs(model, model.hidden(batch), rows), n_bytes
 
     def _rows(self, prompts: list[list[int]], answers: list[list[int]]) -> tuple[Batch, Tensor]:
@@ -89,30 +87,19 @@ class Chat:
     def kl(self, model: Decoder, half: str) -> float:
         """Σ KL(BASE ‖ model) in bits over the answered tokens / bytes of the answers."""
         batch, rows, base, n_bytes = self.halves[half]
-        states = model.hidden(batch)  # once; only the logits, of the whole vocabulary, are too large for one go
+        states = model.hidden(batch)  # once; only the logits, over the whole vocabulary, are too large for one piece
         total = sum(F.kl_div(log_probs(model, states, r), b, reduction="sum", log_target=True).double()
                     for r, b in zip(rows.split(64), base.split(64), strict=True))  # fmt: skip
         return max(0.0, total.item()) / math.log(2) / max(1, n_bytes)
 
 
 def log_probs(model: Decoder, states: Tensor, rows: Tensor) -> Tensor:  # (N, D), (R,) -> (R, V) float32
-    """Of the next token at the chosen positions. states: the model's hidden ones of a batch."""
+    """Of the next token at the chosen positions. states: the model's hidden states of a batch."""
     return model.logits(states, rows).float().log_softmax(-1)
 
 
-def pack_documents(documents: list[list[int]]) -> Batch:
-    """Token lists → one batch without labels."""
-    lengths = np.array([len(d) for d in documents])
-    borders = np.concatenate(([0], np.cumsum(lengths)))
-    tokens = torch.from_numpy(np.concatenate(documents).astype(np.int64))
-    positions = torch.from_numpy(np.arange(borders[-1]) - np.repeat(borders[:-1], lengths))
-    cu_seqlens = torch.from_numpy(borders.astype(np.int32))
-    extent = torch.tensor([len(lengths), lengths.max()])
-    return Batch(tokens, torch.full_like(tokens, IGNORED), positions, cu_seqlens, extent, int((lengths**2).sum()))
-
-
 def greedy_answers(model: Decoder, prompts: list[list[int]], ends: set[int], device: torch.device) -> list[list[int]]:
-    """The likeliest next token, ANSWER_TOKENS times, up to and with an end token. All prompts at once, without a cache."""
+    """The likeliest next token, ANSWER_TOKENS times, up to and including an end token. All prompts at once, without a cache."""
     answers: list[list[int]] = [[] for _ in prompts]
     for _ in tqdm(range(ANSWER_TOKENS), "BASE answers", leave=False, delay=2):
         open_ = [i for i, a in enumerate(answers) if not (a and a[-1] in ends)]

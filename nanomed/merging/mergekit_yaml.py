@@ -1,10 +1,10 @@
-"""mergekit's configurations: run slerp and linear ourselves, leave everything else to mergekit, and write one.
+"""mergekit's configurations: slerp and linear run here, everything else is left to mergekit; and a writer.
 
-What is read natively: merge_method slerp or linear; `models:`, or `slices:` of one slice that spans all layers; filters
-and gradients; dtype and out_dtype; tokenizer_source base. Anything beyond (another method, several slices, a tokenizer
-union, LoRA references, ...) is mergekit's own work: it is called as a program, with the file as it is.
+Run here: merge_method slerp or linear; `models:`, or `slices:` of one slice that spans all layers; filters
+and gradients; dtype and out_dtype; tokenizer_source base. For anything beyond (another method, several slices, a
+tokenizer union, LoRA references, ...) mergekit is called as a program, with the file unchanged.
 
-One difference is meant: with `dtype: bfloat16` mergekit rounds float32 inputs before the maths; we never do.
+One deliberate difference: with `dtype: bfloat16` mergekit rounds float32 inputs before the maths; we never do.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from nanomed import InputError
+from nanomed import InputError, first_line
 from nanomed.merging.schedule import Rule, layer_of, read_rules, spell
 from nanomed.merging.source import Checkpoint
 
@@ -36,12 +36,17 @@ class Recipe:
     n_layers: int | None  # that the slice spans; None: all
 
 
-def read_config(path: Path) -> Recipe | str:
-    """The configuration as a Recipe, or in words what of it only mergekit can do. InputError where it is none."""
+def read_yaml(path: Path, where: str):
+    """The file's content. InputError, beginning with `where`, if it is not YAML."""
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: cannot be read as YAML ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{where}: cannot be read as YAML ({first_line(error)})") from None
+
+
+def read_config(path: Path) -> Recipe | str:
+    """The configuration as a Recipe, or the name of what only mergekit can do. InputError if it is not a configuration."""
+    config = read_yaml(path, str(path))
     if not isinstance(config, dict) or "merge_method" not in config:
         raise InputError(f"{path}: has no merge_method; expected a mergekit configuration")
     try:
@@ -101,12 +106,12 @@ def _recipe(path: Path, method: str, config: dict, part: dict) -> Recipe | str:
 
 
 def _rules(path: Path, name: str, scopes: list[dict]) -> list[Rule]:
-    """The parameter's rules, the innermost scope's first: mergekit takes the first that fits."""
+    """The parameter's rules, the innermost scope's first: mergekit takes the first that matches."""
     return [rule for scope in scopes if name in scope for rule in read_rules(scope[name], str(path), name)]
 
 
 def write_config(path: Path, base: Checkpoint, cpt: Checkpoint, rules: list[Rule], dtype: str) -> None:
-    """The configuration with which mergekit does the same: maths in float32, one rounding. dtype: the result's."""
+    """The configuration that makes mergekit do the same: maths in float32, one rounding. dtype: the result's."""
     for checkpoint in (base, cpt):
         if (Path(checkpoint.name) / "run.json").is_file():
             raise InputError(f"--emit-mergekit: {checkpoint.name} is a run folder, which mergekit does not read; "
@@ -120,13 +125,13 @@ def write_config(path: Path, base: Checkpoint, cpt: Checkpoint, rules: list[Rule
 
 
 def call_mergekit(path: Path, out: Path) -> None:
-    """mergekit itself, writing into `out`. InputError where it is not installed or fails."""
+    """mergekit itself, writing into `out`. InputError if it is not installed or fails."""
     if importlib.util.find_spec("mergekit") is None:
-        raise InputError(f"{path}: needs mergekit, which is not installed: pip install 'nanomed[merge]'")
+        raise InputError(f"{path}: needs mergekit, which is not installed: pip install -e '.[merge]'")
     command = [sys.executable, "-m", "mergekit.scripts.run_yaml", str(path), str(out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     last, failed = "", False
-    for line in process.stderr:  # its progress bars and warnings go on to the user, its traceback becomes one line
+    for line in process.stderr:  # its progress bars and warnings are passed on, its traceback becomes one line
         failed = failed or line.startswith("Traceback")
         if not failed:
             sys.stderr.write(line)
@@ -137,7 +142,7 @@ def call_mergekit(path: Path, out: Path) -> None:
 
 
 def models_of(path: Path) -> list[str]:
-    """Names of the models in a configuration, base first; what only mergekit understands is left out."""
+    """Names of the models in a configuration, base first, as far as they can be read."""
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     try:
         parts = [config, *(config.get("slices") or [])]

@@ -1,8 +1,8 @@
 """What a merge did: merge_report.json and .md, a picture of change and t over depth, and a model card.
 
 The JSON also holds every tensor's sums and the identity of the input files: a later merge of the same pair into a
-neighbouring folder finds them there and reads the inputs once instead of twice. No date, time or output path stands in
-any of these files: the same merge gives the same bytes.
+neighbouring folder reuses them and reads the inputs once instead of twice. None of these files has a date, a time or an
+output path: the same merge gives the same bytes.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 
 import nanomed
+from nanomed.figures import canvas, save
 from nanomed.merging.schedule import Rule, layer_of, spell
 from nanomed.merging.slerp import Stats
 from nanomed.merging.source import Checkpoint
@@ -21,7 +22,7 @@ PARTS = ("attention", "mlp", "norm", "other")  # other: embeddings, head, and wh
 
 
 def rows(stats: dict[str, Stats], ts: dict[str, float], shapes: dict[str, tuple]) -> list[dict]:
-    """One record a tensor: what was found, what was done. Infinite changes (of a zero tensor) are null in JSON."""
+    """One record per tensor: what was found, what was done. Infinite changes (of a zero tensor) are null in JSON."""
     return [{"tensor": name, "shape": list(shapes[name]), "layer": layer_of(name), "t": ts[name], "cos": s.cos,
              "degrees": s.degrees, "relative_change": s.relative_change if s.relative_change < math.inf else None,
              "branch": s.branch, "sums": [s.base, s.cpt, s.change]}
@@ -52,7 +53,7 @@ def write_report(folder: Path, base: Checkpoint, cpt: Checkpoint, rules: list[Ru
 
 
 def known_stats(out: Path, base: Checkpoint, cpt: Checkpoint) -> tuple[dict[str, Stats], Path] | None:
-    """Every tensor's sums from a report beside OUT, if one tells of these very files; and that report."""
+    """Every tensor's sums from a report beside OUT on these very files, if there is one; and its path."""
     for path in sorted({*out.parent.glob("*/merge_report.json"), *out.parent.glob("*/*/merge_report.json")}):
         try:
             record = json.loads(path.read_text())
@@ -67,7 +68,7 @@ def known_stats(out: Path, base: Checkpoint, cpt: Checkpoint) -> tuple[dict[str,
 
 
 def summary(base: Checkpoint, cpt: Checkpoint, rules: list[Rule], table: list[dict]) -> str:
-    """The paragraph and the small table that answer: did it matter, and where."""
+    """A paragraph and a table per part: did it matter, and where."""
     branches = {branch: sum(row["branch"] == branch for row in table) for branch in ("lerp", "slerp", "zero")}
     lines = [
         f"SLERP of `{base.name}` (t = 0, {base.kind}) and `{cpt.name}` (t = 1, {cpt.kind}).", "",
@@ -101,7 +102,7 @@ def change_table(table: list[dict]) -> str:
 
 
 def block_table(table: list[dict]) -> str:
-    """How far CPT moved from BASE, block by block and module by module: what --stats-only prints."""
+    """How far CPT moved from BASE, per block and module: what --stats-only prints."""
     lines = ["layer   attention       mlp      norm     other"]
     for layer in sorted({row["layer"] for row in table}, key=lambda n: (n is None, n)):
         inside = [row for row in table if row["layer"] == layer]
@@ -114,7 +115,7 @@ def block_table(table: list[dict]) -> str:
 
 
 def tensor_table(table: list[dict]) -> str:
-    """Every tensor's line."""
+    """A line per tensor."""
     lines = ["\n| tensor | t | cos | angle | change | branch |", "|---|---|---|---|---|---|"]
     for row in table:
         change = "from zero" if row["relative_change"] is None else f"{row['relative_change']:.4%}"
@@ -129,23 +130,23 @@ def model_card(base: Checkpoint, cpt: Checkpoint, rules: list[Rule], table: list
     return (
         f"{_front_matter([base, cpt], 'slerp')}{summary(base, cpt, rules, table)}\n"
         "![Change and t over depth](merge_report.svg)\n\n"
-        "Config, tokenizer and chat template are those of the first model, and so are its licence's terms; every tensor is in "
+        "Config, tokenizer and chat template are the first model's, and its licence's terms apply; every tensor is in "
         "[merge_report.md](merge_report.md). Made with nanomed's merge.py.\n"
     )
 
 
 def linear_card(models: list[Checkpoint], config: str) -> str:
-    """README.md of a linear merge. config: mergekit's configuration, as it was."""
+    """README.md of a linear merge. config: mergekit's configuration, as given."""
     names = ", ".join(f"`{c.name}` ({c.kind})" for c in models)
     return (
         f"{_front_matter(models, 'linear')}Weighted sum of {names}.\n\n```yaml\n{config.rstrip()}\n```\n\n"
-        "Config, tokenizer and chat template are those of the first model, and so are its licence's terms. "
+        "Config, tokenizer and chat template are the first model's, and its licence's terms apply. "
         "Made with nanomed's merge.py.\n"
     )
 
 
 def _front_matter(models: list[Checkpoint], method: str) -> str:
-    """The hub's metadata and a title."""
+    """The hub's metadata, and the title."""
     sources = [c.name for c in models if not Path(c.name).exists()]  # hub ids; local paths mean nothing elsewhere
     front = {"library_name": "transformers", "tags": ["merge", method, "nanomed"]}
     if sources:
@@ -158,13 +159,7 @@ def _front_matter(models: list[Checkpoint], method: str) -> str:
 
 def plot(path: Path, table: list[dict]) -> None:
     """Left: how far each module moved, over depth. Right: the t it was merged with."""
-    import matplotlib  # slow to import, and --stats-only does without
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4))
-    FigureCanvasSVG(figure)
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = canvas(11, 4, columns=2)
     for part, style in zip(("attention", "mlp", "norm"), ("o-", "s-", "^:"), strict=True):
         layers: dict[int, list[dict]] = {}
         for row in table:
@@ -185,8 +180,5 @@ def plot(path: Path, table: list[dict]) -> None:
     ts = [row["t"] for row in table]
     right.set_ylim(min(0, *ts) - 0.05, max(1, *ts) + 0.05)
     for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.14, top=0.9, wspace=0.2)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nanomed"}):  # same input, same bytes
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    save(figure, path)

@@ -57,7 +57,7 @@ def read_rules(setting, where: str, name: str = "t") -> list[Rule]:
                 raise ValueError
         except (TypeError, ValueError):
             raise InputError(
-                f"{where}: {name} = {entry!r} is no number, list of numbers or list of {{filter, value}}"
+                f"{where}: {name} = {entry!r} is not a number, list of numbers or list of {{filter, value}}"
             ) from None
         pattern = entry.get("filter")
         rules.append(Rule("" if pattern in (None, "*") else str(pattern), numbers))
@@ -90,11 +90,11 @@ def depths(names) -> dict[str, float]:
 
 
 def evaluate(rules: list[Rule], names, where: str, name: str = "t") -> dict[str, float]:
-    """The parameter's value for every tensor. InputError naming a tensor that no rule takes."""
+    """The parameter's value for every tensor. InputError naming a tensor that no rule matches."""
     found = {}
     for tensor, x in depths(names).items():
         rule = next((r for r in rules if r.filter in tensor), None)
         if rule is None:
-            raise InputError(f"{where}: gives no {name} for {tensor}; add a last entry without filter: - value: 0.5")
+            raise InputError(f"{where}: gives no {name} for {tensor}; add a last entry without a filter: - value: 0.5")
         found[tensor] = rule.at(x)
     return found

@@ -2,16 +2,16 @@
 
     SLERP(a, b; t) = sin((1-t)θ) / sin θ · a  +  sin(tθ) / sin θ · b        θ = angle between a and b as flat vectors
 
-applied to the tensors as they are (norms are not restored), as in mergekit 0.1.5; K. Shoemake, "Animating rotation with
+applied to the tensors unnormalised (norms are not restored), as in mergekit 0.1.5; K. Shoemake, "Animating rotation with
 quaternion curves", 1985. Nearly parallel tensors, |cos θ| > 0.9995, are interpolated linearly, (1-t) a + t b: the two
 formulas agree there, and sin θ in a denominator does not. t = 0 is BASE, t = 1 is CPT.
 
 **Mostly it is LERP.** cos θ > 0.9995 is a change of less than about 3.2 % of the tensor's norm, and continual
 pre-training changes less than that; at 10 % the two still differ by a thousandth. What matters is t and its schedule.
 
-The sums are Σa², Σb² and Σ(b-a)², not Σab: of a change of one in a thousand Σab keeps no digit in float32, while
+The sums are Σa², Σb² and Σ(b-a)², not Σab: for a change of one in a thousand Σab keeps no digit in float32, while
 b - a is nearly exact, and the angle follows from 2 - 2 cos θ = (|b-a|² - (|b|-|a|)²) / (|a| |b|).
-(The price: a change of thirty times the norm costs the cosine its sixth digit. No training goes that far.)
+(The price: a change of thirty times the norm costs the cosine its sixth digit. No training moves weights that far.)
 """
 
 import math
@@ -38,7 +38,7 @@ class Stats:
 
     @property
     def one_minus_cos(self) -> float:
-        """1 - cos θ, exact for small angles too; 1 where a norm is (nearly) zero, as in mergekit."""
+        """1 - cos θ, exact for small angles too; 1 if a norm is (nearly) zero, as in mergekit."""
         norm_a, norm_b = math.sqrt(self.base), math.sqrt(self.cpt)
         if norm_a <= EPS or norm_b <= EPS:
             return 1.0

@@ -1,10 +1,10 @@
 """Where a checkpoint's tensors lie on disk: a Hugging Face folder, or a run folder of train.py.
 
-Either way a tensor becomes a list of parts, each a path, a byte and a number of elements, and what reads it never
-holds it whole. Of a run folder the newest whole checkpoint is read, with its float32 weights: merging from the bf16
-export would lose a share of a small change. torch's distributed checkpoint keeps every rank's rows as a torch.save of
-its own inside one file; that is an uncompressed zip, so the rows' bytes stand there as they are. Its index is a pickle
-of torch's own classes: a run folder needs torch (0.2 GB), safetensors do not.
+Either way a tensor becomes a list of parts, each a path, a byte offset and a number of elements, and is never in memory as
+a whole. Of a run folder the newest complete checkpoint is read, with its float32 weights: the bf16 export would lose part
+of a small change. torch's distributed checkpoint stores every rank's rows as a torch.save of their own inside one file;
+that is an uncompressed zip, so the rows' raw bytes can be read in place. Its index is a pickle of torch's own classes: a
+run folder needs torch (0.2 GB), safetensors do not.
 """
 
 import hashlib
@@ -55,24 +55,24 @@ class Checkpoint:
     name: str  # as the user gave it
     folder: Path | None  # with config.json and tokenizer; None: a run that has not exported yet
     tensors: dict[str, Tensor]
-    tokenizer: dict[str, str]  # file name → sha256 of what in it turns text into ids; empty where there is none
+    tokenizer: dict[str, str]  # file name → sha256 of what turns text into ids; empty if there is none
     kind: str  # for the report
 
     def config(self) -> dict:
-        """Contents of config.json; empty where there is none."""
+        """Contents of config.json; empty if there is none."""
         config = read_json(self.folder / "config.json") if self.folder else {}
         if not isinstance(config, dict):
-            raise InputError(f"{self.folder / 'config.json'}: holds no JSON object; fetch the checkpoint again")
+            raise InputError(f"{self.folder / 'config.json'}: is not a JSON object; fetch the checkpoint again")
         return config
 
     def identity(self) -> list:
-        """Paths, sizes and times of the files that hold the weights: equal means that nobody has touched them."""
+        """Paths, sizes and times of the files that hold the weights: equal means unchanged."""
         paths = sorted({part.path.resolve() for tensor in self.tensors.values() for part in tensor.parts})
         return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
 
 
 def open_checkpoint(name: str, role: str) -> Checkpoint:
-    """A folder, a hub id or train.py's run folder. role: BASE or CPT, for the errors. InputError where it cannot be."""
+    """A folder, a hub id or train.py's run folder. role: BASE or CPT, for errors. InputError if it cannot be opened."""
     if (Path(name) / "run.json").is_file():
         return _open_run(Path(name), name, role)
     folder = fetch(name, role)
@@ -80,9 +80,9 @@ def open_checkpoint(name: str, role: str) -> Checkpoint:
 
 
 def _of_folder(name: str, folder: Path, role: str, kind: str) -> Checkpoint:
-    """A Hugging Face folder, without what is no parameter though some hub files hold it: old Llamas' RoPE frequencies, and
-    small Qwen3s' copy of the embedding as a head that config.json ties to it. InputError where that is no copy: which of
-    the two is meant cannot be known."""
+    """A Hugging Face folder, without what some hub files hold beside the parameters: old Llamas' RoPE frequencies, and small
+    Qwen3s' copy of the embedding as a tied head. InputError if the head is not a copy: which of the two is meant cannot be
+    known."""
     tensors = {n: t for n, t in safetensors_in(folder, role).items() if not n.endswith(".rotary_emb.inv_freq")}
     checkpoint = Checkpoint(name, folder, tensors, tokenizer_of(folder), kind)
     if checkpoint.config().get("tie_word_embeddings") and tensors.pop("lm_head.weight", None):
@@ -91,7 +91,7 @@ def _of_folder(name: str, folder: Path, role: str, kind: str) -> Checkpoint:
 
 
 def tokenizer_of(folder: Path) -> dict[str, str]:
-    """Identities of the tokenizer files that are there."""
+    """Identities of the tokenizer files in the folder."""
     found = {}
     if (path := folder / "tokenizer.json").is_file():
         found[path.name] = tokenizer_sha256(path)
@@ -101,10 +101,12 @@ def tokenizer_of(folder: Path) -> dict[str, str]:
 
 
 def safetensors_in(folder: Path, role: str) -> dict[str, Tensor]:
-    """All tensors that the folder's index, or its one file, names, in the order of the bytes. role: for the errors."""
+    """All tensors that the folder's index, or its one file, names, in file order. role: for errors."""
     where = find_weights(folder)
     if not where:
-        raise InputError(f"{role} {folder}: has no model.safetensors and no index of shards; only safetensors are read")
+        raise InputError(
+            f"{role} {folder}: has neither model.safetensors nor an index of shards; only safetensors are read"
+        )
     tensors = {}
     for path in sorted(set(where.values())):
         entries, start = read_header(path)
@@ -123,13 +125,13 @@ def safetensors_in(folder: Path, role: str) -> dict[str, Tensor]:
 
 
 def _open_run(run: Path, name: str, role: str) -> Checkpoint:
-    """The newest whole checkpoint of a run; its export where there is none left."""
+    """The newest complete checkpoint of a run; its export if there is none."""
     from nanomed.checkpoint import whole  # needs torch
 
     steps = whole(run / "checkpoints")
     exported = run / "hf" if (run / "hf" / "config.json").is_file() else None
     if not steps and not exported:
-        raise InputError(f"{role} {name}: the run has no whole checkpoint and no hf/ yet; let train.py reach one")
+        raise InputError(f"{role} {name}: the run has no complete checkpoint and no hf/ yet; let train.py reach one")
     if not steps:
         return _of_folder(name, exported, role, "safetensors of hf/")
     step, path = steps[-1]
@@ -149,18 +151,18 @@ def _distributed(path: Path) -> dict[str, Tensor]:
         metadata = FileSystemReader(path).read_metadata()
     except Exception as error:  # a pickle cut short raises anything
         raise InputError(
-            f"{path}: its .metadata cannot be read ({error}); remove the folder to use the one before"
+            f"{path}: its .metadata cannot be read ({error}); remove the folder to use the previous one"
         ) from None
     files = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
     dtypes, tensors = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}, {}
     for key, entry in metadata.state_dict_metadata.items():
         if not key.startswith("model."):
-            continue  # the optimiser's means
+            continue  # the optimiser's moments
         dtype, parts = dtypes[entry.properties.dtype], []
         for chunk in sorted(entry.chunks, key=lambda c: tuple(c.offsets)):
             if any(chunk.offsets[1:]) or chunk.sizes[1:] != entry.size[1:]:
                 raise InputError(
-                    f"{path}: {key} is cut along another dimension than rows; expected train.py's checkpoint"
+                    f"{path}: {key} is split along another dimension than rows; expected a checkpoint of train.py"
                 )
             n = n_elements(chunk.sizes)
             if n:
@@ -215,7 +217,7 @@ def _raw_offset(path: Path, info, n_bytes: int) -> int:
             lengths = file.read(4)
     except (OSError, zipfile.BadZipFile, StopIteration) as error:
         raise InputError(
-            f"{path}: missing or cut short ({error}); remove the checkpoint to use the one before"
+            f"{path}: missing or cut short ({error}); remove the checkpoint to use the previous one"
         ) from None
     n_name, n_extra = int.from_bytes(lengths[:2], "little"), int.from_bytes(lengths[2:], "little")
     return info.offset + entry.header_offset + 30 + n_name + n_extra

@@ -1,14 +1,14 @@
-"""The weights go by: read in chunks, weighed, rounded once, written where they belong, by several threads.
+"""Streaming the weights: read in chunks, weighted, rounded once, written in place, by several threads.
 
-A chunk is 262,144 elements of one tensor. Each thread owns a lane, a handful of buffers of that size (5 MB), and
-nothing else grows with the model: not with its size, and not with its largest tensor. Inputs are widened from their own
+A chunk is 262,144 elements of one tensor. Each thread owns a lane, a few buffers of that size (5 MB): memory grows
+neither with the model nor with its largest tensor. Inputs are widened from their own
 precision to float32, and the result is rounded to its dtype once, to nearest even. numpy has no bfloat16, but a bfloat16
-is the upper half of a float32: widening is a shift, rounding an add and a shift. numpy lets go of the interpreter lock
-inside each operation, so threads do run side by side. Chunks are summed in order: the bytes of the result do not
-depend on the number of threads.
+is the upper half of a float32: widening is a shift, rounding an add and a shift. numpy releases the interpreter lock
+inside each operation, so threads do run in parallel. Chunks are summed in order: the result's bytes do not depend on the
+number of threads.
 
-A group of tensors (0.5 GB) is summed first and then merged, its pages still in the system's cache: the disk is read
-once, however many outputs there are. With the sums known beforehand the first half falls away.
+A group of tensors (0.5 GB) is summed first and then merged, while it is in the page cache: the disk is read once, however
+many outputs there are. With known sums the first pass is skipped.
 """
 
 import math
@@ -28,7 +28,7 @@ from nanomed.shards import ITEM_BYTES, header
 
 CHUNK = 1 << 18  # elements
 GROUP_BYTES = 512 * 10**6
-LARGEST = {"F32": math.inf, "BF16": (2 - 2.0**-8) * 2.0**127, "F16": 65520.0}  # what rounds to infinity, and more
+LARGEST = {"F32": math.inf, "BF16": (2 - 2.0**-8) * 2.0**127, "F16": 65520.0}  # from here on a value rounds to infinity
 ROW = 1024  # elements summed in float32; rows are summed in float64
 Weights = list[list[float]]  # [output][input]: what the inputs are multiplied by
 
@@ -72,7 +72,7 @@ def read_fully(file: int, buffer: np.ndarray, offset: int, path: Path) -> None:
     while view:
         n = os.preadv(file, [view], offset)
         if n == 0:
-            raise InputError(f"{path}: ends too early, at byte {offset:,}; was it changed meanwhile?")
+            raise InputError(f"{path}: ends at byte {offset:,}, too early; was it changed in the meantime?")
         view, offset = view[n:], offset + n
 
 
@@ -121,7 +121,7 @@ def sums(a: np.ndarray, b: np.ndarray, difference: np.ndarray) -> np.ndarray:
 
 
 def _sum_of_squares(x: np.ndarray) -> float:
-    """Rows of 1,024 in float32, the rest in float64. (einsum and not BLAS, whose own threads would fight with ours.)"""
+    """Rows of 1,024 in float32, the rest in float64. (einsum, not BLAS, whose own threads would compete with ours.)"""
     rows = x[: x.size // ROW * ROW].reshape(-1, ROW)
     tail = x[rows.size :].astype(np.float64)
     return float(np.einsum("ij,ij->i", rows, rows).sum(dtype=np.float64) + (tail * tail).sum())
@@ -160,7 +160,7 @@ class Streamer:
     def merge(
         self, factors: Callable[[str, Stats | None], Weights], known: dict[str, Stats] | None
     ) -> dict[str, Stats]:
-        """Write all outputs; the sums of every tensor (known ones are not computed again; {} : none are needed)."""
+        """Write all outputs; the sums of every tensor (known ones are not computed again; {}: none are needed)."""
         stats = dict(known or {})
         for names in groups(self.inputs, self.entries):
             if known is None:
@@ -208,7 +208,7 @@ class Streamer:
             if not np.isfinite(x).all():
                 what = "NaN" if np.isnan(x).any() else "infinity"
                 raise InputError(
-                    f"{checkpoint.name}: tensor {name} holds {what}; a merge would spread it, nothing was written"
+                    f"{checkpoint.name}: tensor {name} holds {what}; a merge would spread it, so nothing was written"
                 )
 
     def _merge_chunk(self, name: str, start: int, weights: Weights) -> int:
@@ -233,7 +233,7 @@ class Streamer:
 
 
 def groups(inputs: list[Checkpoint], names) -> Iterator[list[str]]:
-    """The non-empty tensors, in order, cut where the inputs' bytes pass GROUP_BYTES."""
+    """The non-empty tensors, in order, in groups of about GROUP_BYTES of input."""
     group, size = [], 0
     for name in names:
         if inputs[0].tensors[name].n == 0:

@@ -1,12 +1,12 @@
-"""Search t: one number, then attention and MLP apart over depth, with the merged model in memory.
+"""Search t: one number, then attention and MLP separately over depth, with the merged model in memory.
 
     python merge.py tune BASE CPT OUT --domain bins/val-med --general bins/val-general --chat prompts.jsonl
 
-A trial sets the weights of one resident model and measures three losses (nanomed.merging.losses). First a global t in
-five steps and around the best of them; then a compass search over the knots of a gradient for attention, one for the MLP
-and one t for everything else: each coordinate is moved up and down by a step, what lowers the score is kept, and when
-nothing does the step is halved. It is a small search on purpose: the held-out sets are small, and with many knobs a
-search finds their noise. What it chose is measured on the other half of the sets, beside BASE, CPT and the best global t.
+A trial sets the weights of one resident model and measures three losses (nanomed.merging.losses). First a global t: five
+values, then around the best of them; then a compass search over the knots of a gradient for attention, of one for the MLP
+and a t for everything else: each coordinate is moved up and down by a step, what lowers the score is kept, and when
+nothing does the step is halved. The search is small on purpose: the held-out sets are small, and many parameters would
+overfit them. The result is measured on the other half of the sets, beside BASE, CPT and the best global t.
 
 Memory: BASE and CPT in their own precision and one model to merge into.
 """
@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from nanomed import InputError
 from nanomed.config import has_bf16_hardware
+from nanomed.figures import canvas, save
 from nanomed.hf import model_config
 from nanomed.merging import checks
 from nanomed.merging.losses import Chat, Text
@@ -32,7 +33,7 @@ from nanomed.merging.schedule import Rule, evaluate, spell
 from nanomed.merging.slerp import Stats, factors
 from nanomed.merging.source import Checkpoint, open_checkpoint
 from nanomed.merging.stream import read_fully
-from nanomed.merging.write import Staging, all_stats
+from nanomed.merging.write import all_stats, staging
 from nanomed.model import Decoder
 
 LOSSES = ("domain", "general", "chat")
@@ -43,7 +44,7 @@ Point = tuple[float, ...]  # knots of attention, knots of MLP, t of the rest
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A schedule and what it was found to cost, in bits per byte."""
+    """A schedule and its losses, in bits per byte."""
 
     point: Point
     domain: float
@@ -55,7 +56,7 @@ class Trial:
         return sum(w * getattr(self, loss) for w, loss in zip(weights, LOSSES, strict=True))
 
     def is_uniform(self) -> bool:
-        """One t everywhere?"""
+        """Whether there is one t everywhere."""
         return len(set(self.point)) == 1
 
 
@@ -148,7 +149,7 @@ def tune(args: argparse.Namespace) -> None:
     for line in checks.check_pair(base, cpt, "CPT"):
         print(f"warning: {line}", file=sys.stderr)
     if "tokenizer.json" not in base.tokenizer:
-        raise InputError(f"BASE {base.name}: has no tokenizer.json, which tune needs")
+        raise InputError(f"BASE {base.name}: has no tokenizer.json; tune needs it")
     checks.check_base(base)
     checks.check_out(args.out, 0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -173,7 +174,7 @@ def tune(args: argparse.Namespace) -> None:
     rows = {"BASE": (0.0,) * n, "CPT": (1.0,) * n, f"t = {uniform.point[0]:g}": uniform.point, "chosen": best.point}
     checked = {name: measure(point, "check") for name, point in rows.items()}
     table = check_table(checked, args.weights)
-    with Staging(args.out) as tmp:
+    with staging(args.out) as tmp:
         comment = "".join(f"# {line}\n" for line in table.splitlines())
         content = yaml.safe_dump({"t": spell(rules_of(best.point))}, sort_keys=False, default_flow_style=None)
         (tmp / "t.yaml").write_text(f"{comment}{content}")
@@ -185,7 +186,7 @@ def tune(args: argparse.Namespace) -> None:
 
 
 def check_table(checked: dict[str, Trial], weights: Point) -> str:
-    """The closing table, in bits per byte, on text and prompts that the search has not seen."""
+    """The final table, in bits per byte, on text and prompts that the search has not seen."""
     lines = [f"{'on the other half':18}{'domain':>9}{'general':>9}{'chat KL':>9}{'score':>9}   bits per byte"]
     for name, t in checked.items():
         lines.append(f"{name:18}{t.domain:9.4f}{t.general:9.4f}{t.chat:9.4f}{t.score(weights):9.4f}")
@@ -193,7 +194,7 @@ def check_table(checked: dict[str, Trial], weights: Point) -> str:
 
 
 def front(points: np.ndarray) -> np.ndarray:  # (n, 2) -> (m,) indices, from the left
-    """The points that no other one beats in both coordinates."""
+    """The points that no other beats in both coordinates."""
     kept, lowest = [], np.inf
     for i in np.lexsort((points[:, 1], points[:, 0])):
         if points[i, 1] < lowest:
@@ -204,14 +205,9 @@ def front(points: np.ndarray) -> np.ndarray:  # (n, 2) -> (m,) indices, from the
 
 def plot(path: Path, trials: list[Trial], best: Trial) -> None:
     """What the domain costs elsewhere: every trial, the line of global t, the Pareto front, the choice."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2))
-    FigureCanvasSVG(figure)
+    figure, both = canvas(11, 4.2, columns=2)
     names = {"general": "general text, bits per byte", "chat": "chat: KL to BASE, bits per byte"}
-    for axes, (loss, label) in zip(figure.subplots(1, 2), names.items(), strict=True):
+    for axes, (loss, label) in zip(both, names.items(), strict=True):
         points = np.array([[t.domain, getattr(t, loss)] for t in trials])
         axes.scatter(*points.T, s=12, color="0.7", label="trials")
         axes.plot(*points[front(points)].T, color="tab:green", lw=1, label="Pareto front", zorder=1)
@@ -236,11 +232,8 @@ def plot(path: Path, trials: list[Trial], best: Trial) -> None:
             )
         axes.plot(best.domain, getattr(best, loss), "*", ms=13, color="tab:red", label="chosen")
         axes.set(xlabel="domain, bits per byte", ylabel=label)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-    figure.subplots_adjust(left=0.08, right=0.98, bottom=0.14, top=0.96, wspace=0.25)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nanomed"}):
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    save(figure, path)
 
 
 def main(argv: list[str]) -> None:
@@ -252,31 +245,36 @@ def main(argv: list[str]) -> None:
     add("base", metavar="BASE", help="instruct model: folder or hub id")
     add("cpt", metavar="CPT", help="the same after continual pre-training: folder, hub id or run folder of train.py")
     add("out", metavar="OUT", type=Path, help="folder for t.yaml, trials.json and pareto.svg")
-    add("--domain", required=True, metavar="BINS", help="held-out bins of the field (data/prepare.py makes them)")
+    add("--domain", required=True, metavar="BINS", help="held-out bins of the domain (from data/prepare.py)")
     add("--general", required=True, metavar="BINS", help="held-out bins of other text")
     add(
         "--chat",
         required=True,
         type=Path,
         metavar="JSONL",
-        help='prompts: {"prompt": text} or {"messages": [...]} a line',
+        help='prompts: {"prompt": text} or {"messages": [...]} per line',
     )
     add("--budget", type=int, default=40, help="trials of the search (default %(default)s)")
     add("--knots", type=int, default=3, help="knots over depth of attention's and MLP's gradient (default %(default)s)")
-    add("--tokens", type=int, default=65536, help="of each set, half to search and half to check (default %(default)s)")
+    add(
+        "--tokens",
+        type=int,
+        default=65536,
+        help="of each set, half to search with and half to check with (default %(default)s)",
+    )
     add("--seq-len", type=int, default=1024, help="tokens in a window (default %(default)s)")
     add("--weights", type=weights, default=(1.0, 1.0, 1.0), metavar="D,G,C",
-        help="what a bit per byte of domain, general and chat counts in the score (default 1,1,1)")  # fmt: skip
+        help="weights of domain, general and chat in the score (default 1,1,1)")  # fmt: skip
     args = parser.parse_args(argv)
     for flag, least in (("budget", 5), ("knots", 1), ("seq_len", 2), ("tokens", 4)):
         if getattr(args, flag) < least:
-            parser.error(f"--{flag.replace('_', '-')} must be {least} at least")
+            parser.error(f"--{flag.replace('_', '-')} must be at least {least}")
     tune(args)
 
 
 def weights(text: str) -> Point:
-    """D,G,C → three numbers from 0 up."""
+    """D,G,C → three numbers."""
     values = tuple(float(part) for part in text.split(","))
     if len(values) != 3 or not all(0 <= v < float("inf") for v in values) or not any(values):
-        raise argparse.ArgumentTypeError(f"{text!r} is not three numbers from 0 up")
+        raise argparse.ArgumentTypeError(f"{text!r} is not three numbers, none negative and not all 0")
     return values

@@ -1,8 +1,8 @@
-"""Read a merged checkpoint back and hold every tensor against the formula, in float64 and by another road.
+"""Read a merged checkpoint back and compare every tensor with the formula, in float64 and computed another way.
 
 The merge computes its angle from Σ(b-a)² in float32 rows; here it comes from the textbook, acos(a·b / |a||b|) in
-float64, and the files are read through the safetensors library's own check. So a wrong offset, a torn write or a slip in the
-arithmetic shows. Within 1e-5 of the threshold between SLERP and LERP either counts as right.
+float64, and the files are read through the safetensors library's own check. So a wrong offset, a torn write or an error in the
+arithmetic shows. Within 1e-5 of the threshold between SLERP and LERP either is accepted.
 """
 
 import math
@@ -32,13 +32,13 @@ def verify(
     n_threads: int,
     progress: Callable,
 ) -> tuple[float, float]:
-    """The largest errors found: (units in the last place, relative norm). InputError at the first tensor beyond.
+    """The largest errors found: (units in the last place, relative norm). InputError at the first tensor that exceeds a limit.
 
-    weights(name, cos): the right factors of the inputs, several rows where more than one counts as right.
+    weights(name, cos): the expected factors of the inputs; several rows if more than one is accepted.
     """  # fmt: skip
     result = safetensors_in(folder, "result")
     if differing := sorted(result.keys() ^ inputs[0].tensors.keys()):
-        raise InputError(f"{folder}: tensor {differing[0]} is there and should not be, or the other way round")
+        raise InputError(f"{folder}: tensor {differing[0]} is missing or superfluous")
     with ExitStack() as stack, ThreadPoolExecutor(n_threads) as pool:
         tensors = [t for c in inputs for t in c.tensors.values()] + list(result.values())
         files = {
@@ -65,7 +65,7 @@ def verify(
 
 
 def slerp_factors(t: float, cos: float) -> list[list[float]]:
-    """[BASE's, CPT's factor]; two rows where the threshold is too near to tell."""
+    """[BASE's, CPT's factor]; two rows where the threshold is too close to tell."""
     theta = math.acos(min(max(cos, -1.0), 1.0))
     rows = []
     if abs(cos) > DOT_THRESHOLD - 1e-5:
@@ -86,7 +86,7 @@ def _chunks(files: dict, tensor: Tensor):
 
 
 def _together(files: dict, tensors: list[Tensor]):
-    """Chunks of several tensors side by side, cut alike even where one lies in several parts."""
+    """Chunks of several tensors side by side, split alike even if one lies in several parts."""
     streams = [_chunks(files, tensor) for tensor in tensors]
     rest = [np.empty(0) for _ in streams]
     while True:

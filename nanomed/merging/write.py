@@ -1,13 +1,15 @@
 """Writing a merge: OUT whole or not at all, with BASE's config, tokenizer and chat template beside the weights.
 
-Everything is written in OUT.tmp and renamed last, so OUT appears in one instant, after a kill too. Nothing is synced: that
-would take longer than the merge itself, and a power cut in the half minute after costs a merge that can be made again.
+Everything is written to OUT.tmp and renamed last, so OUT appears at once, and not at all after a kill. Nothing is synced:
+that would take longer than the merge itself, and a power cut within half a minute costs a merge that can be repeated.
 """
 
 import json
 import os
 import shutil
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
@@ -28,52 +30,76 @@ N_THREADS = min(8, os.cpu_count() or 1)
 def write_merges(
     base: Checkpoint, cpt: Checkpoint, out: Path, wanted: dict[str, list[Rule]], dtypes: dict, check: bool
 ) -> None:
-    """OUT, or its subfolders, whole or not at all: everything is written in OUT.tmp and renamed last."""
-    plan = shards.plan({name: (dtypes[name], t.shape) for name, t in base.tensors.items()}, shards.SHARD_BYTES)
-    checks.check_out(out, len(wanted) * sum(map(shards.total_bytes, plan.values())))
-    known, inputs = report.known_stats(out, base, cpt), [base, cpt]
+    """SLERP of BASE and CPT by every one of the schedules, each in its subfolder of OUT ("" is OUT itself)."""
+    inputs, known = [base, cpt], report.known_stats(out, base, cpt)
+    if known:
+        print(f"sums of every tensor taken from {known[1]}", file=sys.stderr)
     ts = [evaluate(rules, base.tensors, "--t") for rules in wanted.values()]
-    with Staging(out) as tmp:
-        folders = [tmp / name for name in wanted]
-        for folder in folders:
-            create(folder, base, plan, dtypes)
-        if known:
-            print(f"sums of every tensor taken from {known[1]}", file=sys.stderr)
-        with (
-            progress(inputs, 1 if known else 2) as bar,
-            Streamer(inputs, plan, folders, N_THREADS, bar.update) as streamer,
-        ):
-            stats = streamer.merge(lambda name, s: [list(factors(s, t[name])) for t in ts], known and known[0])
+    weights = lambda name, s: [list(factors(s, t[name])) for t in ts]  # noqa: E731
+    shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+    with merged(inputs, out, list(wanted), dtypes, weights, known and known[0]) as (folders, stats):
         stats = {name: stats.get(name, Stats(0, 0, 0)) for name in base.tensors}  # empty tensors have none
-        shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
         for folder, rules, t in zip(folders, wanted.values(), ts, strict=True):
             report.write_report(folder, base, cpt, rules, report.rows(stats, t, shapes))
             if check:
                 verified(inputs, folder, lambda name, cos, t=t: slerp_factors(t[name], cos), needs_cos=True)
-    print(report.change_table(report.rows(stats, ts[0], shapes)))
-    print(f"merged: {', '.join(str(out / name) for name in wanted)}")
+        print(report.change_table(report.rows(stats, ts[0], shapes)))
 
 
-class Staging:
+def write_linear(path: Path, models: list[Checkpoint], out: Path, recipe: Recipe, dtypes: dict, check: bool) -> None:
+    """Σ wᵢ xᵢ, by default divided by Σ wᵢ, of any number of models. path: the configuration, which goes along."""
+    base = models[0]
+    columns = [evaluate(rules, base.tensors, str(path), "weight") for rules in recipe.rules]
+    weights = {name: [column[name] for column in columns] for name in base.tensors}
+    if recipe.normalize:
+        if zero := [name for name, row in weights.items() if sum(row) == 0]:
+            raise InputError(f"{path}: the weights of {zero[0]} sum to 0; set normalize: false, or other weights")
+        weights = {name: [w / sum(row) for w in row] for name, row in weights.items()}
+    with merged(models, out, [""], dtypes, lambda name, _: [weights[name]], {}) as ([folder], _):
+        shutil.copyfile(path, folder / "mergekit_config.yml")
+        card = report.linear_card(models, path.read_text(encoding="utf-8"))
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        if check:
+            verified(models, folder, lambda name, _: [weights[name]], needs_cos=False)
+
+
+@contextmanager
+def merged(
+    inputs: list[Checkpoint], out: Path, names: list[str], dtypes: dict[str, str], weights: Callable, known: dict | None
+) -> Iterator[tuple[list[Path], dict[str, Stats]]]:
+    """Folders with the merged models, one for each of the subfolders `names` of OUT, and the sums of every tensor; they
+    become OUT where the block ends well. weights, known: as Streamer.merge takes them."""
+    tensors = inputs[0].tensors
+    plan = shards.plan({name: (dtypes[name], t.shape) for name, t in tensors.items()}, shards.SHARD_BYTES)
+    checks.check_out(out, len(names) * sum(map(shards.total_bytes, plan.values())))
+    with staging(out) as tmp:
+        folders = [tmp / name for name in names]
+        for folder in folders:
+            create(folder, inputs[0], plan, dtypes)
+        with (
+            progress(inputs, 2 if known is None else 1) as bar,
+            Streamer(inputs, plan, folders, N_THREADS, bar.update) as streamer,
+        ):
+            stats = streamer.merge(weights, known)
+        yield folders, stats
+    print(f"merged: {', '.join(str(out / name) for name in names)}")
+
+
+@contextmanager
+def staging(out: Path) -> Iterator[Path]:
     """OUT.tmp: becomes OUT if the block ends well, and is removed if it does not."""
-
-    def __init__(self, out: Path):
-        self.out, self.tmp = out, out.with_name(out.name + ".tmp")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.tmp, ignore_errors=True)  # of a merge that was killed
-        self.tmp.mkdir(parents=True)
-        return self.tmp
-
-    def __exit__(self, kind, *_rest) -> None:
-        if kind is None:
-            os.replace(self.tmp, self.out)
-        else:
-            shutil.rmtree(self.tmp, ignore_errors=True)
+    tmp = out.with_name(out.name + ".tmp")
+    shutil.rmtree(tmp, ignore_errors=True)  # of a merge that was killed
+    tmp.mkdir(parents=True)
+    try:
+        yield tmp
+        os.replace(tmp, out)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
 
 
 def create(folder: Path, base: Checkpoint, plan: dict, dtypes: dict[str, str]) -> None:
-    """A checkpoint's folder with everything but the tensors: BASE's config, tokenizer, chat template; headers, index."""
+    """A checkpoint's folder without the tensors' data: BASE's config, tokenizer and chat template, headers, index."""
     folder.mkdir(exist_ok=True)
     for name in CARRIED:
         if (base.folder / name).exists():
@@ -85,7 +111,7 @@ def create(folder: Path, base: Checkpoint, plan: dict, dtypes: dict[str, str]) -
 
 
 def name_dtype(path: Path, config: dict, dtypes: set[str]) -> None:
-    """Write config.json anew where it names another dtype than all the weights have: what says "auto" loads that one."""
+    """Rewrite config.json if all weights have another dtype than it names: dtype="auto" loads the named one."""
     if len(dtypes) > 1:
         return
     name = next(name for name, dtype in DTYPES.items() if dtype in dtypes)
@@ -94,39 +120,17 @@ def name_dtype(path: Path, config: dict, dtypes: set[str]) -> None:
 
 
 def progress(inputs: list[Checkpoint], passes: int, what: str = "merge") -> tqdm:
-    """A bar in GB of the inputs."""
+    """A progress bar over the inputs' bytes."""
     n_bytes = sum(t.n_bytes for c in inputs for t in c.tensors.values())
     return tqdm(desc=what, total=passes * n_bytes, unit="B", unit_scale=True, delay=1)
 
 
 def verified(inputs: list[Checkpoint], folder: Path, weights, needs_cos: bool) -> None:
-    """--verify's line."""
+    """Check the result and print --verify's line."""
     with progress(inputs, 1, "verify") as bar:
         ulp, norm = verify(inputs, folder, weights, needs_cos, N_THREADS, bar.update)
     print(f"verified: {len(inputs[0].tensors)} tensors; largest error {ulp:.3f} units in the last place (16 bits), "
           f"{norm:.1e} of the norm (float32)")  # fmt: skip
-
-
-def write_linear(path: Path, models: list[Checkpoint], out: Path, recipe: Recipe, dtypes: dict, check: bool) -> None:
-    """Σ wᵢ xᵢ, by default divided by Σ wᵢ, of any number of models."""
-    base = models[0]
-    columns = [evaluate(rules, base.tensors, str(path), "weight") for rules in recipe.rules]
-    weights = {name: [column[name] for column in columns] for name in base.tensors}
-    if recipe.normalize:
-        if zero := [name for name, row in weights.items() if sum(row) == 0]:
-            raise InputError(f"{path}: the weights of {zero[0]} sum to 0; set normalize: false, or other weights")
-        weights = {name: [w / sum(row) for w in row] for name, row in weights.items()}
-    plan = shards.plan({name: (dtypes[name], t.shape) for name, t in base.tensors.items()}, shards.SHARD_BYTES)
-    checks.check_out(out, sum(map(shards.total_bytes, plan.values())))
-    with Staging(out) as tmp:
-        create(tmp, base, plan, dtypes)
-        with progress(models, 1) as bar, Streamer(models, plan, [tmp], N_THREADS, bar.update) as streamer:
-            streamer.merge(lambda name, _: [weights[name]], {})
-        shutil.copyfile(path, tmp / "mergekit_config.yml")
-        (tmp / "README.md").write_text(report.linear_card(models, path.read_text(encoding="utf-8")), encoding="utf-8")
-        if check:
-            verified(models, tmp, lambda name, _: [weights[name]], needs_cos=False)
-    print(f"merged: {out}")
 
 
 def all_stats(base: Checkpoint, cpt: Checkpoint) -> dict[str, Stats]:

@@ -3,20 +3,20 @@
     python -m nanomed.miniature --out runs/miniature-paper          ten minutes and 0.7 GB on two CPU cores
     python -m nanomed.miniature --out runs/miniature-fast --fast    three on one: shows the order, for tests
 
-world       data/miniature_paper.py: what there is to read, and the examination
+world       data/miniature_paper.py: the texts, and the examination
 base        train.py on general prose and instructions: a small model that answers in the form it is asked for
 corpus      classify → sweep → clean → prepare: the medical part of a crawl, without copies and leaked questions
-continued   train.py on that corpus, both validation sets watched
-merged      merge.py --sweep: the continued model taken back towards the base, by several t
+continued   train.py on that corpus, with both validation sets
+merged      merge.py --sweep: the continued model interpolated back towards the base, by several t
 knowledge   eval.py knowledge on all of them; answers: eval.py generate; compared: eval.py judge and failures
-report      report.md, report.html: the paper's figure in miniature, and what was expected (report.py)
+report      report.md, report.html: the paper's figure in miniature, and the expectations (report.py)
 
-Every stage is the command that a user would type (OUT/stages has them all), so this is also the one test that
-fails when any stage stops doing its part: results.py says what must hold, and what was measured.
-The judge is a stand-in (judge.py), for a laptop has no 70B model. Seeds are fixed.
+Every stage is the command that a user would type (OUT/stages has them all), so this is also an end-to-end test: results.py
+says what must hold, and what was measured. The judge is a stand-in (judge.py), since a laptop has no 70B model. Seeds are
+fixed.
 
-A killed run goes on with the same command: a finished stage is skipped, an unfinished one is repeated by scripts that
-go on themselves. It runs from a clone: data/ and the scripts are not in the wheel.
+The same command resumes a killed run: finished stages are skipped, an unfinished one is repeated by scripts that resume
+themselves. It runs from a clone: data/ and the scripts are not in the wheel.
 """
 
 import argparse
@@ -46,7 +46,7 @@ QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # everything
 
 
 def run_stage(stage: Stage, out: Path, bar: tqdm) -> None:
-    """Run the commands one after the other; the bar moves with the clock, and never past the stage's share."""
+    """Run the commands one after the other; the bar moves with time, up to the stage's share."""
     log, begun, start = out / "logs" / f"{stage.name}.log", time.perf_counter(), bar.n
     for name in stage.scratch:  # of a run that was killed
         shutil.rmtree(out / name, ignore_errors=True)
@@ -78,16 +78,16 @@ def run_stage(stage: Stage, out: Path, bar: tqdm) -> None:
 
 
 def last_line(log: Path) -> str:
-    """What a script said last, of a progress bar only its last state."""
+    """The last line of output; of a progress bar its last state."""
     lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").strip().splitlines()
     return lines[-1] if lines else "no output"
 
 
 def claim(out: Path, recipe: Recipe, fast: bool, seed: int) -> None:
-    """Make OUT, or find it to be of the same run; InputError where it is something else."""
+    """Create OUT, or check that it belongs to the same run; InputError if not."""
     for needed in ("train.py", "merge.py", "eval.py", "data/miniature_paper.py"):
         if not (ROOT / needed).exists():
-            raise InputError(f"{ROOT / needed}: not there; the miniature runs from a clone of the repository")
+            raise InputError(f"{ROOT / needed}: no such file; the miniature runs from a clone of the repository")
     about, path = json.loads(json.dumps({"fast": fast, "seed": seed, "recipe": asdict(recipe)})), out / "miniature.json"
     if path.exists():
         if (found := read_json(path)) != about:
@@ -95,14 +95,14 @@ def claim(out: Path, recipe: Recipe, fast: bool, seed: int) -> None:
             raise InputError(f"--out {out}: made with {key} = {found.get(key)}, not {about[key]}; choose another --out")
         return
     if out.exists() and any(out.iterdir()):
-        raise InputError(f"--out {out}: is not empty and not a miniature; choose another")
+        raise InputError(f"--out {out}: is not empty and not a run of the miniature; choose another")
     for name in ("logs", "stages", "eval", "answers", "bins"):
         (out / name).mkdir(parents=True, exist_ok=True)
     write_json(path, about)
 
 
 def run(out: Path, fast: bool, seed: int) -> bool:
-    """All stages that are not done yet, and the report; whether every expectation held."""
+    """Run all stages that are not done yet, and write the report; whether every expectation held."""
     recipe, begun = FAST if fast else FULL, time.perf_counter()
     claim(out, recipe, fast, seed)
     with ExitStack() as stack:
@@ -132,7 +132,7 @@ def run(out: Path, fast: bool, seed: int) -> bool:
 
 
 def main() -> None:
-    """The command line. Exit status 1 where something could not run, 2 where an expectation failed."""
+    """The command line. Exit status 1 if something could not run, 2 if an expectation failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--out", type=Path, default=Path("runs/miniature-paper"), help="folder of the run (%(default)s)"

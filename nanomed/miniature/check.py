@@ -1,9 +1,9 @@
-"""Two figures of the continued run, measured again another way: what packing and labels are worth.
+"""Two losses of the continued run, measured in another way: are packing and labels right?
 
 `loss` is train.py's own, at its last evaluation. Here the same windows of the same validation text go through the same
 model, but the labels are read from the documents, not from the batch: `packed` in whole windows, `alone` every piece of
-a document by itself. Labels that are off by one part `packed` from train.py's figure; documents that see their
-neighbours part `alone` from `packed`.
+a document by itself. Labels that are off by one make `packed` differ from `loss`, documents that see their neighbours
+make `alone` differ from `packed`.
 """
 
 import json
@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from nanomed import hf, weights
+from nanomed.batches import pack_documents
 from nanomed.config import RECIPES
-from nanomed.merging.losses import pack_documents
 from nanomed.model import Decoder
 from nanomed.stream import Stream, open_sources
 
 
 @torch.no_grad()
 def losses(out: Path) -> dict[str, float]:
-    """{loss, packed, alone} in nats a token of the continued model on held-out medicine."""
+    """{loss, packed, alone} in nats per token of the continued model on held-out medicine."""
     config = hf.model_config(out / "continued" / "hf")
     model = Decoder(config, RECIPES["miniature"].dtype)
     weights.load_weights(model, hf.check_weights(model, out / "continued" / "hf"))
@@ -48,7 +48,7 @@ def nll(model: Decoder, pieces: list[tuple[np.ndarray, int]]) -> float:
 
 
 def way_gone(out: Path, name: str) -> float:
-    """|merged - base| / |continued - base| over all weights: t, if the merge does what it says."""
+    """|merged - base| / |continued - base| over all weights: t, if the merge is right."""
     files = [out / "base" / "hf", out / "merged" / name, out / "continued" / "hf"]
     total = np.zeros(2)
     base, merged, continued = (hf.find_weights(folder) for folder in files)

@@ -1,9 +1,9 @@
-"""The miniature's judge: a stand-in for a large model, which knows the right answers and compares facts and form.
+"""The miniature's judge: a stand-in for a large model that knows the right answers and compares facts and form.
 
 An OpenAI-compatible endpoint on 127.0.0.1 for `eval.py judge`, in a thread. Of the two answers in the judge's prompt the
 one with more points wins: one for the fact (its text is in the answer), one for the form (the answer has the right
-form, whatever stands in it). It is deterministic and no judge of language: win rates against it say that the machinery
-of judging works, and who answers rightly, not what a reader would prefer.
+form, whatever stands in it). It is deterministic and does not judge language: its win rates show that judging works and
+who answers correctly, not what a reader would prefer.
 """
 
 import json
@@ -13,24 +13,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from nanomed.miniature.forms import FORMS
+
 PARTS = re.compile(r"<<<(ANFRAGE|ANTWORT 1|ANTWORT 2)\n(.*?)\n?\1>>>", re.DOTALL)  # of data/tasks/judge-de-v1.toml
-FORMS = {  # by the last words of a request
-    "Antworte als Liste.": re.compile(r"(- [^\n]+)(\n- [^\n]+)*"),
-    "Antworte mit Nummern.": re.compile(r"(\d\. [^\n]+)(\n\d\. [^\n]+)*"),
-    "Antworte mit Sternen.": re.compile(r"\* [^\n*]+ \*"),
-    "Antworte mit Ergebnis.": re.compile(r"Ergebnis: [^\n]+"),
-    "Antworte in Klammern.": re.compile(r"\( [^\n()]+ \)"),
-    "Antworte mit Pfeil.": re.compile(r"-> [^\n]+"),
-}
 
 
 def has_form(prompt: str, answer: str) -> bool:
     """Does the answer, as a whole, have the form that the prompt asks for?"""
-    return any(prompt.endswith(words) and form.fullmatch(answer.strip()) for words, form in FORMS.items())
+    return any(prompt.endswith(words) and form.pattern.fullmatch(answer.strip()) for words, form in FORMS.items())
 
 
 def follows(record: dict, answer: str) -> bool:
-    """Exactly the right answer; of a question (no colon in it) the form alone, for what it asks is knowledge."""
+    """Exactly the right answer; of a question (no colon in it) the form alone, since what it asks is knowledge."""
     if ":" in record["prompt"]:
         return answer.strip() == record["right"]
     return has_form(record["prompt"], answer)
@@ -54,7 +48,7 @@ def verdict(key: dict[str, dict], content: str) -> str:
 
 @contextmanager
 def serving(key: dict[str, dict]) -> Iterator[str]:
-    """The endpoint's URL, for the length of a with block."""
+    """The endpoint's URL, inside a with block."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

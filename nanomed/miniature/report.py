@@ -8,16 +8,14 @@ import html
 from itertools import pairwise
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from nanomed.evaluation.figure import PAPER
-from nanomed.evaluation.pictures import svg
+from nanomed.figures import canvas, svg
 
 NOTES = """The paper (arXiv 2604.19394) continues 7B and 24B instruct models on 7.3 million medical web documents and merges
 them back by SLERP: the domain's accuracy rises, instruction following suffers in between, and the merge recovers it.
 
-What carries over, and the table of expectations says whether it did: continuing on plain text teaches facts and wears
-away the form of answers; a merge keeps most of the facts and brings most of the form back; leaks and copies must go first.
+What carries over, and the table of expectations says whether it did: continuing on plain text teaches facts and degrades
+the form of answers; a merge keeps most of the facts and restores most of the form; leaks and copies must be removed first.
 
 What does not: every percentage, the learning rate and t, and how much is forgotten. A model of 2.6 million parameters that
 is to learn two hundred facts in minutes moves by a fifth to a third of its weights' norm. Without a share of the base's
@@ -30,8 +28,7 @@ and asked about that. The judge is a stand-in that compares facts and form. The 
 
 def draw(results: dict) -> str:
     """The figure's <svg>."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = canvas(11, 4.2, columns=2)
     models = results["models"]
     ts = [m["t"] for m in models.values()]
     known = [100 * m["accuracy"] for m in models.values()]
@@ -44,7 +41,7 @@ def draw(results: dict) -> str:
     best = models[results["best"]]["t"]
     left.axvline(best, color="0.85", lw=6, zorder=0)
     names, lines = ["base" if t == 0 else "continued" if t == 1 else f"{t:g}" for t in ts], [0]
-    for a, b in pairwise(ts):  # a label without room beside the one before goes a line lower
+    for a, b in pairwise(ts):  # a label without room beside the previous one goes a line lower
         lines.append(lines[-1] + 1 if b - a < (0.2 if b == 1 else 0.07) else 0)
     left.set_xticks(ts, ["\n" * line + name for line, name in zip(lines, names, strict=True)])
     left.set(title="Merged at t", xlabel=f"t (best: {best:g})", ylabel="%", ylim=(0, 103))
@@ -52,14 +49,13 @@ def draw(results: dict) -> str:
     for name, label in (("med", "medicine, held out"), ("general", "general text")):
         right.plot(meter["step"], meter[name], marker="o", label=label)
     right.set(title="Forgetting meter of the continued run", xlabel="step", ylabel="bits per byte", ylim=(0, None))
-    for axes, free in ((left, (0.02, 0.62)), (right, "center right")):  # "best" knows no error bars
-        axes.spines[["top", "right"]].set_visible(False)
+    for axes, free in ((left, (0.02, 0.62)), (right, "center right")):  # "best" ignores error bars
         axes.legend(frameon=False, fontsize=9, loc=free)
     return svg(figure)
 
 
 def rows(results: dict) -> dict[str, list[list[str]]]:
-    """The page's tables: title → rows, the first is the head."""
+    """The page's tables: title → rows, the first of them the header."""
     share = lambda x: f"{100 * x:.1f} %"  # noqa: E731
     spell = lambda f: f"{f['value']:.2f} [{f['ci'][0]:.2f}, {f['ci'][1]:.2f}]"  # noqa: E731
     models = [["model", "t", "medical knowledge", "95 % interval", "instructions followed", "medical answer in form"]]
@@ -96,7 +92,7 @@ def rows(results: dict) -> dict[str, list[list[str]]]:
         paper.append([f"the paper: {a}, {b}", f"{PAPER[a]:.1f} %", f"{PAPER[b]:.1f} %", gain(PAPER[a], PAPER[b])])
     return {
         "Models": models,
-        "Beside the paper: four-option medical questions, of quite another kind": paper,
+        "Beside the paper: other medical questions with four options": paper,
         "Corpus": corpus,
         "Compared by the stand-in judge": judged,
         "Failure modes": failures,
@@ -118,7 +114,7 @@ def as_html(table: list[list[str]]) -> str:
 
 
 def table(expectations: list[dict]) -> str:
-    """The expectations for a terminal, one a line."""
+    """The expectations for a terminal, one per line."""
     width = max(len(e["name"]) for e in expectations)
     return "\n".join(f"{'ok    ' if e['holds'] else 'FAILED'}  {e['name']:<{width}}  {e['measured']}  (expected: {e['wanted']})"
                      for e in expectations)  # fmt: skip

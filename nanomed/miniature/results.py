@@ -1,4 +1,4 @@
-"""What the stages of a miniature left behind, as numbers; and what must hold of them.
+"""The results of a miniature's stages as numbers, and what must hold of them.
 
 `measure` reads files only: the results.json of the evaluations, the metrics of the runs, the reports of the corpus.
 `expectations` is a list of (name, what must hold, what was measured, does it hold): a stage that stops doing its part
@@ -68,7 +68,7 @@ def best_merge(out: Path, ts: tuple[float, ...]) -> float:
 
 
 def corpus(out: Path) -> dict:
-    """What the crawl held and what became of it, by the truth that no stage has seen."""
+    """What the crawl contained and what was kept, by the ground truth that no stage has seen."""
     import pyarrow.parquet as pq
 
     truth = read_json(out / "world" / "truth.json")["crawl"]
@@ -121,7 +121,7 @@ class Expectation:
 
 
 def expectations(r: dict, fast: bool) -> list[Expectation]:
-    """All of them. A fast run is too small for the distances; of models it asserts the order only."""
+    """All of them. A fast run is too small for the distances: of the models it checks the order only."""
     m, c, best, check, lost = r["models"], r["corpus"], r["best"], r["check"], r["forgotten"]
     base, top, merged = m["base"], m["continued"], m[best]
     gain, share = top["accuracy"] - base["accuracy"], kept(m, best)

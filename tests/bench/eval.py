@@ -52,7 +52,8 @@ def one_side(side: str, model: Path, task: str, shots: int, batch_size: int, lim
     import torch
 
     if side == "ours":
-        from nanomed.evaluation.scorer import DecoderLM, load_decoder
+        from nanomed.evaluation.loading import load_decoder
+        from nanomed.evaluation.scorer import DecoderLM
 
         seen = watch_first_score(DecoderLM, "_score_batch")
         lm = DecoderLM(load_decoder(model, torch.float32, torch.device("cpu")), model, batch_size)

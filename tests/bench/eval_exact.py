@@ -15,8 +15,9 @@ import torch
 from machine import cpu_name
 from transformers import AutoModelForCausalLM
 
+from nanomed.evaluation.loading import load_decoder
 from nanomed.evaluation.questions import read_questions
-from nanomed.evaluation.scorer import DecoderLM, load_decoder
+from nanomed.evaluation.scorer import DecoderLM
 
 TASKS = Path(__file__).resolve().parents[2] / "data" / "tasks"
 

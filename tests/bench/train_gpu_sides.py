@@ -126,7 +126,9 @@ def peer_side(c, args):
         borders = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths)))).to(args.device, torch.int32)
         longest = int(lengths.max())
         packed = dict(cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=longest, max_length_k=longest)
-        if args.device == "cuda":  # all logits in one chunk: Liger's default, 128 tokens of Qwen's, took 170 ms of a step more
+        if (
+            args.device == "cuda"
+        ):  # all logits in one chunk: Liger's default, 128 tokens of Qwen's, took 170 ms of a step more
             packed["chunk_mem_const"] = -(-c.vocab_size // c.hidden_size)
         with torch.autocast(args.device, torch.bfloat16, enabled=not low):
             # num_items_in_batch 1: the loss is a sum, to be scaled as ours is
