@@ -6,7 +6,7 @@
     python eval.py generate MODEL --prompts P.jsonl --out A.jsonl      answers to instructions
     python eval.py judge A.jsonl B.jsonl --url URL --judge NAME        whose answers are better, by a model as judge
     python eval.py failures A.jsonl --ref B.jsonl           mixed languages, verbosity
-    python eval.py report RUN ... --out report              one page of the runs, with pictures
+    python eval.py report RUN ... A.jsonl --out report      one page of the runs, with pictures
 
 See `eval.py COMMAND --help`. knowledge, generate, judge and failures write a folder with their configuration and
 raw samples, and resume where they were interrupted.

@@ -1,6 +1,6 @@
 """Clean: documents + scores → the corpus, with a report of what was left out and a data card.
 
-    python data/clean.py fineweb/*.parquet --scores sweep --classifier clf --eval mmlu_de.jsonl --out finemed-de
+    python data/clean.py fineweb/*.parquet --scores sweep --classifier clf --eval data/tasks/questions/*.jsonl --out finemed-de
 
 1. Each input, in parallel: documents at or above the threshold that contain no question of an evaluation set
    (decontaminate.py), to OUT/kept/NAME.parquet with the hash of their text.
@@ -32,10 +32,10 @@ from tqdm import tqdm
 
 from card import write_card, write_report
 from decontaminate import Questions
-from documents import EXTRA, find_files, read_documents, write_parquet
+from documents import EXTRA, find_files, read_documents, read_record, write_parquet
 from keeping import CORPUS, Job, keep_file, load_questions, part_of
 from nanomed import InputError, run_script
-from nanomed.files import lock, read_json, sha256, write_json
+from nanomed.files import lock, sha256, write_json
 from personal import PATTERNS, count_personal
 from scoring import classifier_identity
 from sweep import read_classifier
@@ -170,7 +170,8 @@ def keep_all(job: Job, files: list[Path], workers: int) -> Iterator[dict]:
 
 def plan(args: argparse.Namespace) -> tuple[Job, dict]:
     """What the workers and the card need to know; InputError if the scores are another classifier's."""
-    about, swept = read_classifier(args.classifier), read_json(args.scores / "sweep.json")
+    about = read_classifier(args.classifier)
+    swept = read_record(args.scores / "sweep.json", "data/sweep.py")
     found = classifier_identity(args.classifier)
     if swept.get("classifier_sha256") != found:
         what = f"classifier_sha256 is {swept.get('classifier_sha256')}, but {args.classifier} has {found}"

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from nanomed import InputError, first_line
+from nanomed.files import read_json
 from reading import SUFFIXES, pyarrow, read_batches
 
 BATCH_ROWS = 256
@@ -63,12 +64,14 @@ def _matches(name: str) -> list[Path]:
 
 
 def open_parquet(path: Path):
-    """A pyarrow ParquetFile, local or remote; InputError where the file is not one (truncation is found here)."""
+    """A pyarrow ParquetFile, local or remote; InputError where there is none, or it is not one (truncation is found here)."""
     import pyarrow.parquet as pq
 
     try:
         is_local = isinstance(path, os.PathLike)
         return pq.ParquetFile(path if is_local else path.open("rb"), buffer_size=1 << 20)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; expected a Parquet file") from None
     except (OSError, ValueError) as error:  # pyarrow's are of both kinds
         raise InputError(f"{path}: not a whole Parquet file: {first_line(error)}; fetch it again") from None
 
@@ -100,6 +103,22 @@ def read_numbered(
                 raise InputError(f"{path}: {unit} {number}: {_what(record, key)}; expected a string")
             document[key] = value
         yield number, document
+
+
+def check_keys(path: Path, options: dict[str, str]) -> None:
+    """InputError where the first document of a file lacks a key. options: key → the option that names another.
+
+    Of a Parquet file the names of the columns are read, and no document.
+    """
+    if path.name.endswith(".parquet"):
+        with open_parquet(path) as file:
+            where, first = path, dict.fromkeys(file.schema_arrow.names, "")
+    else:
+        number, first = next(_json_records(path, None), (0, options))  # an empty file lacks none
+        where = f"{path}: line {number}"
+    for key, option in options.items():
+        if key not in first or isinstance(first[key], dict | list):
+            raise InputError(f"{where}: {_what(first, key)}; name another with {option}")
 
 
 def _what(record: dict, key: str) -> str:
@@ -200,6 +219,13 @@ def remove_orphans(folder: Path, prefix: str) -> None:
             path.unlink(missing_ok=True)
         except (PermissionError, ValueError):
             pass  # alive and another user's; or of another machine, whose name begins like ours
+
+
+def read_record(path: Path, script: str) -> dict:
+    """The JSON object that a script leaves in its folder; InputError names the script where it is not there."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected a folder of {script}")
+    return read_json(path)
 
 
 def read_about(path: Path) -> dict:

@@ -65,7 +65,7 @@ class Encoded:
     lengths: np.ndarray  # int64 (D,), tokens
     n_bytes: np.ndarray  # int64 (D,), UTF-8
     rows: np.ndarray  # int64 (D,), row of the input that a document is, from 0
-    empty: list[int]  # rows whose text is ""
+    empty: list[int]  # rows whose text is blank
     end_row: int  # row after the batch
     position: int  # bytes of the input read so far
     sample: list[tuple[str, str, np.ndarray]]  # (where, text, ids) of a few, to be compared with the reference
@@ -122,7 +122,7 @@ class Parsed:
     texts: list[str]
     n_bytes: list[int]  # UTF-8, of the text as it reads
     rows: list[int]  # from 0
-    empty: list[int]  # rows whose text is ""
+    empty: list[int]  # rows whose text is blank
 
 
 def describe_row(path: Path, row: int) -> str:
@@ -149,6 +149,8 @@ def parse_rows(job: Job, path: Path, first_row: int, rows: list[bytes | None]) -
     for number, row in enumerate(rows, first_row):
         try:
             value = parse_row(row, job.key, is_json, list if job.messages else str)
+            if isinstance(value, str) and value.isspace():
+                value = ""
             if value and not is_wanted(job, value):
                 continue
             text, visible = load_renderer(job)(value) if job.messages and value else (value, value)
@@ -160,7 +162,7 @@ def parse_rows(job: Job, path: Path, first_row: int, rows: list[bytes | None]) -
             elif isinstance(error, json.JSONDecodeError):
                 what = f"not valid JSON: {error}; expected one object per line"
             raise InputError(f"{describe_row(path, number)}: {what}") from None
-        if text:
+        if text and not visible.isspace():
             parsed.texts.append(text)
             parsed.n_bytes.append(size)
             parsed.rows.append(number)

@@ -44,7 +44,9 @@ class Unproven(Exception):
 
 
 def engine_version(name: str) -> str:
-    """What goes into a shard's record, "gigatoken 0.10.0" say."""
+    """What goes into a shard's record, "gigatoken 0.10.0" say; Unproven where gigatoken is missing."""
+    if name == "gigatoken" and find_spec(name) is None:
+        raise Unproven("it is not installed; pip install -e '.[fast]' is about ten times as fast")
     return f"{name} {version(name)}"
 
 
@@ -101,8 +103,7 @@ def fast_engine(path: Path, protected: tuple[int | None, ...], reference: Callab
 @functools.lru_cache(maxsize=1)  # so that `warm_up` is of use
 def load_gigatoken(source: str):
     """gigatoken's Tokenizer from the text of a tokenizer.json; Unproven where it is missing or refuses it."""
-    if find_spec("gigatoken") is None:
-        raise Unproven("it is not installed; pip install -e '.[fast]' is about ten times as fast")
+    engine_version("gigatoken")
     import gigatoken
 
     try:

@@ -17,11 +17,13 @@ Cost: about four seconds on one core, 6 MB on disk. The same seed gives the same
 """
 
 import argparse
+import contextlib
 import json
 import random
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -168,6 +170,7 @@ def build(out: Path, seed: int) -> None:
     """Write everything under a temporary name beside `out`, and rename it when it is whole."""
     from prepare import prepare  # it is slow to import, and --help does not need it
 
+    engine = "auto" if find_spec("gigatoken") else "tokenizers"  # so small a corpus needs no warning that it is missing
     partial = out.with_name(f".{out.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)
@@ -178,7 +181,9 @@ def build(out: Path, seed: int) -> None:
         path = partial / "text" / f"{name}.jsonl"
         records = ({"id": f"{name}-{i:05d}", "text": text} for i, text in enumerate(texts[name]))
         path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-        prepare([path], partial / "model", partial / name)
+        with contextlib.redirect_stdout(None):  # it would speak of the temporary name
+            bins = prepare([path], partial / "model", partial / name, engine=engine)
+        print(f"{name}: {bins.n_docs:,} documents, {bins.n_tokens:,} tokens")
     write_json(partial / "miniature.json", {"seed": seed})
     partial.rename(out)
 

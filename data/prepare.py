@@ -12,8 +12,8 @@ A shard is a slice of one input: it ends with the document that brings it to 256
 (one more read, at disk speed), so a second run knows what the committed shards contain: it resumes after them, or stops
 with one line if tokenizer, settings or inputs differ. Each input has a shard, if only an empty one.
 
-Empty texts are skipped and counted, blank lines of .jsonl skipped. Whatever else is not text is an error that names
-file and line (row, for Parquet; from 1): better to know of damage than to train on it.
+Texts of nothing but white space are skipped and counted, blank lines of .jsonl skipped. Whatever else is not text is an
+error that names file and line (row, for Parquet; from 1): better to know of damage than to train on it.
 
 Costs: the first process can read and write about 190 MB/s, enough for 70 workers; see encoding.py for theirs.
 """
@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +115,7 @@ def prepare(
     inputs: list[Path],
     tokenizer_dir: str | Path,
     out: Path,
-    text_key: str = "text",
+    text_key: str | None = None,
     workers: int = 1,
     eos: str | None = None,
     bos: str = "auto",
@@ -128,15 +127,18 @@ def prepare(
 ) -> bins.Bins:
     """Tokenise `inputs`, in this order, into bins in the folder `out`; returns them opened.
 
-    tokenizer_dir: a folder, a tokenizer.json or a hub id. text_key: key or column of the text. workers: processes that
-    encode; with 1 it is this one. eos, bos: see `separator_id`, `bos_id`. slice_bytes: text of a shard. engine: see
-    `write_all`. messages_key: key or column of chat messages, which the tokenizer's template turns into text. hold_out,
-    held_out: see `is_wanted`; at most one of them. Run again after an interruption, it keeps the committed shards.
-    InputError if anything is wrong with what it was given.
+    tokenizer_dir: a folder, a tokenizer.json or a hub id. text_key: key or column of the text ("text"); messages_key: instead,
+    that of chat messages, which the tokenizer's template turns into text. workers: processes that encode; with 1 it is this
+    one. eos, bos: see `separator_id`, `bos_id`. slice_bytes: text of a shard. engine: see `write_all`. hold_out, held_out:
+    see `is_wanted`; at most one of them. Run again after an interruption, it keeps the committed shards. InputError if
+    anything is wrong with what it was given.
     """
     inputs, out = [Path(path) for path in inputs], Path(out)
-    if not inputs or len({path.resolve() for path in inputs}) < len(inputs):
-        raise InputError(f"{len(inputs)} inputs, expected one or more, each once")
+    if not inputs:
+        raise InputError("0 inputs, expected one or more")
+    places = [os.path.realpath(path) for path in inputs]
+    if twice := [path for number, path in enumerate(inputs) if places[number] in places[:number]]:
+        raise InputError(f"{twice[0]}: given twice, expected each input once")
     if workers < 1:
         raise InputError(f"--workers is {workers}, expected 1 or more")
     for flag, share in (("--hold-out", hold_out), ("--held-out", held_out)):
@@ -144,9 +146,11 @@ def prepare(
             raise InputError(f"{flag} is {share}, expected a share between 0 and 1, such as 0.02")
     if hold_out and held_out:
         raise InputError("--hold-out and --held-out exclude each other; give one")
+    if text_key and messages_key:
+        raise InputError("--text-key and --messages-key exclude each other; give one")
     path = find_tokenizer(tokenizer_dir)
     with worker_pool(workers, path) as pool:
-        job, settings = plan(path, text_key, messages_key, eos, bos)
+        job, settings = plan(path, text_key or "text", messages_key, eos, bos)
         job = replace(job, hold_out=hold_out, held_out=held_out)
         run = Run(inputs, describe_inputs(inputs, job, slice_bytes), settings, out, pool, workers)
         return write_bins(run, job, engine)
@@ -200,17 +204,19 @@ def plan(path: Path, text_key: str, messages_key: str | None, eos: str | None, b
 def write_all(run: Run, job: Job, place: tuple[int, int, int], engine: str) -> None:
     """All shards from `place` on: (index of the shard, inputs that are done, rows of the next that are done).
 
-    engine "auto": gigatoken, or `tokenizers` if gigatoken proves unusable before a shard is committed.
+    engine "auto": gigatoken, or `tokenizers` if gigatoken proves unusable before a document is committed.
     """
     if job.messages and engine == "gigatoken":
         raise InputError("--engine gigatoken: chat records need tokenizers; use --engine auto")
+    if place[1] == len(run.inputs):
+        return
     wanted, engine = engine, "tokenizers" if job.messages or engine == "tokenizers" else "gigatoken"
     try:
         return write_inputs(run, replace(job, engine=engine), place)
     except Unproven as error:
         if wanted == "gigatoken":
             raise InputError(f"--engine gigatoken: {error}; use --engine auto") from None
-        if (run.out / f"{bins.shard_name(place[0])}.json").exists():
+        if any(shard["n_docs"] for shard in bins.committed_shards(run.out)[place[0] :]):
             raise InputError(f"gigatoken: {error}; delete {run.out}, use --engine tokenizers") from None
         print(f"gigatoken is not used: {error}", file=sys.stderr)
     write_inputs(run, replace(job, engine="tokenizers"), place)
@@ -220,7 +226,7 @@ def write_inputs(run: Run, job: Job, place: tuple[int, int, int]) -> None:
     """`write_all` with the job's engine; Unproven if that is gigatoken and must not be."""
     (index, n_done, row), started = place, time.perf_counter()
     n_before = sum(shard["n_bytes"] for shard in bins.committed_shards(run.out))
-    engine = engine_version(job.engine) if find_spec(job.engine) else job.engine
+    engine = engine_version(job.engine)
     try:
         with tqdm(total=sum(source["size"] for source in run.sources), unit="B", unit_scale=True, disable=None) as bar:
             for i in range(n_done, len(run.inputs)):
@@ -233,16 +239,18 @@ def write_inputs(run: Run, job: Job, place: tuple[int, int, int]) -> None:
     except BrokenProcessPool:
         raise InputError("a worker died, probably out of memory; run again with fewer --workers (it resumes)") from None
     n_bytes = sum(shard["n_bytes"] for shard in bins.committed_shards(run.out)) - n_before
-    print(f"{n_bytes / 1e6 / (time.perf_counter() - started):.1f} MB/s with {engine}, workers: {run.workers}")
+    if n_bytes:
+        print(f"{n_bytes / 1e6 / (time.perf_counter() - started):.1f} MB/s with {engine}, workers: {run.workers}")
 
 
 def finish(out: Path, inputs: list[Path], job: Job) -> None:
     """The manifest, and the closing line: documents, tokens, bytes."""
     if not any(shard["n_docs"] for shard in bins.committed_shards(out)):
+        remove_leftovers(out)
         what = "no text in any of the documents; nothing to write"
         if job.hold_out or job.held_out:
             flag = "--hold-out" if job.hold_out else "--held-out"
-            what = f"{flag} {job.hold_out or job.held_out} leaves no documents; delete {out}, give another share"
+            what = f"{flag} {job.hold_out or job.held_out} leaves no documents; give another share"
         raise InputError(f"{', '.join(map(str, inputs))}: {what}")
     bins.write_manifest(out)
     done = bins.Bins(out)
@@ -267,7 +275,7 @@ def main() -> None:
         help="tokenizer of the model to train: folder, tokenizer.json or hub id",
     )
     add("--out", required=True, type=Path, metavar="FOLDER", help="where the bins go")
-    add("--text-key", default="text", metavar="KEY", help="key or column that holds the text (default: %(default)s)")
+    add("--text-key", metavar="KEY", help="key or column that holds the text (default: text)")
     add("--messages-key", metavar="KEY", help="instead: key or column of chat messages, for the model's chat template")
     add("--eos", metavar="TOKEN", help="token that ends documents (default: <|endoftext|>, <|end_of_text|> or the eos)")
     bos_help = "begin documents with BOS? auto: if the tokenizer itself does, so that training looks like inference"

@@ -95,6 +95,8 @@ def read_batches(
             if size >= BATCH_BYTES:
                 yield n_read - len(rows), rows, position
                 rows, size = [], 0
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; expected {', '.join(SUFFIXES)}") from None
     except (EOFError, OSError, zlib.error, ValueError) as error:  # pyarrow's are OSErrors and ValueErrors
         where = f"after row {n_read}" if path.suffix == ".parquet" else f"after line {n_read}"
         what = f"unreadable {where}, truncated or damaged: {first_line(error)}"

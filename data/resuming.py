@@ -1,7 +1,7 @@
 """Resuming: what an earlier run of prepare.py left in its folder, and how far it got.
 
-The JSON of a shard is its commit point (nanomed/bins.py). What lies there without one is removed; what was committed
-must be what this run would write, or the run ends with one line.
+The JSON of a shard is its commit point (nanomed/bins.py). What lies there without one is removed, and so are shards none of
+which holds a document; what was committed must be what this run would write, or the run ends with one line.
 """
 
 import re
@@ -31,8 +31,16 @@ def committed_part(out: Path, settings: dict, sources: list[dict]) -> tuple[int,
 
 
 def remove_leftovers(out: Path) -> None:
-    """Remove what an interrupted run left uncommitted: *.tmp, and .bin or .idx without their JSON."""
+    """Remove what an interrupted run left uncommitted, *.tmp and .bin or .idx without their JSON; and shards without documents.
+
+    Those are of inputs that hold no text: there is nothing to lose, and they would refuse the right inputs.
+    """
     for path in out.glob("*"):
         own = re.fullmatch(r"(shard-\d{5}\.(bin|idx|json)|manifest\.json)(\.tmp)?", path.name)
         if own and (path.suffix == ".tmp" or not path.with_suffix(".json").exists()):
             path.unlink()
+    shards = bins.committed_shards(out)
+    if not any(shard["n_docs"] for shard in shards):
+        for index in range(len(shards)):
+            for suffix in ("json", "bin", "idx"):
+                (out / f"{bins.shard_name(index)}.{suffix}").unlink()

@@ -8,14 +8,16 @@ and its first n documents are the sample of n.
 
 First pass: ids only (of a Parquet file that column alone, some 2 % of its bytes). Second pass: the texts, from the row
 groups that hold a chosen row. Threads are enough, since reading and decompressing release Python's lock.
-Both passes are recorded in OUT.partial.sqlite as they go: a killed run resumes with the file it was reading. Memory: 16
-bytes per candidate and 256 rows per worker, however large the input is.
+Both passes are recorded in OUT.partial.sqlite as they go: a killed run resumes with the file it was reading, and so does
+the same command after an error (the hub was away, the disk full); a corrected command begins anew. Memory: 16 bytes per
+candidate and 256 rows per worker, however large the input is.
 
 A duplicate id is an error if it is drawn (its lot appears twice). Texts are taken as they are, empty ones too:
 annotate.py labels those `invalid`.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import sqlite3
@@ -27,10 +29,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from documents import EXTRA, find_files, read_about, read_documents, read_numbered, write_parquet
+from documents import EXTRA, check_keys, find_files, read_about, read_documents, read_numbered, write_parquet
 from nanomed import InputError, run_script
 
 NO_LIMIT = np.iinfo(np.int64).max
+FAILED = 1  # user_version of a database whose run ended in an error
 
 
 def lot(identity: str, seed: int) -> int:
@@ -58,12 +61,17 @@ class Draw:
             ):
                 self.db.execute(f"CREATE TABLE IF NOT EXISTS {table}")
             found = self.db.execute("SELECT json FROM settings").fetchone()
+            [failed] = self.db.execute("PRAGMA user_version").fetchone()
+            if failed and found and json.loads(found[0]) != settings:  # the corrected command
+                found = self.clear()
             if not found:
-                self.db.execute("INSERT INTO settings VALUES (?)", (json.dumps(settings),))
+                found = (json.dumps(settings),)
+                self.db.execute("INSERT INTO settings VALUES (?)", found)
+            self.db.execute("PRAGMA user_version = 0")
         except (sqlite3.Error, OSError) as error:
             hint = "another run is using it" if "locked" in str(error) else "choose another --out"
             raise InputError(f"{path}: cannot be opened ({error}); {hint}") from None
-        if found and (was := json.loads(found[0])) != settings:
+        if (was := json.loads(found[0])) != settings:
             key = next(key for key in settings if was.get(key) != settings[key])
             raise InputError(f"{path}: of an interrupted run with another {key}; delete it to start over")
         self.lowest = np.empty(0, np.int64)
@@ -75,6 +83,23 @@ class Draw:
         if self.lowest.size >= self.n:
             self.lowest = np.partition(self.lowest, self.n - 1)[: self.n]
             self.limit = int(self.lowest.max())
+
+    def clear(self) -> None:
+        """Forget what the run has found."""
+        for table in ("settings", "files", "lots", "documents"):
+            self._execute(f"DELETE FROM {table}")
+
+    def close(self, failed: bool) -> None:
+        """End the run. failed: let another command begin anew; a database that no run could go on from is removed."""
+        of_use = True
+        with contextlib.suppress(sqlite3.Error):  # a full disk
+            self.db.rollback()
+            if failed:
+                self.db.execute(f"PRAGMA user_version = {FAILED}")
+                of_use = self.db.execute("SELECT EXISTS (SELECT * FROM files)").fetchone()[0]
+        self.db.close()
+        if not of_use:
+            self.path.unlink()
 
     def todo(self, n_files: int) -> list[int]:
         """The files whose lots are not in."""
@@ -184,12 +209,17 @@ def sample(
         if differs := [key for key in settings if found.get(key) != settings[key]]:
             raise InputError(f"{out}: exists, made with another {differs[0]}; choose another --out, or delete it")
         return found["n_documents"]
-    draw = Draw(out.with_name(out.name + ".partial.sqlite"), settings, n)
+    check_keys(files[0], dict(zip(keys, ("--id-key", "--text-key"), strict=True)))
+    draw, failed = Draw(out.with_name(out.name + ".partial.sqlite"), settings, n), False
     try:
         jobs = [(file, files[file], keys[0], seed) for file in draw.todo(len(files))]
         each(draw, draw_lots, jobs, workers, None, desc=f"ids of {len(files):,} files", unit="doc", unit_scale=True)
         n_documents, chosen = draw.n_documents(), draw.chosen()
-        check(files, chosen, n, n_documents)
+        try:
+            check(files, chosen, n, n_documents)
+        except InputError:
+            draw.clear()  # nothing that the same command could go on from
+            raise
         there = {x for (x,) in draw.db.execute("SELECT lot FROM documents")}
         wanted: dict[int, dict[int, int]] = {}
         for x, file, row in chosen.tolist():
@@ -199,8 +229,11 @@ def sample(
         each(draw, fetch_documents, jobs, workers, n - len(there), desc="texts", unit="doc")
         columns = dict.fromkeys(("id", "text", *EXTRA), "string")
         write_parquet(out, draw.documents(), columns, settings | {"n_documents": n_documents})
+    except InputError:
+        failed = True
+        raise
     finally:
-        draw.db.close()
+        draw.close(failed)
     draw.path.unlink()
     return n_documents
 

@@ -25,9 +25,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from documents import find_files
+from documents import find_files, read_record
 from nanomed import InputError, run_script
-from nanomed.files import lock, read_json, write_json
+from nanomed.files import lock, write_json
 from scoring import Scoring, classifier_identity, is_committed, score_path
 
 FINISHED = "sweep.json"
@@ -35,7 +35,7 @@ FINISHED = "sweep.json"
 
 def read_classifier(folder: Path) -> dict:
     """threshold.json of a classifier's folder; InputError where it lacks what the sweep needs."""
-    about = read_json(folder / "threshold.json")
+    about = read_record(folder / "threshold.json", "data/classify.py")
     for key, kind in (("threshold", (int, float)), ("max_chars", int), ("max_tokens", int)):
         if not isinstance(about.get(key), kind):
             raise InputError(f"{folder / 'threshold.json'}: {key} is {about.get(key)!r}, expected a number")

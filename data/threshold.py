@@ -13,12 +13,11 @@ Both figures are against the annotator's labels; `annotate.py --audit` measures 
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 
-from documents import read_documents
+from documents import read_documents, read_record
 from nanomed import InputError, run_script
 from nanomed.evaluation.stats import wilson
 from nanomed.files import write_json
@@ -167,11 +166,7 @@ def main() -> None:
     parser.add_argument("classifier", type=Path, metavar="CLF", help="the folder that data/classify.py wrote")
     parser.add_argument("--target-precision", type=float, required=True, metavar="P", help="precision to reach, 0 to 1")
     args = parser.parse_args()
-    path = args.classifier / "threshold.json"
-    try:
-        about = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); expected a folder of data/classify.py") from None
+    about = read_record(args.classifier / "threshold.json", "data/classify.py")
     chosen = ("threshold", "positive_label", "target_precision", *measure(np.ones(1), np.ones(1), 0.5))
     about = {key: value for key, value in about.items() if key not in chosen}
     print(summary(set_threshold(args.classifier, args.target_precision, about)))

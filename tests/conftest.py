@@ -47,6 +47,14 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)  # tiny products: a second thread only waits; and the bits are those of run_train's processes
 
 
+@pytest.fixture(autouse=True)
+def _the_process_as_it_was():
+    """A run with --deterministic, or a sweep with --threads, in this process must not move the next test's bits."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(1)
+
+
 # In CI the same examples each time, so that a red run can be told from a new find; elsewhere new ones each time.
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):

@@ -134,6 +134,7 @@ def test_the_prompt_of_the_project_is_whole():
         ('prompt = "a"\nmedical = "JA"\nnot_medical = "NEIN"', "0 times"),
         ('prompt = "{text} {text}"\nmedical = "JA"\nnot_medical = "NEIN"', "2 times"),
         ('prompt = "{text}"\nmedical = "medizinisch"\nnot_medical = "nicht medizinisch"', "contains the other"),
+        ('prompt = "{text}"\nmedical = "rein medizinisch"\nnot_medical = "medizinisch"', "contains the other"),
         ('prompt = "{text}"\nmedical = "ja"\nnot_medical = "JA"', "contains the other"),
         ("prompt = ", "cannot be read as a prompt"),
         (None, "cannot be read as a prompt"),

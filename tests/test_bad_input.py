@@ -22,6 +22,7 @@ from refusals import fixture_refused, hash_of  # noqa: F401
         ({"recipe": "gpt-5"}, ["--recipe gpt-5", "qwen2.5-7b"]),
         ({"batch_tokens": 250}, ["--batch-tokens 250", "--seq-len 32", "--micro-batch 2"]),
         ({"seq_len": 0}, ["--seq-len 0"]),
+        ({"seq_len": 8192, "batch_tokens": 8192, "micro_batch": 1}, ["--seq-len 8192", "made for 4096"]),
         ({"steps": 0}, ["--steps 0"]),
         ({"lr": 0.0}, ["--lr 0.0"]),
         ({"lr": "nan"}, ["--lr nan"]),
@@ -135,6 +136,10 @@ def test_fewer_tokens_than_a_step_needs(tiny, tmp_path, refused):
     bins = write_bins(tmp_path / "bins", [[1, 2, 3]] * 63, 320, tokenizer_sha256=hash_of(tiny))
     flags = tiny.flags(tmp_path / "run", data=bins, steps="None", epochs=1, warmup_steps=0)
     refused(flags, "--data", "252 tokens", "256")
+
+
+def test_a_share_of_no_document(tiny, tmp_path, refused):
+    refused(tiny.flags(tmp_path / "run", data=f"{tiny.train}@0.001"), "@0.001", "so small a share")
 
 
 # --- the model -----------------------------------------------------------------------------------------------------

@@ -106,6 +106,8 @@ def test_epochs_are_permutations_that_differ():
 def test_the_order_never_changes():
     """A run resumed under another numpy must go on in the same order: these numbers may not move."""
     assert Stream([(MemoryBins([3] * 8), 1.0)], 0, VOCAB).epoch(0).docs.tolist() == [3, 2, 1, 6, 0, 7, 4, 5]
+    half = Stream([(MemoryBins([3] * 8), 0.5)], 0, VOCAB)  # the halves of a permutation, and not of the files
+    assert [half.epoch(e).docs.tolist() for e in range(3)] == [[1, 5, 4, 7], [3, 2, 6, 0], [4, 7, 5, 1]]
 
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.3])
@@ -144,6 +146,12 @@ def test_a_share_that_is_none(spec, tmp_path):
     write_bins(tmp_path / "set", [[1, 2]], vocab_size=50)
     with pytest.raises(InputError, match="share"):
         open_sources([f"{tmp_path / 'set'}{spec}"])
+
+
+def test_steps_count_from_1(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["batches", "show", "--run", "nowhere", "--step", "0"])
+    with pytest.raises((SystemExit, InputError), match="steps count from 1"):
+        batches.main()
 
 
 def test_two_threads_find_the_same_epochs():

@@ -62,6 +62,8 @@ def test_reading_is_global_over_shards(tmp_path):
     for doc, start, stop in ((6, 0, 1), (-1, 0, 1), (0, 0, 5), (0, 3, 2), (0, -1, 2)):
         with pytest.raises(IndexError):
             bins.tokens(doc, start, stop)
+    with pytest.raises(IndexError):
+        Bins(write_set(tmp_path / "b", [[[5]]])).tokens(-1, 0, 1)
 
 
 def test_token_type_follows_from_the_vocabulary(tmp_path):
@@ -77,6 +79,12 @@ def test_token_type_follows_from_the_vocabulary(tmp_path):
 def test_an_id_outside_the_vocabulary_is_refused(tmp_path, bad):
     with pytest.raises(InputError, match="vocabulary of 300"):
         write_set(tmp_path, [[[5, bad]]])
+
+
+def test_lengths_that_are_not_those_of_the_tokens_are_refused(tmp_path):
+    writer = ShardWriter(tmp_path, 0, settings_of(300, 0, None, "abc"), "test")
+    with pytest.raises(ValueError, match="lengths sum to 1, but there are 2 tokens"):
+        writer.write(np.array([5, 6]), np.array([1]), n_bytes=2)
 
 
 def test_a_separator_inside_a_document_is_refused(tmp_path):
@@ -160,6 +168,10 @@ DAMAGE_SEEN_AT_OPENING = {
         r"missing keys",
     ),
     "not JSON": (lambda f: (f / "manifest.json").write_text("{"), r"manifest.json: cannot be read as JSON"),
+    "no object": (
+        lambda f: (f / "manifest.json").write_text("[]"),
+        r"manifest.json: holds a JSON list, expected an obj",
+    ),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), r"manifest.json: missing, expected a finished set"),
     "offsets fall": (lambda f: np.array([0, 6, 4, 9], "<u8").tofile(f / "shard-00000.idx"), r"shard-00000.idx: rising"),
     "offsets shift": (lambda f: np.array([1, 4, 6, 9], "<u8").tofile(f / "shard-00000.idx"), r"first and last offset"),

@@ -1,5 +1,6 @@
 """Damaged checkpoints."""
 
+import json
 import os
 import shutil
 import sys
@@ -43,6 +44,12 @@ def test_a_damaged_checkpoint_is_passed_over(how, tiny, run, undisturbed, tmp_pa
     assert [step for step, _ in whole(out / "checkpoints")] == [20]
 
 
+def test_done_vouches_for_every_file_that_is_read(undisturbed):
+    for _, path in whole(undisturbed / "checkpoints"):
+        names = {file.name for file in path.iterdir()}
+        assert json.loads((path / "DONE").read_text()).keys() == names - {"DONE", "state.json"}
+
+
 def test_no_sound_checkpoint_at_all(tiny, run, undisturbed, tmp_path, capsys):
     """Not the beginning of a new run in its place."""
     out = shutil.copytree(undisturbed, tmp_path / "run")
@@ -83,6 +90,32 @@ def test_done_is_written_while_the_training_waits_for_a_rank_that_has_failed(tin
     monkeypatch.setattr(guard.Guard, "check", lambda self, step: stuck(self, step) if step == 8 else None)
     assert not run(tiny.flags(tmp_path / "run", log_every=8))
     assert found == [5]
+
+
+def test_a_write_that_failed_is_told_before_the_next_one_begins(tiny, run, tmp_path, monkeypatch, capsys):
+    def full(self, path, written):
+        written.result()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "poll", lambda self: None)  # it was not done yet
+    monkeypatch.setattr(checkpoint.Checkpointer, "_seal", full)
+    assert not run(tiny.flags(tmp_path / "run"))
+    assert "step-00000005: the checkpoint could not be written" in capsys.readouterr().err
+
+
+def test_the_oldest_goes_as_soon_as_the_newest_is_whole(tiny, run, tmp_path, monkeypatch):
+    """And not when the next one is begun: there may be room for no more."""
+    seen, poll = set(), checkpoint.Checkpointer.poll
+
+    def patient(self):
+        if self._pending:
+            self._pending[1].result()
+        poll(self)
+        seen.add(len(whole(self.folder)))
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "poll", patient)
+    assert run(tiny.flags(tmp_path / "run", keep=1))
+    assert seen == {0, 1}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="priorities of single threads")

@@ -168,6 +168,12 @@ def test_what_is_refused(case):
         with pytest.raises(InputError, match=message):
             run_clean(folder, inputs, *more, out=f"bad{i}")
         assert not (folder / f"bad{i}/report.json").exists()
+    for flag, message in (
+        ("--classifier", r"bins/threshold\.json: no such file; expected a folder of data/classify\.py"),
+        ("--scores", r"bins/sweep\.json: no such file; expected a folder of data/sweep\.py"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run_clean(folder, files, flag, folder / "bins", out="folder")
     write_documents(files[0], ["ein anderer Text"] * 10, first=5)
     with pytest.raises(InputError, match=r"a.parquet: document 1 has the id '<5>', its score is for '<0>'"):
         run_clean(folder, files, out="changed")

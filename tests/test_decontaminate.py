@@ -2,6 +2,8 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -138,6 +140,16 @@ LAYOUTS = {
 def test_the_usual_layouts_are_read(tmp_path, layout):
     questions = indexed(tmp_path, LAYOUTS[layout])
     assert drops(f"{STEM} {' '.join(reversed(OPTIONS))}", questions) == [True]
+
+
+def test_parquet_is_read_too(tmp_path):
+    pq.write_table(pa.Table.from_pylist([LAYOUTS["mmlu"]] * 300), tmp_path / "e.parquet")
+    questions = read_questions([tmp_path / "e.parquet"])
+    assert questions.n_records == {"e.parquet": 300}
+    assert drops(f"{STEM} {' '.join(OPTIONS)}", questions)[0]
+    (tmp_path / "e.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=r"e\.parquet"):
+        read_questions([tmp_path / "e.parquet"])
 
 
 def test_other_keys_are_no_question(tmp_path):

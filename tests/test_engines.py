@@ -194,12 +194,15 @@ def test_where_gigatoken_is_missing_or_refuses(tmp_path, qwen, monkeypatch, caps
     path = write_jsonl(tmp_path / "a.jsonl", ["Der Patient"])
     unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("<|endoftext|>", -9.0)], 0))
     unigram.save(str(tmp_path / "unigram.json"))
-    prepare([path], tmp_path / "unigram.json", tmp_path / "unigram")
+    empty = write_jsonl(tmp_path / "empty.jsonl", [])  # whose shard needs no engine
+    unigram = prepare([empty, path], tmp_path / "unigram.json", tmp_path / "unigram")
+    assert {shard["engine"].split()[0] for shard in unigram.shards} == {"tokenizers"}
     assert "gigatoken is not used: it refuses the tokenizer" in capsys.readouterr().err
     monkeypatch.setattr(engines, "find_spec", lambda name: None)
     encoding.load_engine.cache_clear()
     engines.load_gigatoken.cache_clear()
-    prepare([path], qwen, tmp_path / "missing")
+    shards = prepare([empty, path], qwen, tmp_path / "missing").shards
+    assert {shard["engine"].split()[0] for shard in shards} == {"tokenizers"}
     assert "gigatoken is not used: it is not installed" in capsys.readouterr().err
     with pytest.raises(Unproven, match="not installed"):
         fast_engine(qwen, (), lambda: None)

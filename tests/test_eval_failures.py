@@ -4,9 +4,11 @@ import json
 
 import pytest
 
+from bpe import with_bos
 from conftest import ROOT
-from endpoint import serving
-from eval_command import answers, fixture_command, parts, refused  # noqa: F401
+from endpoint import completion, serving
+from eval_command import answers, fixture_command, parts, refused, write  # noqa: F401
+from nanomed import InputError
 from nanomed.evaluation import language, pictures, report, verbosity
 from nanomed.evaluation.answers import Sample, read_answers
 
@@ -64,6 +66,13 @@ def test_verbosity(answer, field, expected):
     assert getattr(found, field) == pytest.approx(expected)
 
 
+def test_an_echo_is_of_what_the_user_said():
+    rule, asked = "Antworten Sie immer kurz und klar.", "Was hilft bei starkem Husten und Fieber?"
+    prompt = [{"role": "system", "content": rule}, {"role": "user", "content": asked}]
+    found = [verbosity.examine(Sample("q", prompt, text, "stop", 1, "m"), len).echo for text in (rule, asked)]
+    assert found == [False, True]
+
+
 def test_failures_beside_a_reference(command, tmp_path):
     a = answers(
         tmp_path / "a.jsonl", {"q1": "Ruhe hilft hier sehr gut.", "q2": "You should rest for some days."}, "m-a"
@@ -81,6 +90,68 @@ def test_failures_beside_a_reference(command, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
     assert len(rows) == 4
     assert rows[1]["wholly_english"]
+
+
+def test_nothing_is_not_as_long_as_nothing(command, tmp_path):
+    a, b = (answers(tmp_path / f"{name}.jsonl", {"q1": "", "q2": " "}, f"m-{name}") for name in "ab")
+    status, said = command("failures", a, "--ref", b, "--out", tmp_path / "run")
+    assert status == 0
+    assert json.loads((tmp_path / "run/results.json").read_text())["verbosity"]["ratio_to_ref"] is None
+    assert "  length, ratio to the reference        –  " in said
+
+
+RECORD = {"id": "q", "prompt": [{"role": "user", "content": "?"}], "answer": "Ja.", "finish_reason": "stop",
+          "completion_tokens": 2, "model": "m"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([RECORD | {"prompt": "?"}], "line 1 has no id or no prompt"),
+        ([{key: RECORD[key] for key in RECORD if key != "id"}], "line 1 has no id or no prompt"),
+        ([RECORD, RECORD | {"id": "r", "completion_tokens": "2"}], "line 2: completion_tokens is '2', expected int"),
+        ([RECORD, RECORD], "id 'q'"),
+        ([RECORD, RECORD | {"id": "r", "model": "n"}], "has answers of m and of n"),
+        ([], "has no answers"),
+        ([RECORD, [RECORD]], "line 2 is not a JSON object"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_answers_that_are_none(lines, message, command, tmp_path):
+    line = refused(command, "failures", write(tmp_path / "a.jsonl", lines), "--out", tmp_path / "run")
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"\n{", "line 2 is not JSON"), (b"\xff", "is not UTF-8")])
+def test_a_file_of_no_lines_of_json(content, message, command, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    assert message in refused(command, "failures", tmp_path / "a.jsonl", "--out", tmp_path / "run")
+
+
+def test_a_finished_run_is_shown_and_left_as_it_is(command, tmp_path, monkeypatch):
+    flags = (answers(tmp_path / "a.jsonl", {"q": "Ruhe."}, "m"), "--out", tmp_path / "run")
+    first = command("failures", *flags)[1]
+    monkeypatch.setattr(verbosity, "examine", lambda *_: pytest.fail("examined again"))
+    status, again = command("failures", *flags)
+    assert status == 0
+    assert "already finished" in again
+    assert set(again.splitlines()[1:]) <= set(first.splitlines())
+
+
+def test_lengths_in_tokens_are_those_of_the_text_alone(tmp_path):
+    """Without the BOS that the tokenizer would put before it."""
+    with pytest.raises(InputError, match=r"has no tokenizer\.json"):
+        verbosity.counter(str(tmp_path))
+    path = tmp_path / "tokenizer.json"
+    path.write_text("{}")
+    with pytest.raises(InputError, match="cannot be read as a tokenizer"):
+        verbosity.counter(str(tmp_path))
+    with_bos().save(str(path))
+    for given in (tmp_path, path):
+        unit, length = verbosity.counter(str(given))
+        assert unit == f"tokens of {given}"
+        assert (length(""), length("a"), length("a a")) == (0, 1, 3)
 
 
 def test_what_is_thought_aloud_is_not_counted(command, tmp_path):
@@ -136,7 +207,7 @@ def test_runs_made_otherwise_are_curves_of_their_own(tmp_path, monkeypatch):
     (tmp_path / "merged" / "merge_report.json").write_text(json.dumps(report_of))
     about = {"shots": 3, "chat": False, "limit": None, "cue": "Antwort:"}
     runs = []
-    for i, change in enumerate(({}, {"chat": True}, {"limit": 5}, {"cue": "Answer:"}, {"shots": 0})):
+    for i, change in enumerate(({}, {"chat": True}, {"limit": 5}, {"cue": "Answer:"}, {"shots": 1})):
         task = {"task": "q", "accuracy": i / 10, "ci": [0, 1]} | about | change
         found = [{"path": path, "tasks": [task]} for path in models]
         runs.append({"kind": "knowledge", "config": about | change, "results": {"models": found}})
@@ -146,12 +217,62 @@ def test_runs_made_otherwise_are_curves_of_their_own(tmp_path, monkeypatch):
             runs.append({"kind": "judge", "config": {}, "results": found})
     curves = {}
     monkeypatch.setattr(pictures, "against_t", lambda found: curves.update(found) or "")
-    report.over_t(runs)
+    report.over_t(runs, report.short)
     values = [{figure["value"] for _, figure in points} for points in curves.values()]
     assert values == [{0.0}, {0.1}, {0.2}, {0.3}, {0.4}, {0.5}, {0.6}, {0.7}]
     assert [[t for t, _ in points] for points in curves.values()] == [[0.0, 0.5]] * 8
     assert "win rate against other, by j2, v1" in curves
     assert "accuracy, q, 3 shots, chat, Antwort:" in curves
+    assert "accuracy, q, 1 shot, Antwort:" in curves
+
+
+def test_a_run_that_did_not_finish_is_left_out(command, tmp_path):
+    a = answers(tmp_path / "a.jsonl", {"q": "Ruhe hilft."}, "m-a")
+    assert command("failures", a, "--out", tmp_path / "whole")[0] == 0
+    (tmp_path / "judged").mkdir()
+    (tmp_path / "judged" / "run.json").write_text(json.dumps({"kind": "judge", "finished": False}))
+    status, said = command("report", tmp_path / "judged", a, tmp_path / "whole", "--out", tmp_path / "r")
+    assert status == 0
+    warnings = [line for line in said.splitlines() if line.startswith("warning: ")]
+    assert [line.split(": ")[1:] for line in warnings] == [
+        ["left out", str(tmp_path / "judged"), "is not finished; run its command again to resume"],
+        [
+            "left out",
+            str(a),
+            "has no a.run beside it; expected a folder written by eval.py, or answers of eval.py generate",
+        ],
+    ]
+    assert "m-a" in (tmp_path / "r/report.html").read_text()
+    line = refused(command, "report", tmp_path / "judged", a, "--out", tmp_path / "none")
+    assert "none of the 2 paths is a finished run" in line
+    assert "cannot be written (" in refused(command, "report", tmp_path / "whole", "--out", a / "r")
+
+
+def test_a_model_has_one_name_on_the_page(tmp_path):
+    """Knowledge's, by the path, or by the fingerprint where generate was given a name of its own or a hub id."""
+    models = {"base": {"path": "/hub/snapshots/abc", "fingerprint": "f0"},
+              "merged": {"path": str(tmp_path / "runs/x/hf"), "fingerprint": "f1"}}  # fmt: skip
+    (tmp_path / "a.run").mkdir()
+    beside = {"kind": "generate", "config": {"model": "Qwen/Qwen2.5", "fingerprint": "f0"}}
+    (tmp_path / "a.run" / "run.json").write_text(json.dumps(beside))
+    called = report.namer([
+        {"kind": "knowledge", "config": {"models": models}, "data": {}},
+        {"kind": "generate", "config": {"model": "mine", "fingerprint": "f1"}, "data": {}},
+        {"kind": "failures", "config": {"tokenizer": None}, "data": {str(tmp_path / "a.jsonl"): "0"}},
+    ])  # fmt: skip
+    names = [str(tmp_path / "runs/x"), "mine", "Qwen/Qwen2.5", "some/other", "of/another/base", "merged"]
+    assert [called(name) for name in names] == ["merged", "merged", "base", "other", "of/another/base", "merged"]
+
+
+def test_answers_are_shown_by_their_file(command, tmp_path):
+    prompts = write(tmp_path / "p.jsonl", [{"prompt": "Frage?"}])
+    with serving(lambda body, _: completion("Ruhe.")) as endpoint:
+        made = ("generate", endpoint.url, "--model", "m-a", "--prompts", prompts, "--out", tmp_path / "a.jsonl")
+        assert command(*made)[0] == 0
+    for runs in ([tmp_path / "a.jsonl"], [tmp_path / "a.jsonl", tmp_path / "a.run"]):
+        status, said = command("report", *runs, "--out", tmp_path / "r")
+        assert (status, "runs: 1," in said) == (0, True)
+    assert "| m-a | [1](../a.jsonl) | endpoint |" in (tmp_path / "r/report.md").read_text()
 
 
 def test_a_page_of_no_run_is_refused(command, tmp_path):

@@ -67,14 +67,15 @@ def test_another_model_at_the_same_path_is_another_run(command, tmp_path, tiny):
     assert command(*arguments)[0] == 0
     assert "already finished" in command(*arguments)[1]
     set_template(model, TEMPLATE.replace("assistant", "Arzt"))
-    assert "fingerprint = " in refused(command, *arguments)
+    line = refused(command, *arguments)
+    assert line.endswith("a.run: was made by another model; choose another --out or delete it")
     set_template(model, TEMPLATE)
     assert "already finished" in command(*arguments)[1]
     weights = model / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    assert "fingerprint = " in refused(command, *arguments)
+    assert "was made by another model" in refused(command, *arguments)
 
 
 def test_in_this_process_an_interruption_changes_no_byte(command, tmp_path, monkeypatch, tiny):
@@ -118,15 +119,17 @@ def test_in_this_process_an_interruption_changes_no_byte(command, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    ("record", "message"),
+    ("records", "message"),
     [
-        ({"text": "?"}, "line 1 is neither"),
-        ({"prompt": "  "}, "line 1 is neither"),
-        ({"messages": [{"role": "user"}]}, "line 1 is neither"),
+        ([{"text": "?"}], "line 1 is neither"),
+        ([{"prompt": "  "}], "line 1 is neither"),
+        ([{"messages": [{"role": "user"}]}], "line 1 is neither"),
+        ([{"id": 2, "prompt": "?"}, {"prompt": "??"}], "id '2'"),
+        ([], "has no prompts"),
     ],
 )
-def test_prompts_that_are_none(record, message, command, tmp_path):
-    path = write(tmp_path / "p.jsonl", [record])
+def test_prompts_that_are_none(records, message, command, tmp_path):
+    path = write(tmp_path / "p.jsonl", records)
     line = refused(command, "generate", "http://127.0.0.1:9/v1", "--model", "m", "--prompts", path, "--out", "x.jsonl")
     assert message in line
 

@@ -73,6 +73,9 @@ def test_a_judge_that_fails_is_one_line_and_nothing_is_lost(command, tmp_path):
     assert not (tmp_path / "run/results.json").exists()
     with serving(lambda body, number: "URTEIL: GLEICH") as endpoint:
         assert command("judge", a, b, "--url", endpoint.url, *flags)[0] == 0
+    status, said = command("judge", a, b, "--url", endpoint.url, *flags)
+    assert status == 0
+    assert "already finished" in said
 
 
 def test_a_judge_of_no_readable_verdict_gives_no_rate(command, tmp_path):

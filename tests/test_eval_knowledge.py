@@ -28,19 +28,29 @@ def test_a_run_of_two_models(world, tmp_path, monkeypatch, capsys):
     assert [e["task"] for e in first["tasks"]] == ["one", "two"]
     assert first["tasks"][0]["difference"] is None
     assert second["tasks"][0]["difference"]["to"] == "a"
+    assert first["group"]["difference"] is None
+    gain = second["group"]["macro"] - first["group"]["macro"]
+    assert second["group"]["difference"]["delta"] == pytest.approx(gain)
     for model in found["models"]:
         for entry in model["tasks"]:
             lines = knowledge.read_samples(out / "samples" / model["name"] / f"{entry['task']}.jsonl")
             assert entry["accuracy"] == pytest.approx(sum(x["correct"] for x in lines) / len(lines))
             assert len(lines) == 2 * entry["n"]
+            assert entry["chance"] == 0.25
             assert entry["letters"]["gold"] == [sum(x["gold"] == i for x in lines) for i in range(4)]
             assert all(x["correct"] == (x["chosen"] == x["gold"]) for x in lines)
             assert {s["seed"] for s in entry["seeds"]} == {0, 1}
         one, two = (e["accuracy"] for e in model["tasks"])
         assert model["group"]["macro"] == pytest.approx((one + two) / 2)
         assert model["group"]["micro"] == pytest.approx((12 * one + 6 * two) / 18)
+        assert model["group"]["chance"] == 0.25
     assert (out / "accuracy.svg").stat().st_size > 1000
-    assert "both, macro" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "both, macro" in shown.out
+    assert "chance" in shown.out.splitlines()[0]
+    assert " 25.0% " in shown.out.splitlines()[1]
+    assert "b: two, shots 2, seed 1" in shown.err.splitlines()
+    assert "%|" not in shown.err  # lm-eval's bar, of what takes a moment
     before = (out / "results.json").stat().st_mtime_ns
     run(monkeypatch, *argv)
     assert "already finished" in capsys.readouterr().out
@@ -64,7 +74,13 @@ def the_page_of(out, found, tmp_path, monkeypatch):
         assert row[5].startswith(f"{100 * task['difference']['delta']:+.1f} [")
     page = (tmp_path / "report/report.html").read_text()
     assert page.count("<svg") == 1
-    assert "DeFineMed-Qwen2.5-7B" in page
+    assert "2 shots:" in page
+    assert "DeFineMed-Qwen2.5-7B" not in page
+    for model in found["models"]:
+        model["group"]["name"] = "german_medical"  # what the paper's models have answered
+    (out / "results.json").write_text(json.dumps(found))
+    run_script(command_line.main)
+    assert "DeFineMed-Qwen2.5-7B" in (tmp_path / "report/report.html").read_text()
 
 
 def test_a_run_goes_on_and_only_as_itself(world, tmp_path, monkeypatch, capsys):
@@ -93,8 +109,10 @@ def test_a_run_goes_on_and_only_as_itself(world, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit, match="belongs to a run with shots = 2, this one 1"):
         run(monkeypatch, *flags(world, out, "a", shots=1))
-    with pytest.raises(SystemExit, match="belongs to a run with models"):
+    with pytest.raises(SystemExit, match="belongs to a run with models = a, this one b;"):
         run(monkeypatch, *flags(world, out, "b"))
+    with pytest.raises(SystemExit, match=r"out: was made by another model \(a\); choose another --out or delete it"):
+        run(monkeypatch, f"a={world / 'b'}", *flags(world, out))
 
 
 def test_bad_command_lines_end_in_one_line(world, tmp_path, monkeypatch):
@@ -111,6 +129,7 @@ def test_bad_command_lines_end_in_one_line(world, tmp_path, monkeypatch):
         (flags(world, out, "nowhere"), "neither a local folder nor a hub id"),
         (flags(world, out, "a", tasks="german_medical"), "make it with: python eval.py convert mmlux SRC"),
         (flags(world, used, "a"), "not empty and not from an evaluation"),
+        (flags(world, used / "letter.txt" / "out", "a"), r"cannot be written \(Not a directory\); choose another --out"),
         ([*flags(world, out, "a"), "--chat"], "has no chat template"),
     ):  # fmt: skip
         with pytest.raises(SystemExit, match=message) as stop:
@@ -166,6 +185,8 @@ def test_a_model_that_may_think_is_told_not_to_here_and_in_lm_eval(world, tmp_pa
 def test_record_is_torn_by_nothing(tmp_path):
     data = write_jsonl(tmp_path / "d.jsonl", QUESTIONS)
     out = tmp_path / "run"
+    with pytest.raises(InputError, match="is a file"):
+        record.open_run(data, "judge", {"x": 1}, [data])
     assert not record.open_run(out, "judge", {"x": 1}, [data])
     assert not record.open_run(out, "judge", {"x": 1}, [data])  # goes on
     record.finish_run(out, {"n": 3})
@@ -175,6 +196,8 @@ def test_record_is_torn_by_nothing(tmp_path):
     with pytest.raises(InputError, match="holds a run of judge, not generate"):
         record.open_run(out, "generate", {"x": 1}, [data])
     write_jsonl(data, QUESTIONS[:3])
-    with pytest.raises(InputError, match=r"with data .*d\.jsonl"):
+    with pytest.raises(InputError, match=r"on other data \(.*d\.jsonl has changed since\)"):
         record.open_run(out, "judge", {"x": 1}, [data])
+    with pytest.raises(InputError, match=r"on other data \(.*d\.jsonl is not read by this one\)"):
+        record.open_run(out, "judge", {"x": 1}, [])
     assert fault(QUESTIONS[0]) is None

@@ -155,6 +155,33 @@ def test_a_long_prompt_loses_its_first_shots(sides):
         short.loglikelihood(both(shots + last))
 
 
+def test_a_question_too_long_by_itself_loses_its_beginning(sides):
+    ours, peer = sides["llama"]
+    asked = instances("loglikelihood", [(" ".join(SENTENCES * 14), " Das Herz")])
+    [(found, greedy)] = ours.loglikelihood(asked)
+    assert [(pytest.approx(found, abs=1e-4), greedy)] == peer.loglikelihood(asked, disable_tqdm=True)
+
+
+def test_an_answer_stops_at_an_end_token(sides):
+    ours, _ = sides["llama"]
+    asked = instances("generate_until", [(SENTENCES[0], {"max_gen_toks": 3})])
+    assert ours.generate_until(asked) != [""]
+    short = DecoderLM(ours.model, ours.folder, 256)
+    short.ends = set(range(384))
+    assert short.generate_until(asked) == [""]
+
+
+def test_what_the_scorer_does_not_do_is_refused(sides):
+    ours, _ = sides["llama"]
+    for options in ({"do_sample": True}, {"temperature": 0.7}):
+        with pytest.raises(InputError, match="greed"):
+            ours.generate_until(instances("generate_until", [("Frage", options)]))
+    with pytest.raises(InputError, match="to score"):
+        ours.loglikelihood(instances("loglikelihood", [("Frage", "")]))
+    with pytest.raises(InputError, match="gen_prefix"):
+        ours.apply_chat_template([], add_generation_prompt=False)
+
+
 def test_a_model_without_chat_template_or_tokenizer_is_refused(sides, tmp_path):
     ours, _ = sides["llama"]
     with pytest.raises(InputError, match="has no chat template"):

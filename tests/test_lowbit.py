@@ -1,5 +1,6 @@
 """Stochastic rounding, low-precision AdamW against torchao's and torch's, its memory."""
 
+import copy
 import dataclasses
 import struct
 
@@ -198,6 +199,18 @@ def test_many_bf16_gradients_add_up(monkeypatch):
         sums[name] = model.weight.grad.float().mean().item()
     assert sums["nearest"] == 256
     assert sums["stochastic"] == pytest.approx(600, rel=0.01)
+
+
+def test_float32_gradients_are_added_as_they_are():
+    """The sum of bf16 ones is rounded; theirs must not be."""
+    model = nn.Linear(64, 64)
+    plain = copy.deepcopy(model)
+    optim.make_adamw(model, Config(compile=False, optimizer_states="bf16"))
+    for x in torch.randn(3, 7, 64):
+        for each in (model, plain):
+            each(x).square().sum().backward()
+    lowbit.take_sums(model)
+    assert torch.equal(model.weight.grad, plain.weight.grad)
 
 
 def test_the_norm_of_bf16_gradients_is_exact_to_float32():

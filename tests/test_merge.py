@@ -94,6 +94,17 @@ def test_every_tensor_is_the_formulas(kind, dtype, tmp_path, tiny, monkeypatch):
     assert len({*hf.find_weights(tmp_path / "out").values()}) > 1
 
 
+def test_squares_beyond_float32_are_summed_all_the_same(pair, tmp_path, monkeypatch):
+    name = "model.layers.3.mlp.up_proj.weight"
+    for folder in pair:
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name] *= 1e25
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    run(monkeypatch, *pair, tmp_path / "out", "--t", "0.3")
+    a, b, out = map(tensors_of, (*pair, tmp_path / "out"))
+    assert assert_close(out[name], a[name], b[name], 0.3, name) == "slerp"
+
+
 def test_the_ends_are_the_two_models_bit_for_bit(pair, tmp_path, monkeypatch):
     base, cpt = pair
     file = base / "model.safetensors"

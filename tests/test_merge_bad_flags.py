@@ -122,6 +122,11 @@ def test_a_mergekit_configuration_laid_out_wrongly(content, tmp_path):
         mergekit_yaml.read_config(tmp_path / "c.yml")
 
 
+def test_a_configuration_that_is_not_there(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=r"error: .*/nope\.yml: no such file$"):
+        run(monkeypatch, tmp_path / "out", "--mergekit-yaml", tmp_path / "nope.yml")
+
+
 def test_a_place_to_write_that_is_none(pair_and_out, tmp_path, monkeypatch):
     base, cpt, _ = pair_and_out
     (tmp_path / "file").write_text("")

@@ -101,11 +101,12 @@ def test_a_tokenizer_saved_again_is_the_same_and_none_is_said(tmp_path, tiny, mo
     assert "warning" not in capsys.readouterr().err
     path.unlink()
     run(monkeypatch, base, cpt, tmp_path / "again")
-    assert "warning: CPT" in capsys.readouterr().err
+    assert f"CPT {cpt} has no tokenizer, BASE {base} tokenizer.json: cannot be compared" in capsys.readouterr().err
 
 
-def test_a_base_without_tokenizer(refused):
+def test_a_base_without_tokenizer(refused, capsys):
     refused(lambda base, _: (base / "tokenizer.json").unlink(), "BASE", "tokenizer.json", "tokenizer.model")
+    assert "cpt has tokenizer.json, BASE" in capsys.readouterr().err
 
 
 # --- files that are not whole --------------------------------------------------------------------------------------

@@ -161,6 +161,15 @@ def test_mergekits_own_failure_is_one_line(tmp_path, tiny, monkeypatch):
         ({"chat_template": "chatml"}, "the field chat_template"),
         ({"slices": [{"sources": []}, {"sources": []}]}, "several slices"),
         ({"slices": [{"sources": [], "residual_weight": 1}]}, "the field residual_weight of a slice"),
+        (
+            {"slices": [{"sources": [{"model": x, "layer_range": [1, 4]} for x in "ab"]}]},
+            "a layer_range that is not all layers",
+        ),
+        (
+            {"slices": [{"sources": [{"model": x, "layer_range": [0, n]} for x, n in (("a", 2), ("b", 4))]}]},
+            "a layer_range that is not all layers",
+        ),
+        ({"merge_method": "linear", "parameters": {"weight": 1, "normalize": [0, 1]}}, "a conditional normalize"),
         ({"models": [{"model": "a+lora"}, {"model": "b"}]}, "a model reference that is not a plain name"),
     ],
 )
@@ -173,6 +182,9 @@ def test_what_is_left_to_mergekit(change, why, tmp_path):
     }
     path = tmp_path / "c.yml"
     path.write_text(yaml.safe_dump(config))
+    assert mergekit_yaml.read_config(path).models == ["a", "b"]
+    one_slice = {"slices": [{"sources": config["models"][::-1], "base_model": "a"}]}
+    path.write_text(yaml.safe_dump({key: config[key] for key in ("merge_method", "parameters")} | one_slice))
     assert mergekit_yaml.read_config(path).models == ["a", "b"]
     path.write_text(yaml.safe_dump(config | change))
     assert mergekit_yaml.read_config(path) == why

@@ -48,6 +48,14 @@ def test_what_lies_beside_the_weights(pair, tmp_path, monkeypatch):
     assert not (tmp_path / "out.tmp").exists()
 
 
+def test_few_layers_have_whole_numbers(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "save", lambda figure, _: drawn.append(figure))
+    row = {"shape": [2, 2], "t": 0.5, "relative_change": 0.1, "sums": [1.0, 1.0, 0.01]}
+    report.plot(tmp_path, [row | {"tensor": f"model.layers.{i}.mlp.up_proj.weight", "layer": i} for i in (0, 1)])
+    assert all(tick == int(tick) for axes in drawn[0].axes for tick in axes.get_xticks())
+
+
 class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 

@@ -1,7 +1,9 @@
 """FLOPs, peaks, metrics.jsonl across a resumption, time spent waiting for data."""
 
 import json
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,6 +130,23 @@ def test_tensorboard_and_wandb_get_numbers_only(world, tmp_path, monkeypatch):
     assert "why" in rows_of(tmp_path)[-1]
     assert len(seen) == 1
     assert all(value is None or isinstance(value, int | float) for row in seen for value in row.values())
+
+
+def test_each_log_gets_what_there_is_of_a_row(tmp_path, monkeypatch):
+    """W&B's id is the folder's: a run that goes on is one run there, another of the same name another."""
+    seen, begun = [], []
+    writer = SimpleNamespace(add_scalar=lambda *call: seen.append(call))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=lambda folder: writer))
+    run = SimpleNamespace(log=lambda row, step: seen.append((row, step)))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **how: begun.append(how) or run))
+    row = {"step": 3, "loss": 2.0, "mfu": None}
+    for folder in ("a/run", "b/run", "a/run"):
+        for sink in metrics._sinks(tmp_path / folder, Config(tensorboard=True, wandb="project")):
+            sink(row)
+    assert seen[:3] == [("step", 3, 3), ("loss", 2.0, 3), (row, 3)]
+    assert [(how["project"], how["name"], how["resume"]) for how in begun] == [("project", "run", "allow")] * 3
+    assert begun[0]["id"] == begun[2]["id"] != begun[1]["id"]
+    assert metrics._sinks(tmp_path, Config()) == []
 
 
 def test_an_unknown_device_has_no_mfu(world, tmp_path):

@@ -231,7 +231,7 @@ def test_the_folder_holds_texts_and_bins(built, sets):
 
 
 def test_an_interrupted_build_leaves_nothing_whole(tmp_path, monkeypatch, sets):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setitem(sys.modules, "prepare", types.SimpleNamespace(prepare=interrupted))
@@ -240,6 +240,18 @@ def test_an_interrupted_build_leaves_nothing_whole(tmp_path, monkeypatch, sets):
         miniature.build(tmp_path / "out", 0)
     assert not (tmp_path / "out").exists()
     assert not miniature.check_existing(tmp_path / "out", 0)
+
+
+def test_what_is_printed_where_gigatoken_is_missing(tmp_path, monkeypatch, capsys, sets):
+    import engines
+
+    for module in (engines, miniature):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr(miniature, "documents", lambda _: {name: texts[:20] for name, texts in sets.items()})
+    miniature.build(tmp_path / "out", 0)
+    out, err = capsys.readouterr()
+    assert [line.split(", ")[0] for line in out.splitlines()] == [f"{name}: 20 documents" for name in miniature.SETS]
+    assert "gigatoken" not in err
 
 
 def test_command_line(built, tmp_path):

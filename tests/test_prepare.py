@@ -4,6 +4,7 @@ import gzip
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,12 +15,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+import encoding
 from bpe import byte_level, with_bos
 from conftest import ROOT
 from nanomed import InputError
 from nanomed.bins import Bins, verify
 from prepare import prepare
 from texts import contents, fixture_corpus, fixture_small_batches, fixture_tok, text_of, write_jsonl  # noqa: F401
+
+
+def has_text(texts: list[str]) -> bool:
+    return any(text.strip() for text in texts)
 
 
 def documents(bins: Bins) -> list[list[int]]:
@@ -30,12 +36,12 @@ def documents(bins: Bins) -> list[list[int]]:
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(texts=st.lists(st.text(max_size=40), min_size=1, max_size=8).filter(any), slice_bytes=st.integers(1, 60))
+@given(texts=st.lists(st.text(max_size=40), min_size=1, max_size=8).filter(has_text), slice_bytes=st.integers(1, 60))
 def test_round_trip(tmp_path_factory, tok, texts, slice_bytes):
     folder = tmp_path_factory.mktemp("trip")
     bins = prepare([write_jsonl(folder / "a.jsonl", texts)], tok, folder / "bins", slice_bytes=slice_bytes)
     tokenizer = Tokenizer.from_file(str(tok / "tokenizer.json"))
-    texts = [text for text in texts if text]
+    texts = [text for text in texts if text.strip()]
     assert [tokenizer.decode(ids[:-1], skip_special_tokens=False) for ids in documents(bins)] == texts
     assert all(ids[-1] == tokenizer.token_to_id("<|endoftext|>") for ids in documents(bins))
     assert bins.n_bytes == sum(len(text.encode()) for text in texts)
@@ -60,13 +66,33 @@ def test_a_shard_is_a_slice_of_one_input(tmp_path, tok, corpus, small_batches):
         for shard in shards:
             source = shard["source"]
             rows = texts[source["first_row"] : source["first_row"] + source["n_rows"]]
-            sizes = [len(text.encode()) for text in rows if text]
+            sizes = [len(text.encode()) for text in rows if text.strip()]
             assert (shard["n_docs"], shard["n_bytes"]) == (len(sizes), sum(sizes))
             assert sum(sizes[:-1]) < limit
             assert source["last"] == (shard is shards[-1])
             assert source["last"] or sum(sizes) >= limit
         assert sum(shard["source"]["n_rows"] for shard in shards) == len(texts)
-    assert sum(shard["source"]["n_empty"] for shard in bins.shards) == 8
+    assert sum(shard["source"]["n_empty"] for shard in bins.shards) == 10
+
+
+def test_white_space_alone_is_no_document(tmp_path, tok):
+    texts = ["", " ", "\n\t\u00a0\u2003", "eins", " zwei\n"]
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    for source in (path, tmp_path / "a.parquet"):
+        bins = prepare([source], tok, tmp_path / source.suffix)
+        assert (bins.n_docs, bins.n_bytes, bins.shards[0]["source"]["n_empty"]) == (2, len("eins zwei\n"), 3)
+    path = write_jsonl(tmp_path / "b.jsonl", [*texts, *map(str, range(20))])
+    sides = [prepare([path], tok, tmp_path / side, **{side: 0.5}) for side in ("hold_out", "held_out")]
+    assert sum(bins.n_docs for bins in sides) == 22
+    assert [bins.shards[0]["source"]["n_empty"] for bins in sides] == [3, 3]  # like "", on both
+
+
+def test_a_template_that_renders_white_space_makes_no_document(monkeypatch):
+    monkeypatch.setattr(encoding, "load_renderer", lambda job: lambda messages: ("\n", "\n"))
+    job = encoding.Job("", "", 0, None, "messages", True, "tokenizers")
+    parsed = encoding.parse_rows(job, Path("a.jsonl"), 0, [b'{"messages": [{"role": "user"}]}'])
+    assert (parsed.texts, parsed.empty) == ([], [0])
 
 
 def test_all_formats_give_the_same_tokens(tmp_path, tok, small_batches):
@@ -170,8 +196,8 @@ def test_command_lines(tmp_path, tok, corpus):
     arguments = (*corpus, "--tokenizer", tok, "--out", tmp_path / "bins", "--workers", 2)
     done = run("prepare.py", *arguments)
     assert done.returncode == 0, done.stderr
-    assert "542 documents" in done.stdout
-    assert "8 empty documents skipped" in done.stdout
+    assert "540 documents" in done.stdout
+    assert "10 empty documents skipped" in done.stdout
     assert "bytes/token" in done.stdout
     assert "MB/s" in done.stdout
     again = run("prepare.py", *arguments)
@@ -185,7 +211,7 @@ def test_command_lines(tmp_path, tok, corpus):
     assert checked.returncode == 0, checked.stderr
     first = next(text for line in corpus[0].open(encoding="utf-8") if (text := json.loads(line)["text"]))
     assert repr(first[:30])[1:-1] in checked.stdout
-    assert "documents    542" in checked.stdout
+    assert "documents    540" in checked.stdout
     byte_level(50).save(str(tmp_path / "tokenizer.json"))
     other = run("verify.py", tmp_path / "bins", "--tokenizer", tmp_path)
     assert (other.returncode, "was made with" in other.stderr) == (1, True)

@@ -19,11 +19,34 @@ from texts import contents, fixture_corpus, fixture_small_batches, fixture_tok, 
 
 def test_a_second_run_has_nothing_to_do(tmp_path, tok, corpus, capsys):
     first = prepare(corpus, tok, tmp_path / "a")
-    assert "542 documents" in capsys.readouterr().out
+    assert "540 documents" in capsys.readouterr().out
     stamps = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
     assert prepare(corpus, tok, tmp_path / "a").fingerprint == first.fingerprint
     assert "already prepared" in capsys.readouterr().out
     assert stamps == {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
+
+
+def test_inputs_without_text_do_not_stand_in_the_way(tmp_path, tok, corpus):
+    empty, bad, out = tmp_path / "empty.jsonl", tmp_path / "bad.jsonl", tmp_path / "a"
+    empty.write_text('{"text": ""}\n')
+    bad.write_text('{"inhalt": "a"}\n')
+    for inputs, message in (
+        ([empty], r"empty\.jsonl: no text in any of the documents"),
+        ([bad], r"bad\.jsonl: line 1: no key 'text'"),
+        ([empty, bad], r"bad\.jsonl: line 1: no key 'text'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            prepare(inputs, tok, out)
+        if inputs == [empty]:
+            assert not list(out.iterdir())
+    assert verify(prepare(corpus, tok, out).folder).n_docs == 540
+
+
+def test_where_all_shards_are_there_nothing_is_said_of_an_engine(tmp_path, tok, corpus, capsys):
+    (prepare(corpus, tok, tmp_path / "a").folder / "manifest.json").unlink()
+    assert "MB/s" in capsys.readouterr().out
+    prepare(corpus, tok, tmp_path / "a")
+    assert "MB/s" not in capsys.readouterr().out
 
 
 class PowerCut(BaseException):

@@ -119,7 +119,7 @@ def test_other_wrong_arguments(tmp_path, tok, corpus):
         ([tmp_path / "missing.jsonl"], tok, "a", "missing.jsonl: cannot be read: No such file"),
         ([tmp_path / "folder.jsonl"], tok, "a", "folder.jsonl: cannot be read: Is a directory"),
         ([], tok, "a", "0 inputs, expected one or more"),
-        ([corpus[0], corpus[0]], tok, "a", "each once"),
+        ([corpus[0], corpus[0]], tok, "a", "one.jsonl: given twice, expected each input once"),
         (corpus, tmp_path / "nowhere", "a", "nowhere: no such file; expected a folder"),
         (corpus, tmp_path, "a", "tokenizer.json: no such file"),
         (corpus, "nobody/nothing", "a", "nobody/nothing: no such folder, and the hub does not provide it"),
@@ -130,3 +130,5 @@ def test_other_wrong_arguments(tmp_path, tok, corpus):
         with pytest.raises(InputError, match=message) as error:
             prepare(inputs, tokenizer, tmp_path / out)
         assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="--text-key and --messages-key exclude each other; give one"):
+        prepare(corpus, tok, tmp_path / "a", text_key="text", messages_key="messages")

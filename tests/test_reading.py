@@ -7,12 +7,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from documents import read_documents
 from nanomed import InputError
 from prepare import prepare
 from reading import read_batches
 from texts import fixture_tok, text_of, write_jsonl  # noqa: F401
 
 TEXTS = [text_of(i) for i in range(20)]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
+def test_a_file_that_is_not_there_is_not_called_damaged(tmp_path, ending):
+    with pytest.raises(InputError, match=rf"nope\.{ending}: no such file; expected"):
+        next(read_documents(tmp_path / f"nope.{ending}", ("id",)))
 
 
 def test_a_byte_order_mark(tmp_path, tok):

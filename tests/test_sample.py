@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import pyarrow.parquet as pq
 import pytest
@@ -215,9 +216,11 @@ def test_a_second_run_has_nothing_to_do_and_another_is_refused(tmp_path):
     assert (tmp_path / "s.parquet").read_bytes() == made
 
 
-def test_an_interrupted_run_with_other_settings_is_not_gone_on_with(tmp_path):
+def test_an_interrupted_run_with_other_settings_is_not_gone_on_with(tmp_path, monkeypatch):
     write(tmp_path / "a.jsonl", make(50))
-    with pytest.raises(InputError, match="fewer than --n 60"):
-        sample([tmp_path / "a.jsonl"], tmp_path / "s.parquet", 60)
+    monkeypatch.setattr(script, "check", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        sample([tmp_path / "a.jsonl"], tmp_path / "s.parquet", 20)
+    monkeypatch.undo()
     with pytest.raises(InputError, match=r"interrupted run with another n; delete"):
         sample([tmp_path / "a.jsonl"], tmp_path / "s.parquet", 10)

@@ -48,7 +48,10 @@ BAD = {
     "cut jsonl": lambda d: (cut(write(d / "a.jsonl", many)), "a.jsonl: line"),
     "no bytes": lambda d: ((d / "a.parquet").touch() or d / "a.parquet", "not a whole Parquet file"),
     "missing id": lambda d: (write(d / "a.jsonl", [*many, {"text": "a"}]), "line 3001: no 'id', it has text"),
-    "missing id column": lambda d: (write(d / "a.parquet", [{"text": "a"}]), "no column 'id', it has text"),
+    "missing id column": lambda d: (
+        write(d / "a.parquet", [{"text": "a"}]),
+        "no 'id', it has text; name another with --id-key",
+    ),
     "null id": lambda d: (write(d / "a.parquet", [*many, {"id": None}]), "row 3001: 'id' is null"),
     "missing text": lambda d: (write(d / "a.jsonl", [{"id": str(i)} for i in range(99)]), "no 'text', it has id"),
     "null text": lambda d: (write(d / "a.jsonl", [{"id": str(i), "text": None} for i in range(99)]), "'text' is null"),
@@ -76,6 +79,36 @@ def test_a_bad_input_is_named(tmp_path, name):
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "s.parquet").exists()
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+def test_wrong_keys_are_named_before_anything_is_read(tmp_path, monkeypatch, ending):
+    path = write(tmp_path / f"a{ending}", [{"nr": str(i), "inhalt": "a", "meta": [1]} for i in range(50)])
+    monkeypatch.setattr(script, "draw_lots", lambda *_: pytest.fail("a file was read"))
+    for keys, message in (
+        (("id", "inhalt"), "no 'id', it has nr, inhalt, meta; name another with --id-key"),
+        (("nr", "text"), "no 'text', it has nr, inhalt, meta; name another with --text-key"),
+    ):
+        with pytest.raises(InputError, match=message):
+            sample([path], tmp_path / "s.parquet", 10, keys=keys)
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+    monkeypatch.undo()
+    assert sample([path], tmp_path / "s.parquet", 10, keys=("nr", "inhalt")) == 50
+
+
+def test_an_error_does_not_hinder_the_corrected_command(tmp_path):
+    """What cannot be drawn leaves nothing; what was read before another error is for the same command alone."""
+    path, out, partial = write(tmp_path / "a.jsonl", make(50)), tmp_path / "s.parquet", "s.parquet.partial.sqlite"
+    with pytest.raises(InputError, match="fewer than --n 60"):
+        sample([path], out, 60)
+    assert not list(tmp_path.glob(f"{partial}*"))
+    (tmp_path / "b.jsonl").write_text("x")
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"b\.jsonl: line 1"):
+            sample([tmp_path], out, 10, workers=1)
+        assert [found.name for found in tmp_path.glob(f"{partial}*")] == [partial]
+    assert sample([path], out, 10) == 50
+    assert not list(tmp_path.glob(f"{partial}*"))
 
 
 def test_an_input_comes_once(tmp_path):

@@ -267,7 +267,7 @@ def test_other_wrong_arguments(tmp_path, clf):
     for inputs, classifier, message in (
         ([path, tmp_path / "a.parquet"], clf, r"two inputs would write scores/a.parquet"),
         ([tmp_path / "missing.parquet"], clf, r"missing.parquet: no such input"),
-        ([path], tmp_path / "clf", r"clf/threshold.json: cannot be read"),
+        ([path], tmp_path / "clf", r"clf/threshold.json: no such file; expected a folder of data/classify.py"),
     ):
         with pytest.raises(InputError, match=message):
             sweep(*inputs, "--classifier", classifier, "--out", tmp_path / "out")

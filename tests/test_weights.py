@@ -262,3 +262,21 @@ def test_three_ranks_read_write_and_draw_the_same_bytes_as_one(tmp_path, monkeyp
     weights.export(model, random, tmp_path / "one" / "random", ALONE)
     for one in (p for p in (tmp_path / "one").rglob("*") if p.is_file()):
         assert one.read_bytes() == (tmp_path / "three" / one.relative_to(tmp_path / "one")).read_bytes(), one
+
+
+def test_from_the_hub_come_only_the_weights_that_the_index_names(tiny, tmp_path, monkeypatch):
+    folder, asked = shutil.copytree(tiny.model, tmp_path / "hub"), []
+    download = lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(folder)  # noqa: E731
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert hf.fetch("owner/name") == folder
+    assert "tokenizer.json" in asked[0][1]
+    assert asked[1] == ("owner/name", ["model.safetensors"])
+    names = ["model-2.safetensors", "model-1.safetensors"]
+    index = {"weight_map": dict(zip("abc", [*names, names[0]], strict=True))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    hf.fetch("owner/name")
+    assert asked[3][1] == sorted(names)
+    for path in folder.glob("model.safetensors*"):
+        path.unlink()
+    with pytest.raises(InputError, match="only safetensors are read"):
+        hf.fetch("owner/name")

@@ -36,7 +36,9 @@ def results(
         average = None
         if group.name:  # an average of tasks named one by one means nothing
             difference = {"to": first} | group_difference(group, values, first_values) if first else None
-            average = group_entry(group, values) | {"difference": difference}
+            chances, sizes = ({entry["task"]: entry[key] for entry in entries} for key in ("chance", "n"))
+            chance = None if None in chances.values() else _macro(group, chances, sizes)
+            average = group_entry(group, values) | {"chance": chance, "difference": difference}
         if first is None:
             first, first_values = name, values
         found.append({"name": name, "path": str(path), "tasks": entries, "group": average})
@@ -68,12 +70,18 @@ def task_entry(task: Task, own: Samples, seeds: list[int], args: argparse.Namesp
     confidence = confidences(own)
     return {
         "task": task.name, "source": task.source, "n": len(values), "metric": own[0]["metric"], "accuracy": accuracy,
-        "ci": stats.wilson(accuracy, len(values)), "shots": args.shots, "seeds": per_seed, "cue": args.cue, "chat": args.chat,
+        "ci": stats.wilson(accuracy, len(values)), "chance": chance_of(own),
+        "shots": args.shots, "seeds": per_seed, "cue": args.cue, "chat": args.chat,
         "letters": letters(own), "cut": sum(x["cut"] for x in own),
         "ece": None if confidence is None else stats.calibration_error(*confidence),
         "reliability": None if confidence is None else [list(bin_) for bin_ in stats.reliability(*confidence)],
         "difference": difference,
     }  # fmt: skip
+
+
+def chance_of(samples: Samples) -> float | None:
+    """The accuracy of blind guessing: 1 / number of options, its mean over questions; None where there are no options."""
+    return float(np.mean([1 / len(s["options"]) for s in samples])) if "options" in samples[0] else None
 
 
 def letters(samples: Samples) -> dict | None:
@@ -141,22 +149,27 @@ def macro_interval(group: Group, means: dict, intervals: dict, sizes: dict) -> t
 
 
 def table(found: dict) -> str:
-    """Accuracy in per cent with its 95 % interval, and the difference to the first model."""
-    lines = [f"{'model':20} {'task':32} {'n':>5} {'accuracy, 95 % interval':>25}   difference to the first, McNemar p"]
+    """Accuracy in per cent with its 95 % interval, that of guessing, and the difference to the first model."""
+    lines = [f"{'model':20} {'task':32} {'n':>5} {'accuracy, 95 % interval':>25} {'chance':>7}   "
+             "difference to the first, McNemar p"]  # fmt: skip
     for model in found["models"]:
         for entry in model["tasks"]:
             low, high = entry["ci"]
             text = f"{entry['accuracy']:6.1%}  [{low:5.1%}, {high:5.1%}]"
             spread = [s["accuracy"] for s in entry["seeds"]]
             more = f"  seeds {min(spread):.1%} to {max(spread):.1%}" if len(spread) > 1 else ""
-            lines.append(
-                f"{model['name'][:20]:20} {entry['task'][:32]:32} {entry['n']:5} {text:>25}   {_signed(entry)}{more}"
-            )
+            start = f"{model['name'][:20]:20} {entry['task'][:32]:32} {entry['n']:5}"
+            lines.append(f"{start} {text:>25} {_percent(entry['chance'])}   {_signed(entry)}{more}")
         if group := model["group"]:
             low, high = group["ci"]
             text = f"{group['macro']:6.1%}  [{low:5.1%}, {high:5.1%}]"
-            lines.append(f"{model['name'][:20]:20} {group['name'] + ', macro':32} {'':5} {text:>25}   {_signed(group)}")
+            start = f"{model['name'][:20]:20} {group['name'] + ', macro':32} {'':5}"
+            lines.append(f"{start} {text:>25} {_percent(group['chance'])}   {_signed(group)}")
     return "\n".join(lines)
+
+
+def _percent(chance: float | None) -> str:
+    return f"{'-':>7}" if chance is None else f"{chance:7.1%}"
 
 
 def _signed(entry: dict) -> str:

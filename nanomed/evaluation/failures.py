@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> None:
     figures = {side: summarise(rows) for side, rows in found.items()}
     if args.ref:
         lengths = [[v.length for _, _, v in found[side]] for side in ("a", "ref")]
-        figures["a"]["verbosity"]["ratio_to_ref"] = geometric_ratio(*lengths)
+        ratio = geometric_ratio(*lengths) if any(map(any, lengths)) else None  # of nothing to nothing there is none
+        figures["a"]["verbosity"]["ratio_to_ref"] = ratio
     results = {"a": names["a"], "ref": names.get("ref"), "n": len(sides["a"]), "unit": unit, **figures["a"]}
     results |= {"of_ref": figures.get("ref"), "samples": "samples.jsonl"}
     (out / "samples.jsonl").write_text(

@@ -15,10 +15,13 @@ import argparse
 import json
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 
 import datasets
+import lm_eval.api.task
 import torch
+from tqdm import tqdm
 
 from nanomed import InputError, first_line
 from nanomed.evaluation import accuracy, figure, record, tasks
@@ -115,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
         if missing:
             lm = DecoderLM(load_decoder(path, DTYPES[dtype], device), path, batch_tokens)
             for task in missing:
-                write_samples(samples_path(out, name, task), score(lm, task, out, seeds, args))
+                write_samples(samples_path(out, name, task), score(lm, task, out, seeds, args, name))
             del lm  # before the next one is loaded
     results = accuracy.results(
         group, models, seeds, args, lambda name, task: read_samples(samples_path(out, name, task))
@@ -128,8 +131,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def quieten() -> None:
-    """lm-eval and datasets log every step; here a progress bar shows what takes long."""
+    """lm-eval and datasets log every step; here a progress bar shows what takes long, and says of what."""
     datasets.disable_progress_bars()
+    lm_eval.api.task.tqdm = partial(tqdm, desc="prompts", delay=2, leave=False)  # its own has no name
     for name in ("lm_eval", "lm-eval", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -156,14 +160,14 @@ def named_models(given: list[str]) -> dict[str, Path]:
 # --- samples -------------------------------------------------------------------------------------------------------
 
 
-def score(lm: DecoderLM, task: Task, out: Path, seeds: list[int], args: argparse.Namespace) -> list[dict]:
-    """One line per question and seed. lm-eval builds the prompts and scores the answers."""
+def score(lm: DecoderLM, task: Task, out: Path, seeds: list[int], args: argparse.Namespace, name: str) -> list[dict]:
+    """One line per question and seed, by the model called `name`. lm-eval builds the prompts and scores the answers."""
     from lm_eval.evaluator import evaluate  # simple_evaluate also lists every installed package, 1.3 s a call
     from lm_eval.tasks import TaskManager
 
     lines = []
     for seed in seeds:
-        print(f"{lm.folder}: {task.name}, shots {args.shots}, seed {seed}", file=sys.stderr)
+        print(f"{name}: {task.name}, shots {args.shots}, seed {seed}", file=sys.stderr)
         if task.test:  # as this run has prepared it
             manager = TaskManager(include_path=out / "tasks" / f"seed-{seed}", include_defaults=False)
         else:
@@ -191,7 +195,7 @@ def score(lm: DecoderLM, task: Task, out: Path, seeds: list[int], args: argparse
         lines += [sample_line(lm, task.name, sample, seed) for sample in found["samples"][task.name]]
     if lm.cut:
         print(
-            f"warning: {task.name}: {len(lm.cut)} prompts did not fit the context and lost their first shots",
+            f"warning: {name}: {task.name}: {len(lm.cut)} prompts did not fit the context and lost their first shots",
             file=sys.stderr,
         )
         lm.cut.clear()

@@ -12,6 +12,8 @@ finished run is left as it is, an unfinished one resumed. No torch is imported h
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -27,9 +29,24 @@ def open_run(out: Path, kind: str, config: dict, data: list[Path]) -> bool:
     """Start or resume the run in the folder OUT; True if it is already finished.
 
     kind: "knowledge", "generate", "judge" or "failures". config: every option that affects the results, JSON-able.
-    data: the files read, recorded with their sha256. InputError, and nothing written, if OUT holds something else.
+    data: the files read, recorded with their sha256. InputError, and nothing written, if OUT holds something else or cannot
+    be written.
     """
     wanted = {"kind": kind, "config": json.loads(json.dumps(config)), "data": {str(p): sha256(p) for p in data}}
+    with writing(out):
+        return _open(out, wanted)
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Around what writes to OUT: an OSError becomes an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error.strerror}); choose another --out") from None
+
+
+def _open(out: Path, wanted: dict) -> bool:
     path = out / "run.json"
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file, expected a folder or nothing; choose another")
@@ -78,11 +95,25 @@ def _check_same(out: Path, found: dict, wanted: dict) -> None:
     """InputError naming the first difference between the folder's run and the wanted one."""
     if found.get("kind") != wanted["kind"]:
         raise InputError(f"--out {out}: holds a run of {found.get('kind')}, not {wanted['kind']}; choose another")
-    for part, what in (("config", ""), ("data", "data ")):
+    for part, spell in (("config", _difference), ("data", _other_data)):
         old, new = found.get(part, {}), wanted[part]
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
-                was, now = (json.dumps(side.get(key), ensure_ascii=False) for side in (old, new))
-                raise InputError(
-                    f"--out {out}: belongs to a run with {what}{key} = {was}, this one {now}; choose another --out or delete it"
-                )
+                what = spell(old.get(key), new.get(key), key)
+                raise InputError(f"--out {out}: {what}; choose another --out or delete it")
+
+
+def _difference(old, new, *path: str) -> str:
+    """The first difference between two values of the configuration, in words. path: the keys that lead to them."""
+    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+        key = next(key for key in sorted(old) if old[key] != new[key])
+        return _difference(old[key], new[key], *path, key)
+    if path[-1] == "fingerprint":  # of the 64 digits nobody reads one
+        return "was made by another model" + (f" ({path[-2]})" if len(path) > 1 else "")
+    was, now = (", ".join(x) if isinstance(x, dict) else json.dumps(x, ensure_ascii=False) for x in (old, new))
+    return f"belongs to a run with {' '.join(path)} = {was}, this one {now}"
+
+
+def _other_data(old: str | None, new: str | None, file: str) -> str:
+    why = "has changed since" if old and new else "is not read by this one" if old else "was not read there"
+    return f"belongs to a run on other data ({file} {why})"

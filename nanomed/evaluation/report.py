@@ -1,24 +1,32 @@
 """Report: evaluation runs on one page, as Markdown and as HTML with the pictures inside.
 
-    python eval.py report runs/eval/* --out report
+    python eval.py report runs/eval/* merged.jsonl --out report
 
-Takes folders of knowledge, generate, judge and failures. Shows accuracy beside the paper's numbers, win rates, failures, all
-of them against t for models with a merge_report.json, and length against win. Tables link to the raw samples; commits and
-versions are at the end.
+Takes folders of knowledge, judge and failures, and generate's files of answers. Shows accuracy, that of german_medical beside
+the paper's numbers, win rates, failures, all of them against t for models with a merge_report.json, and length against win.
+Tables link to the raw samples; commits and versions are at the end. A model that knowledge has examined has the name that
+it was given there on all of the page. Of several runs, one that is not finished is left out with a warning.
 """
 
 import argparse
 import html
 import os
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from nanomed import InputError
 from nanomed.evaluation import figure, pictures
 from nanomed.evaluation.failures import LABELS, spell
+from nanomed.evaluation.naming import namer, place, short
+from nanomed.evaluation.record import writing
 from nanomed.files import read_json, write_durably
 
 KINDS = ("knowledge", "generate", "judge", "failures")
+Namer = Callable[[str], str]
+PAPER_NOTE = ("The paper's averages of MMLU-de (medical) and MedQA-de are of other models and questions: for orientation, "
+              "not for comparison.")  # fmt: skip
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0;font-size:13px}td,th{border-bottom:1px solid #ddd;padding:4px 10px;text-align:left}
 th{border-bottom:2px solid #888}figure{margin:1em 0}svg{max-width:100%;height:auto}h2{margin-top:2em}a{color:#2f6f9f}"""
@@ -27,37 +35,62 @@ th{border-bottom:2px solid #888}figure{margin:1em 0}svg{max-width:100%;height:au
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="folders written by the other commands")
+    add(
+        "runs", nargs="+", type=Path, metavar="RUN", help="folders of the other commands, answers of generate (A.jsonl)"
+    )
     add("--out", type=Path, default=Path("report"), help="folder of report.md and report.html (default: %(default)s)")
     add("--title", default="Evaluation", help="of the page")
 
 
 def run(args: argparse.Namespace) -> None:
-    """The command; InputError for a folder that is not a finished run."""
+    """The command; InputError if there is no finished run."""
     if args.out.is_file():
         raise InputError(f"--out {args.out}: is a file, expected a folder")
-    folders = {path.resolve(): path for path in args.runs if not path.is_file()}  # RUN/* matches files of answers too
-    runs = [read_run(path) for path in folders.values()]
-    if not runs:
-        raise InputError(f"{args.runs[0]}: is a file, expected a folder written by eval.py")
-    args.out.mkdir(parents=True, exist_ok=True)
-    sections = []
+    runs = read_runs(args.runs)
+    called, sections = namer(runs), []
     for kind, section in (("knowledge", knowledge), ("judge", judge), ("failures", failures), ("generate", generated)):
         if of_kind := [r for r in runs if r["kind"] == kind]:
-            sections += section(of_kind, args.out)
-    sections += over_t(runs) + [provenance(runs, args.out)]
+            sections += section(of_kind, args.out, called)
+    sections += over_t(runs, called) + [provenance(runs, args.out)]
     drawn = {block[1]: block[2] for _, blocks in sections for block in blocks if block[0] == "picture"}
-    for name, content in drawn.items():
-        (args.out / f"{name}.svg").write_text(content, encoding="utf-8")
-    for name, text in (("report.md", markdown(args.title, sections)), ("report.html", page(args.title, sections))):
-        write_durably(args.out / name, text)
-    print(f"{args.out / 'report.html'}: {len(runs)} runs, {len(drawn)} pictures; also report.md")
+    with writing(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
+        for name, content in drawn.items():
+            (args.out / f"{name}.svg").write_text(content, encoding="utf-8")
+        for name, text in (("report.md", markdown(args.title, sections)), ("report.html", page(args.title, sections))):
+            write_durably(args.out / name, text)
+    print(f"{args.out / 'report.html'}: runs: {len(runs)}, pictures: {len(drawn)}; also report.md")
 
 
-def read_run(path: Path) -> dict:
+def read_runs(paths: list[Path]) -> list[dict]:
+    """Every run once. Of several, one that cannot be shown is left out with a warning; InputError if none is left."""
+    paths = list({folder_of(path).resolve(): path for path in paths}.values())
+    runs = []
+    for path in paths:
+        try:
+            runs.append(read_run(path))
+        except InputError as error:
+            if len(paths) == 1:
+                raise
+            print(f"warning: left out: {error}", file=sys.stderr)
+    if not runs:
+        raise InputError(f"none of the {len(paths)} paths is a finished run; the warnings say why")
+    return runs
+
+
+def folder_of(path: Path) -> Path:
+    """The run's folder: of a file of answers A.jsonl, A.run/ beside it."""
+    return path.with_suffix(".run") if path.is_file() else path
+
+
+def read_run(given: Path) -> dict:
     """run.json of the folder, with "results" and "path". InputError if it is not a finished evaluation."""
+    path = folder_of(given)
     if not (path / "run.json").is_file():
-        raise InputError(f"{path}: has no run.json; expected a folder written by eval.py")
+        lacks = "run.json" if path == given else f"{path.name} beside it"
+        raise InputError(
+            f"{given}: has no {lacks}; expected a folder written by eval.py, or answers of eval.py generate"
+        )
     about = read_json(path / "run.json")
     if about.get("kind") not in KINDS:
         raise InputError(f"{path}: is a run of {about.get('kind')!r}; {', '.join(KINDS)} are reported")
@@ -69,13 +102,15 @@ def read_run(path: Path) -> dict:
 # --- sections: (title, [("text", t) | ("table", header, rows) | ("picture", name, svg)]) -----------------------------
 
 
-def knowledge(runs: list[dict], out: Path) -> list[tuple]:
+def knowledge(runs: list[dict], out: Path, _: Namer) -> list[tuple]:
     """Accuracy of every model on every task: a picture per run, and one table."""
-    rows, drawn = [], []
+    rows, drawn, notes = [], [], ["Intervals: 95 %; p: McNemar's exact test on the same questions."]
     for number, about in enumerate(runs, 1):
         models, path, shots = about["results"]["models"], about["path"], str(about["config"]["shots"])
-        drawn += [("text", f"{path.name}, {shots} shots:")]
-        drawn += [("picture", f"accuracy-{number}", figure.draw(about["results"], paper=True))]
+        paper = (models[0]["group"] or {}).get("name") == figure.PAPER_GROUP
+        notes += [PAPER_NOTE] if paper and PAPER_NOTE not in notes else []
+        drawn += [("text", f"{path.name}, {n_shots(shots)}:")]
+        drawn += [("picture", f"accuracy-{number}", figure.draw(about["results"], paper))]
         for same in zip(*(model["tasks"] for model in models), strict=True):  # a task, by every model
             for model, task in zip(models, same, strict=True):
                 questions = link(task["n"], path / "samples" / model["name"] / f"{task['task']}.jsonl", out)
@@ -84,9 +119,7 @@ def knowledge(runs: list[dict], out: Path) -> list[tuple]:
             if group := model["group"]:
                 rows.append([f"{group['name']}, macro", shots, model["name"], "", *compared(group["macro"], group)])
     header = ["task", "shots", "model", "questions", "accuracy", "to the first model, points"]
-    note = ("text", "Intervals: 95 %; p: McNemar's exact test on the same questions. The paper's averages of MMLU-de (medical) "
-            "and MedQA-de are of other models and questions: for orientation, not for comparison.")  # fmt: skip
-    return [("Knowledge", [*drawn, ("table", header, rows), note])]
+    return [("Knowledge", [*drawn, ("table", header, rows), ("text", " ".join(notes))])]
 
 
 def compared(value: float, entry: dict) -> tuple[str, str]:
@@ -98,12 +131,12 @@ def compared(value: float, entry: dict) -> tuple[str, str]:
     return rate(value, entry["ci"]), f"{delta:+.1f} [{low:+.1f}, {high:+.1f}]{p}"
 
 
-def judge(runs: list[dict], out: Path) -> list[tuple]:
+def judge(runs: list[dict], out: Path, called: Namer) -> list[tuple]:
     """Win rates, the judge's behaviour, and length against win."""
     rows, blocks = [], []
     for number, about in enumerate(runs, 1):
         r = about["results"]
-        label = f"{short(r['a'])} against {short(r['b'])}"
+        label = f"{called(r['a'])} against {called(r['b'])}"
         share = lambda value: "–" if value is None else f"{100 * value:.0f} %"  # noqa: E731
         rows.append([label, short(r["judge"]), link(r["n"], about["path"] / r.get("samples", "games.jsonl"), out),
                      " / ".join(share(r[key]) for key in ("win", "tie", "loss")), rate(r["win_rate"], r["ci"]),
@@ -118,14 +151,15 @@ def judge(runs: list[dict], out: Path) -> list[tuple]:
     return [("Win rates", [("picture", "win-rates", bars), ("table", header, rows)]), ("Length against win", blocks)]
 
 
-def failures(runs: list[dict], out: Path) -> list[tuple]:
+def failures(runs: list[dict], out: Path, called: Namer) -> list[tuple]:
     """One column per model, references before what was compared with them; one line per figure."""
     columns: dict[str, dict] = {}
     for about in runs:
         r, n = about["results"], link(about["results"]["n"], about["path"] / "samples.jsonl", out)
         if r["ref"]:
-            columns.setdefault(short(r["ref"]), {"n": n, **r["of_ref"]["language"], **r["of_ref"]["verbosity"]})
-        name = short(r["a"]) if short(r["a"]) not in columns else f"{short(r['a'])} ({about['path'].name})"
+            columns.setdefault(called(r["ref"]), {"n": n, **r["of_ref"]["language"], **r["of_ref"]["verbosity"]})
+        name = called(r["a"])
+        name = f"{name} ({about['path'].name})" if name in columns else name
         columns[name] = {"n": n, **r["language"], **r["verbosity"]}
     names = [name for name in LABELS if any(name in column for column in columns.values())]
     rows = [["answers", *(column["n"] for column in columns.values())]]
@@ -139,27 +173,27 @@ def failures(runs: list[dict], out: Path) -> list[tuple]:
     ]
 
 
-def generated(runs: list[dict], out: Path) -> list[tuple]:
+def generated(runs: list[dict], out: Path, called: Namer) -> list[tuple]:
     """The answers themselves, linked."""
-    rows = [[short(r["results"]["model"]), link(r["results"]["n"], r["path"].parent / r["results"]["answers"], out),
+    rows = [[called(r["results"]["model"]), link(r["results"]["n"], r["path"].parent / r["results"]["answers"], out),
              r["config"]["where"], str(r["results"]["cut"]), f"{r['config']['max_new_tokens']}"] for r in runs]  # fmt: skip
     return [("Answers", [("table", ["model", "answers", "where", "cut", "tokens at most"], rows)])]
 
 
-def over_t(runs: list[dict]) -> list[tuple]:
+def over_t(runs: list[dict], called: Namer) -> list[tuple]:
     """Accuracy, win rate and mixing over the share t of the continued model, if at least two models have a known t."""
     found: dict[str, dict[str, dict]] = {}  # curve → path of the model → {value, ci}
     for about in runs:
         r, config = about["results"], about["config"]
         if about["kind"] == "knowledge":
-            how = [f"{config['shots']} shots", *(["chat"] if config["chat"] else []), config["cue"]]
+            how = [n_shots(config["shots"]), *(["chat"] if config["chat"] else []), config["cue"]]
             how += [f"first {config['limit']}"] if config["limit"] else []
             for model in r["models"]:
                 for task in model["tasks"]:
                     label = ", ".join([f"accuracy, {task['task']}", *how])
                     found.setdefault(label, {})[model["path"]] = {"value": task["accuracy"], "ci": task["ci"]}
         elif about["kind"] == "judge":
-            label = f"win rate against {short(r['b'])}, by {short(r['judge'])}, {r['prompt']}"
+            label = f"win rate against {called(r['b'])}, by {short(r['judge'])}, {r['prompt']}"
             found.setdefault(label, {})[r["a"]] = {"value": r["win_rate"], "ci": r["ci"]}
         elif about["kind"] == "failures":
             found.setdefault("answers that mix languages", {})[r["a"]] = r["language"]["mixed"]
@@ -174,7 +208,6 @@ def over_t(runs: list[dict]) -> list[tuple]:
 
 def shares_of(models: set[str]) -> dict[str, float]:
     """Model → its t, from the merge_report.json of merges with a single t, which also names the models at 0 and 1."""
-    place = lambda name: str(Path(name).resolve()).removesuffix("/hf")  # noqa: E731
     shares: dict[str, float] = {}
     for name in models:
         path = Path(name) / "merge_report.json"
@@ -201,9 +234,9 @@ def rate(value: float, ci: list[float]) -> str:
     return f"{100 * value:.1f} % [{100 * ci[0]:.1f}, {100 * ci[1]:.1f}]"
 
 
-def short(name: str) -> str:
-    """The last part of a path or hub id."""
-    return Path(name.removesuffix("/hf")).name or name
+def n_shots(n: int | str) -> str:
+    """The number in words of the page."""
+    return f"{n} shot{'' if int(n) == 1 else 's'}"
 
 
 def link(text: object, path: Path, out: Path) -> str:

@@ -34,7 +34,10 @@ def check_pair(base: Checkpoint, other: Checkpoint, role: str) -> list[str]:
                     "token ids mean different words; merge models with the same tokenizer"
                 )
             return []
-    return [f"{role} {other.name} has no tokenizer to compare with BASE's; assuming the same"]
+    ours, theirs = (" and ".join(model.tokenizer) or "no tokenizer" for model in (base, other))
+    return [
+        f"{role} {other.name} has {theirs}, BASE {base.name} {ours}: cannot be compared; assuming the same tokenizer"
+    ]
 
 
 def _check_architecture(base: Checkpoint, other: Checkpoint, role: str) -> None:

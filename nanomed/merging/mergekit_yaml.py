@@ -37,9 +37,11 @@ class Recipe:
 
 
 def read_yaml(path: Path, where: str):
-    """The file's content. InputError, beginning with `where`, if it is not YAML."""
+    """The file's content. InputError, beginning with `where`, if there is none or it is not YAML."""
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{where}: no such file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{where}: cannot be read as YAML ({first_line(error)})") from None
 

@@ -159,6 +159,8 @@ def _front_matter(models: list[Checkpoint], method: str) -> str:
 
 def plot(path: Path, table: list[dict]) -> None:
     """Left: how far each module moved, over depth. Right: the t it was merged with."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, (left, right) = canvas(11, 4, columns=2)
     for part, style in zip(("attention", "mlp", "norm"), ("o-", "s-", "^:"), strict=True):
         layers: dict[int, list[dict]] = {}
@@ -180,5 +182,6 @@ def plot(path: Path, table: list[dict]) -> None:
     ts = [row["t"] for row in table]
     right.set_ylim(min(0, *ts) - 0.05, max(1, *ts) + 0.05)
     for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # no layer 0.5
         axes.legend(frameon=False)
     save(figure, path)
