@@ -20,6 +20,7 @@ import numpy as np
 from documents import read_documents, read_record
 from nanomed import InputError, run_script
 from nanomed.evaluation.stats import wilson
+from nanomed.figures import canvas, save
 from nanomed.files import write_json
 
 
@@ -105,30 +106,10 @@ def summary(result: dict) -> str:
 # ---- pictures ----
 
 
-def _axes(**labels: str):
-    """A figure with one bare pair of axes; text stays text, and the same input gives the same bytes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "nanomed"})
-    figure, axes = plt.subplots(figsize=(6, 4.5), layout="constrained")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set(**labels)
-    return figure, axes
-
-
-def _save(figure, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
-
-
 def draw_curve(path: Path, parts: dict, threshold: float, result: dict) -> None:
     """Precision over recall of both parts; the point chosen on one, and what it is worth on the other."""
-    figure, axes = _axes(title="Precision and recall on held-out documents", xlabel="recall", ylabel="precision")
+    figure, [axes] = canvas(6, 4.5)
+    axes.set(title="Precision and recall on held-out documents", xlabel="recall", ylabel="precision")
     for (part, (scores, labels)), color in zip(parts.items(), ("0.7", "C0"), strict=True):
         _, precisions, recalls = curve(scores, labels)
         axes.step(recalls, precisions, where="post", color=color, label=f"{part} ({labels.size:,} documents)")
@@ -140,12 +121,13 @@ def draw_curve(path: Path, parts: dict, threshold: float, result: dict) -> None:
         axes.errorbar([r], [p], **bars, fmt="o", color="C3", capsize=3, label=label)
     axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
     axes.legend(frameon=False, loc="lower left")
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_histogram(path: Path, part: tuple[np.ndarray, np.ndarray], threshold: float) -> None:
     """The scores of either label around the threshold; counts on a log axis, since most documents lie at 0."""
-    figure, axes = _axes(title="Scores of the part `report`", xlabel="score", ylabel="documents")
+    figure, [axes] = canvas(6, 4.5)
+    axes.set(title="Scores of the part `report`", xlabel="score", ylabel="documents")
     scores, labels = part
     bins = np.linspace(0, 1, 41)
     for value, name, color in ((0, "labelled not medical", "0.6"), (1, "labelled medical", "C0")):
@@ -155,7 +137,7 @@ def draw_histogram(path: Path, part: tuple[np.ndarray, np.ndarray], threshold: f
     axes.legend(
         frameon=False, loc="upper right" if threshold < 0.5 else "upper left", bbox_to_anchor=(0.06, 0, 0.88, 1)
     )
-    _save(figure, path)
+    save(figure, path)
 
 
 def main() -> None:
