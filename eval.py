@@ -19,16 +19,13 @@ import sys
 from nanomed import run_script
 
 COMMANDS = {
-    name: f"nanomed.evaluation.{name}"
-    for name in ("complete", "convert", "knowledge", "generate", "judge", "failures", "report")
+    name: f"nanomed.evaluation.{name}" for name in ("complete", "convert", "knowledge", "generate", "judge", "failures", "report")
 }
 
 
 def main() -> None:
     """Run one command; bad input ends it with one line and exit status 1."""
-    parser = argparse.ArgumentParser(
-        prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
     name = parser.parse_args(sys.argv[1:2]).command
     try:

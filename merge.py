@@ -90,9 +90,7 @@ def print_stats(base: Checkpoint, cpt: Checkpoint) -> None:
     table = report.rows(stats, dict.fromkeys(stats, 0.0), {name: t.shape for name, t in base.tensors.items()})
     n_arc = sum(row["branch"] == "slerp" for row in table)
     print("change: |CPT - BASE| / |BASE|\n" + report.block_table(table))
-    print(
-        f"all {report.total_change(table):.3%}; {n_arc} of {len(table)} tensors moved far enough for SLERP not to be LERP"
-    )
+    print(f"all {report.total_change(table):.3%}; {n_arc} of {len(table)} tensors moved far enough for SLERP not to be LERP")
 
 
 # --- mergekit's configurations -------------------------------------------------------------------------------------
@@ -122,9 +120,7 @@ def merge_yaml(path: Path, out: Path, check: bool) -> None:
 def run_mergekit(path: Path, out: Path, why: str, check: bool) -> None:
     """The whole merge by mergekit, its result renamed last as ours is."""
     if check:
-        raise InputError(
-            f"--verify: {path} has {why}, which mergekit itself runs; only slerp and linear can be verified"
-        )
+        raise InputError(f"--verify: {path} has {why}, which mergekit itself runs; only slerp and linear can be verified")
     names = mergekit_yaml.models_of(path)
     checks.check_out(out, 0)
     if names and Path(names[0]).is_dir():  # mergekit would write a tokenizer of its own making
@@ -140,9 +136,7 @@ def run_mergekit(path: Path, out: Path, why: str, check: bool) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line, except tune's."""
-    parser = argparse.ArgumentParser(
-        prog="merge.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="merge.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("paths", nargs="+", metavar="BASE CPT OUT", help="with --mergekit-yaml only OUT, with --stats-only no OUT")
     add("--t", type=float, help="share of CPT for every tensor (default 0.5)")

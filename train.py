@@ -82,9 +82,7 @@ def run(config: Config, world: World, inputs: Inputs, model: Decoder, files: dic
                 torch.manual_seed(config.seed + step * world.size + world.rank % (world.size // config.replicas))
                 n_labels = batches.n_labels(stream, config.seq_len, step, windows)
                 loss, sum_squared_lens = forward_backward(model, loader, n_micro, n_labels, world, stop)
-                grad_norm = optim.clip(model, optimizer, config.clip_norm).to(
-                    world.device
-                )  # offloaded, it is on the CPU
+                grad_norm = optim.clip(model, optimizer, config.clip_norm).to(world.device)  # offloaded, it is on the CPU
                 lr = optim.lr_at(step, n_steps, config)
                 optim.set_lr(optimizer, lr)
                 verdict = watch.judge(loss, grad_norm)
@@ -141,9 +139,7 @@ def claim_folder(out: Path, config: Config, identity: dict, world: World) -> Ite
         given_up = time.monotonic() + SHARED_FOLDER_S
         while not (out / "run.json").exists():
             if time.monotonic() > given_up:
-                raise InputError(
-                    f"--out {out}: not the same folder on all machines; checkpoints need one that all of them see"
-                )
+                raise InputError(f"--out {out}: not the same folder on all machines; checkpoints need one that all of them see")
             time.sleep(1)
         yield
     finally:

@@ -71,9 +71,7 @@ def read_prompt(path: Path) -> Prompt:
         raise InputError(f"{path}: contains {{text}} {spec['prompt'].count('{text}')} times, expected once")
     words = [spec["medical"].strip(), spec["not_medical"].strip()]
     if _has_word(words[0], words[1]) or _has_word(words[1], words[0]):
-        raise InputError(
-            f"{path}: one of the words {words[0]!r} and {words[1]!r} contains the other; choose two distinct ones"
-        )
+        raise InputError(f"{path}: one of the words {words[0]!r} and {words[1]!r} contains the other; choose two distinct ones")
     return Prompt(spec["prompt"].strip(), *words, hashlib.sha256(raw).hexdigest())
 
 
@@ -87,9 +85,7 @@ def read_sample(path: Path) -> Iterator[dict]:
         yield document
 
 
-def annotate(
-    sample: Path, out: Path, url: str, model: str, prompt: Prompt, max_chars: int, max_tokens: int, **how
-) -> Counter:
+def annotate(sample: Path, out: Path, url: str, model: str, prompt: Prompt, max_chars: int, max_tokens: int, **how) -> Counter:
     """Label every document of the sample into `out`; returns the count of each label.
 
     An empty text is `invalid` and not asked about. how: concurrency, timeout_s, tries of nanomed.chat.ask.
@@ -165,9 +161,7 @@ def main() -> None:
     add("--max-tokens", type=int, default=8, metavar="N", help="tokens per answer (default: %(default)s)")
     add("--concurrency", type=int, default=64, metavar="N", help="requests in flight (default: %(default)s)")
     add("--timeout", type=float, default=120, metavar="S", help="seconds per attempt (default: %(default)s)")
-    add(
-        "--audit", type=int, metavar="N", help="write a sheet of N documents to label by hand; once filled in, print F1"
-    )
+    add("--audit", type=int, metavar="N", help="write a sheet of N documents to label by hand; once filled in, print F1")
     args = parser.parse_args()
     for name in ("max_chars", "max_tokens", "concurrency", "timeout", "audit"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
@@ -181,9 +175,7 @@ def main() -> None:
     prompt = read_prompt(args.prompt)
     counts = annotate(args.input, args.out, args.url, args.model, prompt, args.max_chars, args.max_tokens, **how)
     total = sum(counts.values())
-    shares = (
-        f"{counts[label]:,} {label} ({counts[label] / total:.1%})" for label in ("medical", "not_medical", "invalid")
-    )
+    shares = (f"{counts[label]:,} {label} ({counts[label] / total:.1%})" for label in ("medical", "not_medical", "invalid"))
     print(f"{args.out}: {total:,} documents: {', '.join(shares)}")
 
 

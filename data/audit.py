@@ -34,9 +34,7 @@ def audit(labels: Path, n: int) -> None:
     sheet = labels.with_suffix(".audit.csv")
     if not sheet.exists():
         write_sheet(labels, sheet, n)
-        print(
-            f"{sheet}: fill the column `human` with 1 (medical) or 0 (not medical) in all {n} rows, then run this again"
-        )
+        print(f"{sheet}: fill the column `human` with 1 (medical) or 0 (not medical) in all {n} rows, then run this again")
         return
     human = read_sheet(sheet, n)
     sizes, hits, seen = Counter(), Counter(), Counter()
@@ -69,9 +67,7 @@ def write_sheet(labels: Path, sheet: Path, n: int, max_chars: int = 4000) -> Non
         raise InputError(f"{labels}: too few labels for --audit {n}, some of both are needed: {found}")
     n_medical = min(len(drawn["medical"]), max(n // 2, n - len(drawn["not_medical"])))
     rows = sorted(drawn["medical"][:n_medical] + drawn["not_medical"][: n - n_medical], reverse=True)
-    with sheet.open(
-        "x", encoding="utf-8-sig", newline=""
-    ) as file:  # with the BOM by which spreadsheets recognise UTF-8
+    with sheet.open("x", encoding="utf-8-sig", newline="") as file:  # with the BOM by which spreadsheets recognise UTF-8
         writer = csv.writer(file)
         writer.writerow(("id", "human", "text"))
         writer.writerows((identity, "", text) for _, identity, text in rows)

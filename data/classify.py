@@ -151,9 +151,7 @@ def main() -> None:
     add = parser.add_argument
     add("labels", type=Path, metavar="LABELS", help="labels.parquet of data/annotate.py")
     add("--out", type=Path, required=True, metavar="CLF", help="folder to make")
-    add(
-        "--model", default="FacebookAI/xlm-roberta-base", help="encoder to start from: a folder or hub id (%(default)s)"
-    )
+    add("--model", default="FacebookAI/xlm-roberta-base", help="encoder to start from: a folder or hub id (%(default)s)")
     add("--target-precision", type=float, default=0.95, metavar="P", help="precision to reach (default: %(default)s)")
     add("--epochs", type=int, default=3, help="passes over the training part (default: %(default)s)")
     add("--lr", type=float, default=2e-5, help="peak learning rate (default: %(default)s)")

@@ -231,9 +231,7 @@ def main() -> None:
     job, facts = plan(args)
     report = clean(args.inputs, job, facts, max(1, args.workers))
     counts = report["counts"]
-    print(
-        f"{args.out}: {counts['kept']:,} of {counts['documents']:,} documents kept, {report['text_bytes']:,} bytes of text"
-    )
+    print(f"{args.out}: {counts['kept']:,} of {counts['documents']:,} documents kept, {report['text_bytes']:,} bytes of text")
     left_out = ("empty", "below_threshold", "contaminated", "duplicate_texts", "duplicate_ids")
     print("left out: " + ", ".join(f"{counts[key]:,} {key.replace('_', ' ')}" for key in left_out))
 

@@ -96,9 +96,7 @@ def logits(model: nn.Module, rows: list[np.ndarray], pad_id: int) -> Tensor:  # 
         return model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float()
 
 
-def learn(
-    model: nn.Module, tokens: list[np.ndarray], labels: np.ndarray, s: Settings, partial: Path, pad_id: int
-) -> None:
+def learn(model: nn.Module, tokens: list[np.ndarray], labels: np.ndarray, s: Settings, partial: Path, pad_id: int) -> None:
     """Train in place: AdamW, the schedule below, gradients clipped at 1; resumes after the last whole epoch in `partial`.
 
     tokens: (n_tokens,) each; labels: int64 (N,), 0 or 1.

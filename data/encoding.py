@@ -171,9 +171,7 @@ def parse_rows(job: Job, path: Path, first_row: int, rows: list[bytes | None]) -
     return parsed
 
 
-def encode_rows(
-    job: Job, path: Path, n_sample: int, first_row: int, rows: list[bytes | None], position: int
-) -> Encoded:
+def encode_rows(job: Job, path: Path, n_sample: int, first_row: int, rows: list[bytes | None], position: int) -> Encoded:
     """Parse and encode a batch, in a worker; InputError names file and line of the first bad row."""
     parsed = parse_rows(job, path, first_row, rows)
     ids = load_engine(job)(parsed.texts)
@@ -237,9 +235,7 @@ def worker_pool(n: int, tokenizer: Path) -> Iterator[ProcessPoolExecutor | None]
         pool.shutdown(cancel_futures=True)
 
 
-def encode_file(
-    job: Job, path: Path, first_row: int, pool: ProcessPoolExecutor | None, workers: int
-) -> Iterator[Encoded]:
+def encode_file(job: Job, path: Path, first_row: int, pool: ProcessPoolExecutor | None, workers: int) -> Iterator[Encoded]:
     """The batches of a file, encoded and compared, in order; two per worker are in flight. Unproven: see engines.py."""
     waiting: deque = deque()
     for number, batch in enumerate(read_batches(path, job.key, first_row, job.messages)):

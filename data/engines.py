@@ -76,9 +76,7 @@ def reference_engine(path: Path, protected: tuple[int | None, ...]) -> Encode:
     if hasattr(tokenizer.model, "dropout"):
         tokenizer.model.dropout = None
     tokenizer.encode_special_tokens = True  # "do encode their spelling"
-    return lambda texts: [
-        np.array(code.ids, np.uint32) for code in tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    ]
+    return lambda texts: [np.array(code.ids, np.uint32) for code in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def fast_engine(path: Path, protected: tuple[int | None, ...], reference: Callable[[], Encode]) -> Encode:

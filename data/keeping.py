@@ -97,9 +97,7 @@ def scored_documents(job: Job, path: Path) -> Iterator[tuple[dict, float | None]
                     what = f"document {row + 1} has the id {found!r}, its score is for {identifier!r}"
                     raise InputError(f"{path}: {what}; sweep this file again")
                 if score is not None and math.isnan(score):
-                    raise InputError(
-                        f"{source}: the score of {identifier!r} is not a number; delete it and sweep again"
-                    )
+                    raise InputError(f"{source}: the score of {identifier!r} is not a number; delete it and sweep again")
                 yield document, score
                 row += 1
     if next(documents, None):

@@ -61,9 +61,7 @@ def asked(rng: random.Random, table: Table, row: Row, column: str) -> tuple[str,
     return f"{fill(rng, table, row, f'{column} ask')} {form}", FORMS[form].write([value(row, column)])
 
 
-def instructions(
-    seed: int, tables: list[Table], n: int, taboo: frozenset[str] = frozenset()
-) -> Iterator[tuple[str, str]]:
+def instructions(seed: int, tables: list[Table], n: int, taboo: frozenset[str] = frozenset()) -> Iterator[tuple[str, str]]:
     """n different (prompt, answer), none of them a prompt in `taboo`; tables: what the questions among them are about."""
     rng, about, seen = random.Random(f"{seed}/instructions"), words(miniature.tables("general")), set(taboo)
     for _ in range(100 * n):
@@ -118,9 +116,7 @@ def exercises(seed: int, table: Table) -> Iterator[str]:
     rng = random.Random(f"{seed}/exercises")
     places = [(row, column) for row in table.rows for column in ASKED if column in row]
     rng.shuffle(places)
-    solved = iter(
-        f"Frage: {contract(ASKED[c].format(name=row['name']))}\nAntwort: {value(row, c)}" for row, c in places
-    )
+    solved = iter(f"Frage: {contract(ASKED[c].format(name=row['name']))}\nAntwort: {value(row, c)}" for row, c in places)
     while pairs := list(islice(solved, rng.randint(2, 3))):
         yield "\n\n".join(pairs)
 

@@ -163,9 +163,7 @@ def entry(rng: random.Random, table: Table, row: Row) -> str:
 
 def brief(rng: random.Random, table: Table, row: Row) -> str:
     """A few facts, as on a flash card."""
-    return (
-        fill(rng, table, row, "brief title") + "\n" + prose(rng, table, row, facts(rng, table, row, rng.randint(3, 4)))
-    )
+    return fill(rng, table, row, "brief title") + "\n" + prose(rng, table, row, facts(rng, table, row, rng.randint(3, 4)))
 
 
 def sheet(rng: random.Random, table: Table, row: Row) -> str:
@@ -223,9 +221,7 @@ def compare(rng: random.Random, table: Table, row: Row, other: Row) -> str:
     sentences = []
     for column in facts(rng, table, row):
         if column in other:
-            sentences.append(
-                fill(rng, table, both, f"{column} {'both' if row[column] == other[column] else 'contrast'}")
-            )
+            sentences.append(fill(rng, table, both, f"{column} {'both' if row[column] == other[column] else 'contrast'}"))
     head = fill(rng, table, both, "compare title") + "\n\n" + fill(rng, table, both, "compare open")
     sentences = list(filter(None, sentences))
     return head + "\n\n" + " ".join(sentences) if len(sentences) > 1 else ""

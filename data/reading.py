@@ -80,9 +80,7 @@ def pyarrow():
     return pyarrow
 
 
-def read_batches(
-    path: Path, key: str, first_row: int = 0, nested: bool = False
-) -> Iterator[tuple[int, list[bytes | None], int]]:
+def read_batches(path: Path, key: str, first_row: int = 0, nested: bool = False) -> Iterator[tuple[int, list[bytes | None], int]]:
     """(row of the first, raw rows, bytes of the input read so far), about BATCH_BYTES each, from `first_row` on."""
     rows, size, n_read, position = [], 0, 0, 0
     try:

@@ -189,9 +189,7 @@ def each(draw: Draw, function, jobs: list[tuple], workers: int, total: int, **ba
             pool.shutdown(cancel_futures=True)
 
 
-def sample(
-    inputs: list[str], out: Path, n: int, seed: int = 0, keys: tuple[str, str] = ("id", "text"), workers: int = 8
-) -> int:
+def sample(inputs: list[str], out: Path, n: int, seed: int = 0, keys: tuple[str, str] = ("id", "text"), workers: int = 8) -> int:
     """Write the sample of n documents of `inputs` to `out`; how many documents there were to choose from.
 
     inputs: files, folders, globs or URLs, in any order. keys: names of id and text. Columns of `out`: id, text, url, dump,
@@ -245,9 +243,7 @@ def check(files: list[Path], chosen: np.ndarray, n: int, n_documents: int) -> No
     twice = np.flatnonzero(np.diff(chosen[:, 0]) == 0)
     if twice.size:
         first, second = (f"{files[file]} row {row}" for _, file, row in chosen[twice[0] : twice[0] + 2].tolist())
-        raise InputError(
-            f"{first} and {second} have the same id; expected unique ids: remove one, or choose another --id-key"
-        )
+        raise InputError(f"{first} and {second} have the same id; expected unique ids: remove one, or choose another --id-key")
 
 
 def main() -> None:
@@ -277,9 +273,7 @@ def main() -> None:
     n_documents = sample(args.inputs, args.out, args.n, args.seed, (args.id_key, args.text_key), args.workers)
     print(f"{args.out}: {args.n:,} of {n_documents:,} documents, seed {args.seed}")
     counts = [len(row["text"]) for row in read_documents(args.out, ("text",))]
-    print(
-        f"characters: {np.median(counts):,.0f} in the median, {max(counts):,} in the longest, {counts.count(0):,} empty"
-    )
+    print(f"characters: {np.median(counts):,.0f} in the median, {max(counts):,} in the longest, {counts.count(0):,} empty")
 
 
 if __name__ == "__main__":

@@ -126,9 +126,7 @@ def score_file(task: Scoring, path: Path) -> None:
     write_parquet(score_path(path, Path(task.out)), rows(), COLUMNS, about_scores(path, task.identity))
 
 
-def score_documents(
-    task: Scoring, documents: Iterable[tuple[str, str]], source: Path
-) -> Iterator[list[tuple[str, float | None]]]:
+def score_documents(task: Scoring, documents: Iterable[tuple[str, str]], source: Path) -> Iterator[list[tuple[str, float | None]]]:
     """(id, text) of documents → (id, score), a window at a time; an empty text has no score (None).
 
     InputError where a text's score is not a number. source: where the documents are from, for its message.

@@ -76,9 +76,7 @@ def make_executor(step: Scoring, args: argparse.Namespace):
                   logging_dir=str(Path(step.out) / "logs"))  # fmt: skip
     cluster = dict(cpus_per_task=step.threads, gpus_per_task=args.gpus_per_task, mem_per_cpu_gb=args.mem_per_cpu_gb)
     here = str(Path(__file__).resolve().parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        filter(None, (here, str(Path(here).parent), os.environ.get("PYTHONPATH")))
-    )
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, str(Path(here).parent), os.environ.get("PYTHONPATH"))))
     if args.executor == "local":
         return LocalPipelineExecutor(**common, start_method="spawn")
     if args.executor == "slurm":

@@ -134,9 +134,7 @@ def draw_histogram(path: Path, part: tuple[np.ndarray, np.ndarray], threshold: f
         axes.hist(scores[labels == value], bins, histtype="stepfilled", alpha=0.6, color=color, label=name)
     axes.axvline(threshold, color="C3", lw=1.2, label=f"threshold {threshold:.3f}")
     axes.set(xlim=(0, 1), yscale="log")
-    axes.legend(
-        frameon=False, loc="upper right" if threshold < 0.5 else "upper left", bbox_to_anchor=(0.06, 0, 0.88, 1)
-    )
+    axes.legend(frameon=False, loc="upper right" if threshold < 0.5 else "upper left", bbox_to_anchor=(0.06, 0, 0.88, 1))
     save(figure, path)
 
 

@@ -97,9 +97,7 @@ def compare_text(bins: Bins, tokenizer: Path, inputs: list[Path], n_sample: int,
     chosen = np.zeros(bins.n_docs, bool)
     chosen[rng.choice(bins.n_docs, min(n_sample, bins.n_docs), replace=False)] = True
     doc = 0
-    with tqdm(
-        total=sum(source["size"] for source in expected), unit="B", unit_scale=True, desc="compare", disable=None
-    ) as bar:
+    with tqdm(total=sum(source["size"] for source in expected), unit="B", unit_scale=True, desc="compare", disable=None) as bar:
         for path, source in zip(inputs, expected, strict=True):
             check_input(path, source)
             before = bar.n
@@ -124,9 +122,7 @@ def compare_input(bins: Bins, tokenizer: Path, path: Path, source: dict, chosen:
             found = bins.tokens(doc + i, n_front, int(bins.lengths[doc + i]) - 1)
             if not np.array_equal(strip_separator(ids, bins.separator) if messages else ids, found):
                 where = describe_row(path, parsed.rows[i])
-                raise InputError(
-                    f"{where}: encodes to different ids than document {doc + i} of {bins.folder}; prepare again"
-                )
+                raise InputError(f"{where}: encodes to different ids than document {doc + i} of {bins.folder}; prepare again")
         doc += len(parsed.texts)
         yield position
     for what, found in (("n_docs", doc - start), ("n_bytes", n_bytes)):
@@ -138,9 +134,7 @@ def main() -> None:
     """The command line; bad input ends it with one line and exit status 1."""
     parser = argparse.ArgumentParser(description="Check token bins byte by byte; exit status 1 at the first problem.")
     parser.add_argument("bins", type=Path, help="the folder that data/prepare.py wrote")
-    parser.add_argument(
-        "--tokenizer", metavar="MODEL", help="also check that they were made with it, and show two documents"
-    )
+    parser.add_argument("--tokenizer", metavar="MODEL", help="also check that they were made with it, and show two documents")
     parser.add_argument(
         "--inputs",
         nargs="+",

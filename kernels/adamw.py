@@ -207,9 +207,7 @@ def adamw_torch_(
     x = x - lr * (m / corrections[0]) / (v.sqrt() / corrections[1].sqrt() + eps)
     new = [(p, round_stochastically(x, seed) if p.dtype == torch.bfloat16 else x)]
     for old, scale, qmap, moment in ((exp_avg, scales[0], maps[0], m), (exp_avg_sq, scales[1], maps[1], v)):
-        new += (
-            [(old, moment.to(old.dtype))] if scale is None else zip((old, scale), _quantized(moment, qmap), strict=True)
-        )
+        new += [(old, moment.to(old.dtype))] if scale is None else zip((old, scale), _quantized(moment, qmap), strict=True)
     for old, value in new:
         old.copy_(value if skip is None else torch.where(skip != 0, old, value))
 

@@ -122,9 +122,7 @@ def _norm_rope(
 
 
 @torch.library.custom_op("nanomed::norm_rope_backward", mutates_args=())
-def _norm_rope_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor]:
+def _norm_rope_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Of queries or of keys: together they would need all registers of a thread."""
     (n, n_heads, d), dy, dx = x.shape, walkable(dy), x.new_empty(x.shape)
     heads, half = next_power_of_2(n_heads), next_power_of_2(d // 2)

@@ -62,6 +62,4 @@ def kernels(name: str) -> Kernels:
         from . import liger
     except ImportError as error:
         raise ValueError(f"cannot be imported ({error}); pip install 'liger-kernel>=0.8.5'") from None
-    return Kernels(
-        liger.rms_norm, liger.add_rms_norm, liger.swiglu, liger.rope, liger.norm_rope, liger.linear_cross_entropy
-    )
+    return Kernels(liger.rms_norm, liger.add_rms_norm, liger.swiglu, liger.rope, liger.norm_rope, liger.linear_cross_entropy)

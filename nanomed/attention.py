@@ -51,9 +51,7 @@ def has_fused_kernels(q: Tensor) -> bool:
 
 
 @torch.library.custom_op("nanomed::packed_attention", mutates_args=())
-def _packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, extent: Tensor, window: int
-) -> tuple[Tensor, Tensor]:
+def _packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, extent: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """(result, log Σ exp of every row's scores, float32 (H, N))."""
     return _flash_forward(q, k, v, *_launch(cu_seqlens, extent, window))
 

@@ -215,7 +215,5 @@ def _expect(path: Path, what: str, found, expected, hint: str = "damaged or mixe
 
 
 def _write_record(path: Path, value: dict) -> None:
-    text = json.dumps(
-        {"format": "nanomed-bins", "version": 1} | value, indent=1
-    )  # in ASCII: a file's name may be no text
+    text = json.dumps({"format": "nanomed-bins", "version": 1} | value, indent=1)  # in ASCII: a file's name may be no text
     write_durably(path, text + "\n")

@@ -265,9 +265,7 @@ def nobody_listens(url: str) -> bool:
     """Whether the URL's machine refuses the connection. What cannot be known, behind a proxy say, is False."""
     parts = urlsplit(url)
     try:
-        socket.create_connection(
-            (parts.hostname, parts.port or {"https": 443}.get(parts.scheme, 80)), timeout=2
-        ).close()
+        socket.create_connection((parts.hostname, parts.port or {"https": 443}.get(parts.scheme, 80)), timeout=2).close()
     except ConnectionRefusedError:
         return True
     except OSError:

@@ -199,9 +199,7 @@ class Checkpointer:
         keep = {path for _, path in whole(self.folder)[-self.keep :]}
         for path in _ours(self.folder):
             if path not in keep:
-                (path / "DONE").unlink(
-                    missing_ok=True
-                )  # first, so that a kill half-way leaves nothing that looks whole
+                (path / "DONE").unlink(missing_ok=True)  # first, so that a kill half-way leaves nothing that looks whole
                 # In a thread: removing 100 GB takes a while, and the other ranks already wait in the next step.
                 threading.Thread(target=shutil.rmtree, args=(path,), kwargs={"ignore_errors": True}).start()
 

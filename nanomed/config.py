@@ -164,9 +164,7 @@ def has_bf16_hardware() -> bool:
 RECIPES = {
     "qwen2.5-7b": Config("qwen2.5-7b", init="Qwen/Qwen2.5-7B-Instruct", recompute="selective"),
     "mistral-7b": Config("mistral-7b", init="mistralai/Mistral-7B-Instruct-v0.3", recompute="selective"),
-    "mistral-small-24b": Config(
-        "mistral-small-24b", init="mistralai/Mistral-Small-24B-Instruct-2501", recompute="full"
-    ),
+    "mistral-small-24b": Config("mistral-small-24b", init="mistralai/Mistral-Small-24B-Instruct-2501", recompute="full"),
     "llama-3.1-8b": Config("llama-3.1-8b", init="meta-llama/Llama-3.1-8B-Instruct", recompute="selective"),
     "qwen3-8b": Config("qwen3-8b", init="Qwen/Qwen3-8B", recompute="selective"),
     "smollm2-135m": Config(

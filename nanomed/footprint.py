@@ -27,9 +27,7 @@ REGIMES = (  # from the most exact to the leanest
     Regime("fp32", "--optimizer-states fp32", 4, 4, 8),
     Regime("bf16 states", "--optimizer-states bf16", 4, 4, 4),
     Regime("bf16", "--precision pure-bf16 --optimizer-states bf16", 2, 2, 4),
-    Regime(
-        "bf16 + int8", "--precision pure-bf16 --optimizer-states int8", 2, 2, 2 + 8 / 256
-    ),  # a scale for 256 numbers
+    Regime("bf16 + int8", "--precision pure-bf16 --optimizer-states int8", 2, 2, 2 + 8 / 256),  # a scale for 256 numbers
 )
 
 
@@ -81,9 +79,7 @@ def transient_bytes(c: ModelConfig, n: int, regime: Regime, shards: int, recompu
     return {
         "loss": 2 * min(n, GPU_CHUNK) * v + dw + 4 * n * d + (0 if in_bf16 else 2 * v * d if alone else 4 * v * d),
         "head's sum": 0 if alone else dw + 4 * v * d + 2 * block,
-        "block backward": again
-        + 4 * n * c.intermediate_size
-        + (0 if in_bf16 else 2 * block if alone else 4 * v * d + 5 * block),
+        "block backward": again + 4 * n * c.intermediate_size + (0 if in_bf16 else 2 * block if alone else 4 * v * d + 5 * block),
     }
 
 

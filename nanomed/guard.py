@@ -58,9 +58,7 @@ class Guard:
 
     def judge(self, loss: Tensor, grad_norm: Tensor) -> Verdict:
         """Must the step be skipped? loss, grad_norm: (), the same on every rank. To be called once per step."""
-        new = torch.stack(
-            [x.to(self.window.device, torch.float64) for x in (loss, grad_norm)]
-        )  # offloaded, the norm is elsewhere
+        new = torch.stack([x.to(self.window.device, torch.float64) for x in (loss, grad_norm)])  # offloaded, the norm is elsewhere
         accepted, in_a_row = self.counts
         n = accepted.clamp(max=WINDOW)
         filled = (self._slots < n)[:, None]

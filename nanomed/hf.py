@@ -129,18 +129,14 @@ def _rope(fields: dict, refuse: Callable) -> tuple[float, Llama3Scaling | None]:
             numbers = [extra.pop(field, None) for field in Llama3Scaling._fields]
             scaling = Llama3Scaling(*numbers)
             if None in numbers or not (scaling.factor > 0 and scaling.low_freq_factor < scaling.high_freq_factor):
-                refuse(
-                    f"{name} = {scheme}: llama3 needs {', '.join(Llama3Scaling._fields)}, the second below the third"
-                )
+                refuse(f"{name} = {scheme}: llama3 needs {', '.join(Llama3Scaling._fields)}, the second below the third")
         if kind not in ("default", "llama3") or any(x is True or x not in (None, 1) for x in extra.values()):
             refuse(f"{name} = {scheme} is not supported; plain RoPE (rope_type default) and llama3 are")
         thetas.append(scheme.get("rope_theta"))
         scalings.append(scaling)
     found = {float(theta) for theta in thetas if theta is not None}
     if len(found) != 1:
-        refuse(
-            f"rope_theta must stand there once, found {sorted(found) or 'none'}; it changes the maths, so it is not guessed"
-        )
+        refuse(f"rope_theta must stand there once, found {sorted(found) or 'none'}; it changes the maths, so it is not guessed")
     if len(set(scalings)) > 1:
         refuse("rope_scaling and rope_parameters contradict each other")
     return found.pop(), scalings[0] if scalings else None
@@ -216,12 +212,8 @@ def find_weights(folder: Path) -> dict[str, Path]:
             raise InputError(f"{index}: has no weight_map; fetch it again")
         return {name: folder / file for name, file in weight_map.items()}
     if not single.exists():
-        if others := sorted(
-            p.name for kind in ("*.safetensors", "pytorch_model*", "*.gguf", "*.pth") for p in folder.glob(kind)
-        ):
-            raise InputError(
-                f"{folder}: has {others[0]} but neither model.safetensors nor its index; only those are read"
-            )
+        if others := sorted(p.name for kind in ("*.safetensors", "pytorch_model*", "*.gguf", "*.pth") for p in folder.glob(kind)):
+            raise InputError(f"{folder}: has {others[0]} but neither model.safetensors nor its index; only those are read")
         return {}
     return dict.fromkeys(open_safetensors(single, "np").keys(), single)
 
@@ -240,9 +232,7 @@ def check_weights(model, folder: Path) -> dict[str, Path]:
     copies = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     copies |= {name for name in files if name.endswith(".rotary_emb.inv_freq")}
     if extra := sorted(files.keys() - params.keys() - copies):
-        raise InputError(
-            f"{folder}: tensor {extra[0]} has no place in the model that config.json describes ({len(extra)} in all)"
-        )
+        raise InputError(f"{folder}: tensor {extra[0]} has no place in the model that config.json describes ({len(extra)} in all)")
     handles = {file: open_safetensors(file) for file in set(files.values())}
     held = {file: set(handle.keys()) for file, handle in handles.items()}
     for name, file in files.items():

@@ -60,9 +60,7 @@ def open_data(config: Config, source: Path, vocab_size: int) -> tuple[Stream, di
     for spec in config.val:
         name, _, folder = spec.rpartition("=")
         if not name.isidentifier() or name in vals or "@" in folder or not folder:
-            raise InputError(
-                f"--val {spec}: must be NAME=BINS, each name once, of letters, digits and _; no share after @"
-            )
+            raise InputError(f"--val {spec}: must be NAME=BINS, each name once, of letters, digits and _; no share after @")
         vals[name] = Stream(open_sources([folder]), None, vocab_size)
     tokenizer = source / "tokenizer.json"
     if not tokenizer.is_file():

@@ -46,9 +46,7 @@ def flops_per_token(model: Decoder) -> int:
     """6 · parameters in matrix products. Call before sharding or after: global shapes are counted."""
     tied = model.config.tie_word_embeddings
     return 6 * sum(
-        p.numel()
-        for name, p in model.named_parameters()
-        if p.ndim > 1 and (tied or name != "model.embed_tokens.weight")
+        p.numel() for name, p in model.named_parameters() if p.ndim > 1 and (tied or name != "model.embed_tokens.weight")
     )
 
 
@@ -64,18 +62,11 @@ def print_start(config: Config, world: World, model: Decoder, stream: Stream, va
     epoch, total = stream.start_of(1), n_steps * config.batch_tokens
     peak = peak_flops(world.device, config.precision)
     print0(f"model   {config.init}: {n_params / 1e6:,.1f} M parameters, {config.precision}")
-    print0(
-        f"data    {len(stream.lengths):,} documents, {epoch:,} tokens per epoch; validation: {', '.join(vals) or 'none'}"
-    )
-    print0(
-        f"run     {n_steps:,} steps x {config.batch_tokens:,} tokens = {total / epoch:.2f} epochs, "
-        f"windows of {config.seq_len}"
-    )
+    print0(f"data    {len(stream.lengths):,} documents, {epoch:,} tokens per epoch; validation: {', '.join(vals) or 'none'}")
+    print0(f"run     {n_steps:,} steps x {config.batch_tokens:,} tokens = {total / epoch:.2f} epochs, windows of {config.seq_len}")
     if config.steps is None:
         print0(f"        the last {stream.start_of(config.epochs) - total:,} tokens fill no step and are dropped")
-    print0(
-        f"device  {world.size} x {world.device.type}, {config.micro_batch} windows in a forward pass, {config.kernels} kernels"
-    )
+    print0(f"device  {world.size} x {world.device.type}, {config.micro_batch} windows in a forward pass, {config.kernels} kernels")
     print0(
         f"FLOPs   {flops_per_token(model):,} per token (6 x parameters in matrix products) + {attention_flops(model):,} x "
         f"squared document lengths{f'; MFU over {peak / 1e12:.0f} TFLOP/s (dense bf16)' if peak else ''}"
@@ -89,9 +80,7 @@ def print_start(config: Config, world: World, model: Decoder, stream: Stream, va
 class Metrics:
     """Collects the steps of a run and writes them out; only rank 0 has a file and a bar."""
 
-    def __init__(
-        self, out: Path, config: Config, world: World, model: Decoder, stream: Stream | None, step: int, n_steps: int
-    ):
+    def __init__(self, out: Path, config: Config, world: World, model: Decoder, stream: Stream | None, step: int, n_steps: int):
         self.config, self.world, self.path, self.run = config, world, out / "metrics.jsonl", out
         self.stream = stream  # to name a skipped step's documents
         self.per_token, self.per_len2 = flops_per_token(model), attention_flops(model)
@@ -119,15 +108,11 @@ class Metrics:
         write_durably(self.path, "".join(json.dumps(r) + "\n" for r in rows))
         return any(r["step"] == step and any(key.startswith("val_") for key in r) for r in rows)
 
-    def add(
-        self, step: int, lr: float, loss: Tensor, grad_norm: Tensor, verdict: Verdict, sum_squared_lens: int
-    ) -> None:
+    def add(self, step: int, lr: float, loss: Tensor, grad_norm: Tensor, verdict: Verdict, sum_squared_lens: int) -> None:
         """Note a finished step. loss, grad_norm () and the guard's verdict are those of all ranks and stay on the
         device; sum_squared_lens, over documents, is this rank's."""
         self._rows.append({"step": step, "tokens": step * self.config.batch_tokens, "lr": lr})
-        self._values.append(
-            torch.cat((torch.stack((loss.double(), grad_norm.double(), verdict.skip.double())), verdict.limits))
-        )
+        self._values.append(torch.cat((torch.stack((loss.double(), grad_norm.double(), verdict.skip.double())), verdict.limits)))
         self._len2 += sum_squared_lens
 
     def flush(self, wait_s: float) -> None:

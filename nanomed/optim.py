@@ -63,9 +63,7 @@ def clip(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) ->
     take_sums(model)
     params = [p for p in model.parameters() if p.grad is not None]
     # Each tensor's norm in float32: of bf16 gradients torch would give bf16 ones, 0.4 % off.
-    norm = torch.linalg.vector_norm(
-        torch.stack([torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in params])
-    )
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in params]))
     if isinstance(norm, DTensor):  # each rank has summed its own rows only
         norm = norm.full_tensor()
     optimizer.grad_scale = (norm / max_norm).clamp(min=1)

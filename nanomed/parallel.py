@@ -74,9 +74,7 @@ def start(config: Config) -> World:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    world = World(
-        dist.get_rank(), local_rank, dist.get_world_size(), device, dist.new_group(backend="gloo", timeout=SLOW_TIMEOUT)
-    )
+    world = World(dist.get_rank(), local_rank, dist.get_world_size(), device, dist.new_group(backend="gloo", timeout=SLOW_TIMEOUT))
     if world.size % config.replicas:
         raise InputError(f"--replicas {config.replicas}: does not divide the {world.size} processes")
     return world
@@ -115,9 +113,7 @@ def parallelize(model: Decoder, config: Config, world: World) -> DeviceMesh | No
         shard([model.model.norm, model.lm_head], reshard_after_forward=False)
     shard(model)
     for module in model.modules():
-        if isinstance(
-            module, FSDPModule
-        ):  # the loss is already divided by the tokens of all ranks: sum, do not average
+        if isinstance(module, FSDPModule):  # the loss is already divided by the tokens of all ranks: sum, do not average
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     stack = [*([] if model.config.tie_word_embeddings else [model.model.embed_tokens]), *blocks]
@@ -184,9 +180,7 @@ def to_float8(blocks: nn.Module, emulate: bool = False) -> None:
 
 def can_compile(device: torch.device) -> bool:
     """Is there the compiler that torch.compile needs for this device? Says so where there is none."""
-    compilers = (
-        [os.environ.get("CXX"), "g++", "clang++"] if device.type == "cpu" else [os.environ.get("CC"), "gcc", "clang"]
-    )
+    compilers = [os.environ.get("CXX"), "g++", "clang++"] if device.type == "cpu" else [os.environ.get("CC"), "gcc", "clang"]
     if any(shutil.which(c) for c in compilers if c):
         return True
     print0(f"no {'C++' if device.type == 'cpu' else 'C'} compiler found: running without torch.compile")

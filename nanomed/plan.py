@@ -178,9 +178,7 @@ def report(job: Job) -> str:
     for recompute in RECOMPUTE:
         tok_s = tokens_per_second(job, recompute)
         hours = job.n_tokens / tok_s / 3600
-        lines.append(
-            f"{'--recompute ' + recompute:34}{tok_s:14,.0f}{hours:14,.1f}{hours * job.n_gpus * job.price:14,.0f}"
-        )
+        lines.append(f"{'--recompute ' + recompute:34}{tok_s:14,.0f}{hours:14,.1f}{hours * job.n_gpus * job.price:14,.0f}")
     if config.offload:
         lines.append("without the time that --offload's traffic over the bus takes: not yet measured")
     lines += [
@@ -263,9 +261,7 @@ def model_of(init: str) -> ModelConfig:
     if init in MODELS:
         return MODELS[init]
     if not Path(init).is_dir():
-        raise InputError(
-            f"--init {init}: no such folder, and not one of {', '.join(MODELS)}; give one with a config.json"
-        )
+        raise InputError(f"--init {init}: no such folder, and not one of {', '.join(MODELS)}; give one with a config.json")
     return hf.model_config(Path(init))
 
 

@@ -38,9 +38,7 @@ def plot_curves(run: Path) -> Path:
     for i, tokens in enumerate(skipped):
         left.axvline(tokens, color="tab:red", lw=0.6, alpha=0.5, label="" if i else f"skipped: {len(skipped)}")
     for name in names:
-        points = [
-            (r["tokens"] / 1e6, r[f"val_{name}_loss"], r[f"val_{name}_bpb"]) for r in rows if f"val_{name}_bpb" in r
-        ]
+        points = [(r["tokens"] / 1e6, r[f"val_{name}_loss"], r[f"val_{name}_bpb"]) for r in rows if f"val_{name}_bpb" in r]
         tokens, loss, bpb = map(np.array, zip(*points, strict=True))
         left.plot(tokens, loss, marker="o", ms=3, label=name)
         right.plot(tokens, 100 * (bpb / bpb[0] - 1), marker="o", ms=3, label=f"{name}: {bpb[0]:.3f} → {bpb[-1]:.3f}")

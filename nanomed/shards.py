@@ -114,6 +114,4 @@ def same_tensor(a: tuple[Path, str], b: tuple[Path, str]) -> bool:
 def has_entries(path: Path, tensors: dict[str, dict], names: list[str]) -> None:
     """InputError where the index promises a tensor that the file does not hold."""
     if missing := sorted(set(names) - tensors.keys()):
-        raise InputError(
-            f"{path}: tensor {missing[0]} is missing, though the index names it; fetch the checkpoint again"
-        )
+        raise InputError(f"{path}: tensor {missing[0]} is missing, though the index names it; fetch the checkpoint again")

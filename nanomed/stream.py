@@ -45,12 +45,8 @@ class Stream:
         """Document numbers of an epoch, unsorted; of `bins@0.1` the next tenth of one fixed permutation."""
         docs = []
         for i, (bins, share) in enumerate(self.sources):
-            taken = (
-                np.arange(round(epoch * share * bins.n_docs), round((epoch + 1) * share * bins.n_docs)) % bins.n_docs
-            )
-            docs.append(
-                self.first_doc[i] + (taken if share == 1 else _permutation(bins.n_docs, self.seed, 1 + i)[taken])
-            )
+            taken = np.arange(round(epoch * share * bins.n_docs), round((epoch + 1) * share * bins.n_docs)) % bins.n_docs
+            docs.append(self.first_doc[i] + (taken if share == 1 else _permutation(bins.n_docs, self.seed, 1 + i)[taken]))
         return np.concatenate(docs)
 
     def _epoch(self, epoch: int) -> Epoch:
@@ -79,9 +75,7 @@ class Stream:
         """(document, first token, end token) of every piece in the stream positions [start, stop), in order."""
         for number in range(self.epoch_at(start), self.epoch_at(stop - 1) + 1):
             epoch = self.epoch(number)
-            lo, hi = np.searchsorted(
-                epoch.borders, (max(start, epoch.borders[0]), min(stop, epoch.borders[-1])), "right"
-            )
+            lo, hi = np.searchsorted(epoch.borders, (max(start, epoch.borders[0]), min(stop, epoch.borders[-1])), "right")
             for i in range(lo - 1, min(hi, len(epoch.docs))):
                 a, b = max(start, epoch.borders[i]), min(stop, epoch.borders[i + 1])
                 if a < b:

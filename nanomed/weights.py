@@ -125,9 +125,7 @@ def _write_rows(path: Path, tensors: dict[str, dict], params: dict[str, Tensor])
         for name, entry in tensors.items():
             param = params[name]
             start, stop = my_rows(param)
-            if start == stop or (
-                isinstance(param, DTensor) and param.device_mesh.ndim > 1 and param.device_mesh.get_local_rank(0)
-            ):
+            if start == stop or (isinstance(param, DTensor) and param.device_mesh.ndim > 1 and param.device_mesh.get_local_rank(0)):
                 continue
             rows = local(param).detach().to(DTYPES[entry["dtype"]]).cpu().contiguous()
             row_bytes = rows.element_size() * rows[0].numel()

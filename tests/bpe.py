@@ -8,9 +8,7 @@ TEXTS = [
 ] * 9
 
 
-def byte_level(
-    n_merges: int = 60, special: tuple[str, ...] = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-) -> Tokenizer:
+def byte_level(n_merges: int = 60, special: tuple[str, ...] = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")) -> Tokenizer:
     """A byte-level BPE as Qwen's: adds no BOS, and every text comes back from its tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -36,9 +36,7 @@ pytest.register_assert_rewrite("chat_requests", "merge_pairs", "refusals")
 # Triton exists on Linux only; without a GPU its kernels run in the interpreter.
 collect_ignore = []
 if importlib.util.find_spec("triton") is None:
-    collect_ignore += [
-        f"test_{x}.py" for x in ("adamw", "kernels", "kernel_ops", "rms_norm", "rope", "cross_entropy", "registers")
-    ]
+    collect_ignore += [f"test_{x}.py" for x in ("adamw", "kernels", "kernel_ops", "rms_norm", "rope", "cross_entropy", "registers")]
 elif not torch.cuda.is_available():
     import interpreter  # noqa: F401
 if not torch.cuda.is_available():
@@ -92,9 +90,7 @@ def save_reference(config, folder, dtype=torch.float32):
     return model.eval()
 
 
-def write_bins(
-    folder, documents: list[list[int]], vocab_size: int, tokenizer_sha256: str = "0" * 64, n_bytes: int = 1000
-):
+def write_bins(folder, documents: list[list[int]], vocab_size: int, tokenizer_sha256: str = "0" * 64, n_bytes: int = 1000):
     """Token lists (without separator) → a finished set of bins."""
     folder.mkdir(parents=True)
     writer = ShardWriter(folder, 0, settings_of(vocab_size, 0, None, tokenizer_sha256), "test")
@@ -127,9 +123,7 @@ class Tiny:
                      precision="fp32", batch_tokens=256, micro_batch=2, lr=1e-2,
                      warmup_steps=2, checkpoint_every=5, eval_every=10)  # fmt: skip
         flags |= changes
-        return [
-            x for name, value in flags.items() if value is not None for x in (f"--{name.replace('_', '-')}", str(value))
-        ]
+        return [x for name, value in flags.items() if value is not None for x in (f"--{name.replace('_', '-')}", str(value))]
 
 
 @pytest.fixture(scope="session")
@@ -146,9 +140,7 @@ def make_tiny(folder: Path) -> Tiny:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     model = folder / "model"
     config = LlamaConfig(vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2,

@@ -101,9 +101,7 @@ def _formula_lce(hidden, weight):
 
 
 def _lce(function):
-    return lambda hidden, weight: function(
-        hidden, weight, targets_for(len(hidden), len(weight)), scale_for(hidden), Z_LOSS, CHUNK
-    )
+    return lambda hidden, weight: function(hidden, weight, targets_for(len(hidden), len(weight)), scale_for(hidden), Z_LOSS, CHUNK)
 
 
 CASES = [

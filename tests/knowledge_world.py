@@ -14,8 +14,7 @@ from nanomed import run_script
 from test_eval_scorer import TINY, write_tokenizer
 
 QUESTIONS = [
-    {"id": f"q{i}", "question": SENTENCES[i % 6], "options": ["ja", "nein", "nie", "immer"], "answer": i % 4}
-    for i in range(12)
+    {"id": f"q{i}", "question": SENTENCES[i % 6], "options": ["ja", "nein", "nie", "immer"], "answer": i % 4} for i in range(12)
 ]
 
 

@@ -236,9 +236,7 @@ def test_an_error_is_one_line(tmp_path):
     sample = write(tmp_path / "sample.parquet", ["a"])
     with serving(lambda *_: 404) as endpoint:
         flags = ["--url", endpoint.url, "--model", "tiny", "--out", tmp_path / "labels.parquet"]
-        done = subprocess.run(
-            [sys.executable, ROOT / "data/annotate.py", sample, *flags], capture_output=True, text=True
-        )
+        done = subprocess.run([sys.executable, ROOT / "data/annotate.py", sample, *flags], capture_output=True, text=True)
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if not line.startswith("annotate:") and line]
     assert line.startswith(f"error: {endpoint.url}: answers 404 (Error code: 404")

@@ -92,9 +92,7 @@ def test_documents_of_several_tiles(case, window, monkeypatch):
 def test_a_window_of_one_sees_only_itself(case):
     device, dtype, tolerance = case
     (q, k, v), _, cu_seqlens = inputs([7, 3], 4, 4, 16, device, dtype)
-    torch.testing.assert_close(
-        attention(q, k, v, cu_seqlens, torch.tensor([2, 7]), 1), v, rtol=tolerance, atol=tolerance
-    )
+    torch.testing.assert_close(attention(q, k, v, cu_seqlens, torch.tensor([2, 7]), 1), v, rtol=tolerance, atol=tolerance)
 
 
 def test_documents_do_not_see_each_other(case):
@@ -164,6 +162,4 @@ def test_flash_attention_is_launched_for_the_documents_that_are_there(window, mo
     rest = (borders, torch.tensor([2, 7]), window or 0)
     torch.library.opcheck(torch.ops.nanomed.packed_attention.default, (*qkv, *rest))
     plain, y = [x.detach() for x in qkv], torch.zeros(12, 4, 8)
-    torch.library.opcheck(
-        torch.ops.nanomed.packed_attention_backward.default, (dy, *plain, y, torch.zeros(4, 12), *rest)
-    )
+    torch.library.opcheck(torch.ops.nanomed.packed_attention_backward.default, (dy, *plain, y, torch.zeros(4, 12), *rest))

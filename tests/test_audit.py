@@ -16,9 +16,7 @@ from nanomed import InputError
 def labels(folder: Path, n_medical: int = 40, n_other: int = 400, n_invalid: int = 5) -> Path:
     kinds = ["medical"] * n_medical + ["not_medical"] * n_other + ["invalid"] * n_invalid
     np.random.default_rng(0).shuffle(kinds)
-    rows = [
-        {"id": f"d{i}", "text": f'Text {i}; mit, Komma\nund "Zeile"', "label": kind} for i, kind in enumerate(kinds)
-    ]
+    rows = [{"id": f"d{i}", "text": f'Text {i}; mit, Komma\nund "Zeile"', "label": kind} for i, kind in enumerate(kinds)]
     pq.write_table(pa.Table.from_pylist(rows), folder / "labels.parquet")
     return folder / "labels.parquet"
 

@@ -35,9 +35,7 @@ def finished(tiny, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("lr", 5e-3), ("seed", 1), ("seq_len", 64), ("precision", "bf16"), ("steps", 30)]
-)
+@pytest.mark.parametrize(("field", "value"), [("lr", 5e-3), ("seed", 1), ("seq_len", 64), ("precision", "bf16"), ("steps", 30)])
 def test_the_folder_of_another_run(field, value, tiny, finished, refused):
     """The field is named with both values, and the run stays as it is, byte for byte."""
     old = json.loads((finished / "config.json").read_text())[field]

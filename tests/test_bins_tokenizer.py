@@ -9,9 +9,7 @@ from bpe import byte_level, with_bos
 from nanomed import InputError
 from nanomed.tokenizer import bos_id, separator_id, tokenizer_sha256
 
-QWEN = Regex(
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+QWEN = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 def test_hash_survives_saving_again(tmp_path):
@@ -37,9 +35,7 @@ def test_hash_survives_transformers(tmp_path, kind):
     from transformers import AutoTokenizer
 
     tokenizer = byte_level()
-    if (
-        kind == "Qwen2Tokenizer"
-    ):  # transformers 5 builds it from code and takes only vocabulary and merges from the file
+    if kind == "Qwen2Tokenizer":  # transformers 5 builds it from code and takes only vocabulary and merges from the file
         tokenizer.normalizer = normalizers.NFC()
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Split(QWEN, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]

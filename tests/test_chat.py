@@ -110,9 +110,7 @@ for key, answer in ask(requests, sys.argv[1], Path(sys.argv[2]), concurrency=4):
 def test_kill_9_pays_only_for_what_was_in_flight(tmp_path):
     command = [sys.executable, "-c", RUN]
     with serving(lambda request, n: ("after", 0.02, echo(request, n))) as endpoint:
-        run = subprocess.Popen(
-            [*command, endpoint.url, tmp_path / "cache"], cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )
+        run = subprocess.Popen([*command, endpoint.url, tmp_path / "cache"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         seen = [run.stdout.readline() for _ in range(40)]
         os.kill(run.pid, signal.SIGKILL)
         seen += run.stdout.read().splitlines()

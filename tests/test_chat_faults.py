@@ -92,9 +92,7 @@ def test_waits_grow_and_are_bounded(tmp_path, monkeypatch):
     with serving(lambda *_: 500) as endpoint, pytest.raises(InputError):
         collect(endpoint, tmp_path / "cache", requests(1), tries=7)
     assert len(waits) == 6
-    assert all(
-        low <= wait <= high for wait, low, high in zip(waits, (0.5, 1, 2, 4, 8, 10), (1, 2, 4, 8, 10, 10), strict=True)
-    )
+    assert all(low <= wait <= high for wait, low, high in zip(waits, (0.5, 1, 2, 4, 8, 10), (1, 2, 4, 8, 10, 10), strict=True))
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
@@ -107,9 +105,7 @@ def test_what_will_not_pass_is_not_tried_again(tmp_path, status):
 
 def refusing(*texts, status=400):
     """Behave: refuse these texts at once, answer the others after a while, as models do."""
-    return lambda request, n: (
-        status if request["messages"][0]["content"] in texts else ("after", 0.05, echo(request, n))
-    )
+    return lambda request, n: status if request["messages"][0]["content"] in texts else ("after", 0.05, echo(request, n))
 
 
 @pytest.mark.parametrize("concurrency", [1, 64])

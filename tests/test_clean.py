@@ -25,9 +25,7 @@ from scoring import COLUMNS, classifier_identity, score_path
 from test_sweep import make_classifier, text_of, write_documents
 
 ROOT = Path(__file__).resolve().parents[1]
-QUESTION = (
-    "Welches der folgenden Medikamente wird bei einem akuten Anfall von Angina pectoris als erstes Mittel gegeben"
-)
+QUESTION = "Welches der folgenden Medikamente wird bei einem akuten Anfall von Angina pectoris als erstes Mittel gegeben"
 
 
 def write_scores(files: list[Path], out: Path, scores: list[list[float | None]], clf: Path) -> Path:

@@ -103,9 +103,7 @@ def test_a_score_that_is_not_a_number_is_refused(case):
     scores = folder / "sweep/scores/a.parquet"
     table = pq.read_table(scores)
     pq.write_table(table.set_column(3, "score", pa.array([float("nan")] * 10, pa.float32())), scores)
-    with pytest.raises(
-        InputError, match=r"scores/a.parquet: the score of '<0>' is not a number; delete it and sweep again"
-    ):
+    with pytest.raises(InputError, match=r"scores/a.parquet: the score of '<0>' is not a number; delete it and sweep again"):
         run_clean(folder, files)
 
 

@@ -154,13 +154,9 @@ def test_parquet_is_read_too(tmp_path):
 
 def test_other_keys_are_no_question(tmp_path):
     licence = "Dieses Werk ist lizenziert unter einer Creative Commons Namensnennung 4.0 International Lizenz"
-    questions = indexed(
-        tmp_path, {"question": STEM, "options": OPTIONS, "licence": licence, "source": {"note": licence}}
-    )
+    questions = indexed(tmp_path, {"question": STEM, "options": OPTIONS, "licence": licence, "source": {"note": licence}})
     assert not find_hits(f"Ein Artikel. {licence}.", questions)
-    with pytest.raises(
-        InputError, match=r"e.jsonl: record 2 has no question, it has q, licence; expected it as question"
-    ):
+    with pytest.raises(InputError, match=r"e.jsonl: record 2 has no question, it has q, licence; expected it as question"):
         indexed(tmp_path, {"question": STEM}, {"q": STEM, "licence": licence})
     with pytest.raises(InputError, match=r"e.jsonl: near line 1: .*a JSON list, expected an object"):
         indexed(tmp_path, [STEM])

@@ -75,9 +75,7 @@ def test_the_folder_is_a_checkpoint_that_gives_the_stored_scores(trained):
     assert model.config.id2label == {0: "not_medical", 1: "medical"}
     held_out = pq.read_table(folder / "clf/held_out.parquet").to_pylist()
     texts = {row["id"]: row["text"] for row in documents()}
-    assert len({row["score"] for row in held_out}) > 40, (
-        "scores that are all alike would hide what padding does to them"
-    )
+    assert len({row["score"] for row in held_out}) > 40, "scores that are all alike would hide what padding does to them"
     assert {row["part"] for row in held_out} == {"choose", "report"}
     for row in held_out:  # one at a time, without padding
         assert row["part"] == part_of(texts[row["id"]])

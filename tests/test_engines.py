@@ -124,9 +124,7 @@ def test_memory_is_bounded_by_making_a_new_one(qwen, monkeypatch):
 
 def test_both_engines_write_the_same_bytes(tmp_path, qwen, monkeypatch):
     monkeypatch.setattr(sys.modules["reading"], "BATCH_BYTES", 3_000)
-    texts = [
-        text_of(i) + random.Random(i).choice([" 😀", " \U0001fae8", " <|im_end|>", " e\u0301", ""]) for i in range(400)
-    ]
+    texts = [text_of(i) + random.Random(i).choice([" 😀", " \U0001fae8", " <|im_end|>", " e\u0301", ""]) for i in range(400)]
     path = write_jsonl(tmp_path / "a.jsonl", texts)
     for engine, workers in (("gigatoken", 1), ("gigatoken", 2), ("tokenizers", 1), ("auto", 5)):
         prepare([path], qwen, tmp_path / f"{engine}{workers}", workers=workers, engine=engine, slice_bytes=20_000)
@@ -183,9 +181,7 @@ def test_an_engine_that_goes_wrong_later_is_caught(tmp_path, qwen, monkeypatch):
     monkeypatch.setattr(sys.modules["reading"], "BATCH_BYTES", 100)
     path = write_jsonl(tmp_path / "a.jsonl", [f"Text {i} und noch viel mehr davon" * 5 for i in range(200)])
     wrong(monkeypatch, lambda string: "Text 150" in string)
-    with pytest.raises(
-        InputError, match=r"its ids differ from those of tokenizers for '.*line 151'; delete .*, use --engine"
-    ):
+    with pytest.raises(InputError, match=r"its ids differ from those of tokenizers for '.*line 151'; delete .*, use --engine"):
         prepare([path], qwen, tmp_path / "bins", slice_bytes=4_000)
     encoding.load_engine.cache_clear()
 

@@ -74,9 +74,7 @@ def test_an_echo_is_of_what_the_user_said():
 
 
 def test_failures_beside_a_reference(command, tmp_path):
-    a = answers(
-        tmp_path / "a.jsonl", {"q1": "Ruhe hilft hier sehr gut.", "q2": "You should rest for some days."}, "m-a"
-    )
+    a = answers(tmp_path / "a.jsonl", {"q1": "Ruhe hilft hier sehr gut.", "q2": "You should rest for some days."}, "m-a")
     b = answers(tmp_path / "b.jsonl", {"q1": "Ruhe.", "q2": "Viel trinken."}, "m-b", "length")
     status, said = command("failures", a, "--ref", b, "--out", tmp_path / "run")
     assert status == 0

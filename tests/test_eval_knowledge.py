@@ -101,9 +101,7 @@ def test_a_run_goes_on_and_only_as_itself(world, tmp_path, monkeypatch, capsys):
     assert sorted(p.name for p in (out / "samples" / "a").iterdir()) == ["one.jsonl"]
 
     again = []
-    monkeypatch.setattr(
-        knowledge, "score", lambda lm, task, *rest: again.append(task.name) or original(lm, task, *rest)
-    )
+    monkeypatch.setattr(knowledge, "score", lambda lm, task, *rest: again.append(task.name) or original(lm, task, *rest))
     run(monkeypatch, *flags(world, out, "a"))
     assert again == ["two"]
     capsys.readouterr()
@@ -139,9 +137,7 @@ def test_bad_command_lines_end_in_one_line(world, tmp_path, monkeypatch):
         assert not out.exists()
 
 
-TEMPLATE = (
-    "{% for m in messages %}<{{m.role}}>{{m.content}}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-)
+TEMPLATE = "{% for m in messages %}<{{m.role}}>{{m.content}}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 
 
 def chatty(model, folder, template):

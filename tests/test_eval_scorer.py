@@ -124,9 +124,7 @@ def test_rolling_and_generating_as_the_hf_model(sides, kind):
     assert mine == peer.generate_until(instances("generate_until", asked), disable_tqdm=True)
     whole = mine[0]
     stop = {"until": [whole[3:5]], "max_gen_toks": 12}
-    assert ours.generate_until(instances("generate_until", [(SENTENCES[0], stop)])) == [
-        whole[: whole.index(whole[3:5])]
-    ]
+    assert ours.generate_until(instances("generate_until", [(SENTENCES[0], stop)])) == [whole[: whole.index(whole[3:5])]]
 
 
 def test_questions_that_begin_alike_are_found():

@@ -42,9 +42,7 @@ def test_lm_eval_gives_the_same_from_the_same_files(world, tmp_path, monkeypatch
             mine, theirs = (side["samples"][name] for side in sides)
             assert [s["arguments"] for s in mine] == [s["arguments"] for s in theirs]
             for a, b in zip(mine, theirs, strict=True):
-                assert [p for p, _ in a["filtered_resps"]] == pytest.approx(
-                    [p for p, _ in b["filtered_resps"]], abs=1e-4
-                )
+                assert [p for p, _ in a["filtered_resps"]] == pytest.approx([p for p, _ in b["filtered_resps"]], abs=1e-4)
             metric = "acc_norm" if name in ("two", "medizin_de_text") else "acc"
             assert sides[0]["results"][name][f"{metric},none"] == sides[1]["results"][name][f"{metric},none"]
     lines = knowledge.read_samples(tmp_path / "out" / "samples" / "a" / "one.jsonl")

@@ -156,9 +156,7 @@ def test_bad_steps_are_skipped_named_and_leave_no_trace(tiny, run, tmp_path, mon
     assert [s for s, r in rows.items() if r["skipped"]] == list(bad)
     assert rows[5]["loss"] is rows[6]["grad_norm"] is None
     assert rows[75]["loss"] == 100 * expected[75]["loss"]
-    assert all(
-        rows[s]["loss"] == expected[s]["loss"] and rows[s]["lr"] == expected[s]["lr"] for s in rows if s not in bad
-    )
+    assert all(rows[s]["loss"] == expected[s]["loss"] and rows[s]["lr"] == expected[s]["lr"] for s in rows if s not in bad)
     hf = [tmp_path / name / "hf" / "model.safetensors" for name in ("run", "reference")]
     assert hf[0].read_bytes() == hf[1].read_bytes()
     # the log: why, and which documents
@@ -206,9 +204,8 @@ def test_a_model_that_is_not_finite_is_never_saved(tiny, run, tmp_path, monkeypa
 
     monkeypatch.setattr(checkpoint.Checkpointer, "save", save)
     assert not run(tiny.flags(tmp_path / "run", keep=1))
-    assert (
-        "error: step 10: the model is not finite and was not saved; the newest sound checkpoint is step-00000005"
-        in (capsys.readouterr().err)
+    assert "error: step 10: the model is not finite and was not saved; the newest sound checkpoint is step-00000005" in (
+        capsys.readouterr().err
     )
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000005"]
     monkeypatch.undo()

@@ -58,9 +58,7 @@ def test_the_factors_are_those_of_float64(seed, n, change, t, scale):
     if abs(abs(cos) - DOT_THRESHOLD) < 1e-5 or (abs(cos) > 1 - 1e-9 and change == -2):
         return
     longer = max(stats.cpt / stats.base, stats.base / stats.cpt) ** 0.5 if stats.base and stats.cpt else 1
-    assert stats.cos == pytest.approx(
-        cos, abs=2e-7 * (4 + longer)
-    )  # Σ(b-a)² is rounded to float32 before |b|-|a| leaves it
+    assert stats.cos == pytest.approx(cos, abs=2e-7 * (4 + longer))  # Σ(b-a)² is rounded to float32 before |b|-|a| leaves it
     of_base, of_cpt = factors(stats, t)
     difference = of_base * a.double() + of_cpt * b.double() - (x + y)
     assert difference.norm() <= 1e-6 * max(1, longer / 4) * max(x.norm(), y.norm())
@@ -145,13 +143,7 @@ def test_a_schedule_file(pair, tmp_path, monkeypatch):
     run(monkeypatch, base, cpt, tmp_path / "out", "--t-file", tmp_path / "t.yaml")
     a, b, out = map(tensors_of, (base, cpt, tmp_path / "out"))
     for name, found in out.items():
-        t = (
-            (0, 1 / 3, 2 / 3, 1)[int(name.split(".")[2])]
-            if "self_attn" in name
-            else 0.9
-            if "layers.3." in name
-            else 0.25
-        )
+        t = (0, 1 / 3, 2 / 3, 1)[int(name.split(".")[2])] if "self_attn" in name else 0.9 if "layers.3." in name else 0.25
         assert_close(found, a[name], b[name], t, name)
     record = json.loads((tmp_path / "out" / "merge_report.json").read_text())
     assert read_rules(record["t"], "") == merge.read_t_file(tmp_path / "t.yaml")
@@ -197,8 +189,6 @@ def test_stats_only_tells_and_writes_nothing(pair, monkeypatch, capsys, tmp_path
     assert files_of(tmp_path) == before
     a, b = map(tensors_of, pair)
     names = [n for n in a if "layers.3." in n and "mlp" in n]
-    change = math.sqrt(
-        sum((b[n] - a[n]).double().square().sum() for n in names) / sum(a[n].double().square().sum() for n in names)
-    )
+    change = math.sqrt(sum((b[n] - a[n]).double().square().sum() for n in names) / sum(a[n].double().square().sum() for n in names))
     line = next(line for line in shown.splitlines() if line.startswith("    3 "))
     assert float(line.split()[2].rstrip("%")) == pytest.approx(100 * change, abs=0.01)

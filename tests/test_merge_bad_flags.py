@@ -47,9 +47,7 @@ def test_extrapolation_is_allowed_and_said(t, pair_and_out, monkeypatch, capsys)
     assert pair_and_out[2].exists()
 
 
-@pytest.mark.parametrize(
-    "flags", [["--t", "nan"], ["--sweep", "0,x"], ["--t", "inf"], ["--sweep", "0,inf"], ["--sweep", "0,,1"]]
-)
+@pytest.mark.parametrize("flags", [["--t", "nan"], ["--sweep", "0,x"], ["--t", "inf"], ["--sweep", "0,inf"], ["--sweep", "0,,1"]])
 def test_t_is_no_number(flags, refused):
     refused(lambda *_: None, flags[0], flags=flags)
 

@@ -206,11 +206,7 @@ def test_a_schedule_is_evaluated_as_mergekit_does(setting, n_layers):
     names = [f"model.layers.{i}.{part}" for i in range(n_layers) for part in parts]
     rules = [*read_rules(setting, "here"), *read_rules(7.0, "here")]
     found = evaluate(rules, [*names, "lm_head.weight"], "here")
-    theirs = (
-        [ConditionalParameter(**e) for e in setting]
-        if isinstance(setting, list) and isinstance(setting[0], dict)
-        else setting
-    )
+    theirs = [ConditionalParameter(**e) for e in setting] if isinstance(setting, list) and isinstance(setting[0], dict) else setting
     for name, t in found.items():
         layer = int(name.split(".")[2]) if ".layers." in name else None
         x = 0 if layer is None else layer / (n_layers - 1) if n_layers > 1 else 1

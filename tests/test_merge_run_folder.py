@@ -21,9 +21,7 @@ from nanomed.merging.source import open_checkpoint
 def trained(tiny, tmp_path_factory):
     """A run of two ranks: weights cut by rows into two files."""
     out = tmp_path_factory.mktemp("run") / "run"
-    done = run_train(
-        tiny.flags(out, steps=4, checkpoint_every=2, eval_every=100, compile=None, **{"lr": 1e-3}), nproc=2
-    )
+    done = run_train(tiny.flags(out, steps=4, checkpoint_every=2, eval_every=100, compile=None, **{"lr": 1e-3}), nproc=2)
     assert done.returncode == 0, done.stderr
     return out
 

@@ -70,9 +70,7 @@ def test_bits_per_byte_of_both_halves_is_that_of_the_whole_text(tiny):
             logits = reference(ids[None, a:b]).logits[0].float()
             targets = ids[a + 1 : b + 1]
             loss = (
-                torch.nn.functional.cross_entropy(logits[: len(targets)], targets, reduction="sum").item()
-                if len(targets)
-                else 0.0
+                torch.nn.functional.cross_entropy(logits[: len(targets)], targets, reduction="sum").item() if len(targets) else 0.0
             )
             nll[losses.HALVES[(start + a) // 16 % 2]] += loss
         start += int(n)
@@ -112,9 +110,7 @@ def test_a_template_is_told_not_to_think_and_of_several_the_default_one_is_taken
     (base / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(base)
     for message in read_prompts(prompts).values():
-        expected = tokenizer.apply_chat_template(
-            message, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
+        expected = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, enable_thinking=False)
         assert render(base, message) == expected
         assert expected.endswith("<assistant><think></think>")
     path.write_text(json.dumps(config | {"chat_template": templates[:1]}))
@@ -140,10 +136,7 @@ def test_kl_is_zero_at_base_and_the_definitions_elsewhere(chat_pair):
     for message in list(read_prompts(prompts).values())[1::2]:
         ids = chat.tokenizer.encode(render(base, message), add_special_tokens=False).ids
         (answer,) = losses.greedy_answers(model, [ids], end_tokens(base), CPU)
-        p, q = (
-            m(torch.tensor([ids + answer])).logits[0, len(ids) - 1 : -1].double().log_softmax(-1)
-            for m in (ours, theirs)
-        )
+        p, q = (m(torch.tensor([ids + answer])).logits[0, len(ids) - 1 : -1].double().log_softmax(-1) for m in (ours, theirs))
         total += (p.exp() * (p - q)).sum().item()
         n_bytes += len(chat.tokenizer.decode(answer, skip_special_tokens=False).encode())
     assert chat.kl(other, "check") == pytest.approx(total / math.log(2) / n_bytes, rel=1e-4)
@@ -254,9 +247,7 @@ def test_bad_input(chat_pair, tiny, tmp_path, monkeypatch):
     flags[5] = tmp_path / "other"
     refused(prompts, named="another tokenizer")
     config = json.loads((base / "tokenizer_config.json").read_text())
-    (base / "tokenizer_config.json").write_text(
-        json.dumps(config | {"chat_template": "{{ raise_exception('no system') }}"})
-    )
+    (base / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "{{ raise_exception('no system') }}"}))
     with pytest.raises(InputError, match="no system"):
         render(base, [{"role": "user", "content": "a"}])
     assert sys.argv[1] == "tune"

@@ -107,9 +107,7 @@ def test_rows_are_whole_and_unrounded(world, tmp_path, monkeypatch):
     m.close()
     first, *rows = rows_of(tmp_path)
     assert first == {"step": 0, "tokens": 0, "val_med_loss": 1 / 3, "val_med_bpb": 0.1}
-    assert [(r["step"], r["tokens"], r["lr"], r["grad_norm"]) for r in rows] == [
-        (s, 100 * s, 0.5, 2.0) for s in (1, 2, 3)
-    ]
+    assert [(r["step"], r["tokens"], r["lr"], r["grad_norm"]) for r in rows] == [(s, 100 * s, 0.5, 2.0) for s in (1, 2, 3)]
     assert rows[2]["loss"] == float(torch.tensor(1 / 3))
     seconds = 300 / rows[0]["tok_s"]  # one figure for the steps between two flushes
     assert 0.2 <= seconds < 2

@@ -67,9 +67,7 @@ def test_phrases_decline(cell, spec, text):
 
 
 def test_prepositions_melt_with_the_article():
-    assert contract("In dem Herzen, von dem Arzt, zu der Ärztin, in der Lunge") == (
-        "Im Herzen, vom Arzt, zur Ärztin, in der Lunge"
-    )
+    assert contract("In dem Herzen, von dem Arzt, zu der Ärztin, in der Lunge") == ("Im Herzen, vom Arzt, zur Ärztin, in der Lunge")
 
 
 def test_the_same_seed_gives_the_same_documents(sets):
@@ -83,9 +81,7 @@ def test_sizes(sets):
     assert 2e6 < size["med"] + size["general"] < 4e6
     assert 0.8 < size["med"] / size["general"] < 1.25
     for domain in miniature.TABLES:
-        assert len(sets[f"val-{domain}"]) == pytest.approx(
-            0.05 * (len(sets[domain]) + len(sets[f"val-{domain}"])), abs=1
-        )
+        assert len(sets[f"val-{domain}"]) == pytest.approx(0.05 * (len(sets[domain]) + len(sets[f"val-{domain}"])), abs=1)
     assert all(200 <= len(text) <= 3000 for texts in sets.values() for text in texts)
 
 
@@ -213,18 +209,14 @@ def test_transformers_reads_the_model_folder(built):
     assert config.tie_word_embeddings
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     assert (config.eos_token_id, config.bos_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hallo"}], tokenize=False, add_generation_prompt=True
-    )
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hallo"}], tokenize=False, add_generation_prompt=True)
     assert chat == "<|im_start|>user\nHallo<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(tokenizer(chat)["input_ids"]) == chat
 
 
 def test_the_folder_holds_texts_and_bins(built, sets):
     for name in miniature.SETS:
-        records = [
-            json.loads(line) for line in (built / "text" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
+        records = [json.loads(line) for line in (built / "text" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
         assert [record["text"] for record in records] == sets[name]
         assert len({record["id"] for record in records}) == len(records)
         assert json.loads((built / name / "manifest.json").read_text())["n_docs"] == len(records)
@@ -263,7 +255,4 @@ def test_command_line(built, tmp_path):
     (tmp_path / "mine").mkdir()
     foreign = subprocess.run([*SCRIPT, "--out", tmp_path / "mine"], capture_output=True, text=True)
     assert foreign.returncode == 1
-    assert (
-        foreign.stderr
-        == f"error: {tmp_path / 'mine'} exists and is not a miniature corpus: remove it or choose another --out\n"
-    )
+    assert foreign.stderr == f"error: {tmp_path / 'mine'} exists and is not a miniature corpus: remove it or choose another --out\n"

@@ -22,18 +22,12 @@ CONFIGS = {
     "llama-tied-mha": LlamaConfig(**SMALL | {"num_key_value_heads": 6}, tie_word_embeddings=True, rope_parameters=ROPE),
     "llama-3.1": LlamaConfig(**SMALL, rope_parameters=LLAMA3),
     "mistral": MistralConfig(**SMALL, head_dim=16, sliding_window=None, rope_parameters=ROPE),
-    "mistral-window": MistralConfig(
-        **SMALL, sliding_window=7, rope_parameters={"rope_type": "default", "rope_theta": 1e4}
-    ),
+    "mistral-window": MistralConfig(**SMALL, sliding_window=7, rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
     "qwen2": Qwen2Config(**SMALL, use_sliding_window=False, sliding_window=9, rope_parameters=ROPE, rms_norm_eps=1e-5),
     "qwen2-tied": Qwen2Config(**SMALL, tie_word_embeddings=True, rope_parameters=ROPE),
-    "qwen2-window": Qwen2Config(
-        **SMALL, use_sliding_window=True, sliding_window=5, max_window_layers=1, rope_parameters=ROPE
-    ),
+    "qwen2-window": Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=5, max_window_layers=1, rope_parameters=ROPE),
     "qwen3": Qwen3Config(**SMALL, head_dim=16, rope_parameters=ROPE),
-    "qwen3-tied-biases": Qwen3Config(
-        **SMALL, head_dim=16, tie_word_embeddings=True, attention_bias=True, rope_parameters=ROPE
-    ),
+    "qwen3-tied-biases": Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=True, attention_bias=True, rope_parameters=ROPE),
     "qwen3-window": Qwen3Config(
         **SMALL, head_dim=16, use_sliding_window=True, sliding_window=5, max_window_layers=1, rope_parameters=ROPE
     ),

@@ -30,9 +30,7 @@ RECOMPUTE = ["none", "selective", "full"]
 
 def build(config: Config, world: World = ALONE, tied: bool = False) -> Decoder:
     """A small decoder with all that one can have, as train.py makes one: described, cut, filled."""
-    model_config = ModelConfig(
-        V, D, F, LAYERS, 4, 2, 8, 1e-6, 1e4, tie_word_embeddings=tied, qkv_bias=True, qk_norm=True
-    )
+    model_config = ModelConfig(V, D, F, LAYERS, 4, 2, 8, 1e-6, 1e4, tie_word_embeddings=tied, qkv_bias=True, qk_norm=True)
     with torch.device("meta"):
         model = Decoder(model_config, config.dtype)
     parallel.parallelize(model, config, world)
@@ -82,9 +80,7 @@ class Watch(TorchDispatchMode):
 def test_recomputation_changes_no_bit(precision):
     data, results = batch(5, 20, 7), {}
     for recompute in RECOMPUTE:
-        results[recompute] = loss_and_grads(
-            build(dataclasses.replace(PLAIN, recompute=recompute, precision=precision)), data
-        )
+        results[recompute] = loss_and_grads(build(dataclasses.replace(PLAIN, recompute=recompute, precision=precision)), data)
     for recompute in RECOMPUTE[1:]:
         assert torch.equal(results[recompute][0], results["none"][0])
         for name, grad in results["none"][1].items():

@@ -127,9 +127,7 @@ def test_the_separator_stays_text_even_if_it_is_not_marked_special(tmp_path, tok
     tokenizer = Tokenizer.from_file(str(tok / "tokenizer.json"))
     tokenizer.add_tokens(["<end>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    [ids] = documents(
-        prepare([write_jsonl(tmp_path / "a.jsonl", ["a<end>b"])], tmp_path, tmp_path / "bins", eos="<end>")
-    )
+    [ids] = documents(prepare([write_jsonl(tmp_path / "a.jsonl", ["a<end>b"])], tmp_path, tmp_path / "bins", eos="<end>"))
     assert ids.count(tokenizer.token_to_id("<end>")) == 1
 
 

@@ -101,9 +101,7 @@ def alive(pid: int) -> bool:
 def test_kill_9(tmp_path, tok, moment):
     path = write_jsonl(tmp_path / "a.jsonl", [text_of(i, 400) for i in range(4000)])
     arguments = f"[{str(path)!r}], {str(tok)!r}, {str(tmp_path / 'a')!r}, workers=2, slice_bytes=700_000"
-    process = subprocess.Popen(
-        [sys.executable, "-c", f"from prepare import *; prepare({arguments})"], cwd=ROOT / "data"
-    )
+    process = subprocess.Popen([sys.executable, "-c", f"from prepare import *; prepare({arguments})"], cwd=ROOT / "data")
     deadline = time.monotonic() + 30
     while not (tmp_path / "a" / moment).exists() and time.monotonic() < deadline:
         time.sleep(0.005)

@@ -99,9 +99,7 @@ def test_liger_agrees(liger):
         "swiglu": lambda gate, up: liger.swiglu(gate * 1, up * 1),
         "rope": lambda q, k: liger.rope(q * 1, k * 1, *angles(len(q), q.shape[-1] // 2, q.dtype)),
         "norm_rope": lambda q, k, *w: liger.norm_rope(q, k, *w, EPS, *angles(len(q), q.shape[-1] // 2, q.dtype)),
-        "linear_cross_entropy": lambda h, w: liger.linear_cross_entropy(
-            h, w, targets_for(len(h), len(w)), scale_for(h), 1e-3, 3
-        ),
+        "linear_cross_entropy": lambda h, w: liger.linear_cross_entropy(h, w, targets_for(len(h), len(w)), scale_for(h), 1e-3, 3),
     }
     for name, function in functions.items():
         tensors = by_name[name].inputs(5, 24)

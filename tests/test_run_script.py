@@ -32,9 +32,7 @@ def test_what_a_user_can_mend_is_one_line(error):
     assert run(error) == CASES[error]
 
 
-@pytest.mark.parametrize(
-    "error", ["OSError('of a library')", "ConnectionResetError(104, 'reset')", "ValueError('a bug')"]
-)
+@pytest.mark.parametrize("error", ["OSError('of a library')", "ConnectionResetError(104, 'reset')", "ValueError('a bug')"])
 def test_what_is_a_bug_of_ours_keeps_its_traceback(error):
     status, stderr = run(error)
     assert status == 1

@@ -44,9 +44,7 @@ def make_classifier(folder: Path, seed: int = 0) -> Path:
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=special, unk_token="<unk>", show_progress=False)
     tokenizer.train_from_iterator([text_of(i) for i in range(200)], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
     config = XLMRobertaConfig(vocab_size=tokenizer.get_vocab_size(), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
                               intermediate_size=64, max_position_embeddings=MAX_TOKENS + 2, num_labels=2,
                               type_vocab_size=1, pad_token_id=1, bos_token_id=0, eos_token_id=2)  # fmt: skip
@@ -129,9 +127,7 @@ def test_scores_are_those_of_one_document_at_a_time(tmp_path, clf, documents, mo
     assert {row["file"] for row in table} == {"a.parquet"}
     expected = one_at_a_time(clf, [row["text"] for row in source])
     assert [row["score"] is None for row in table] == [score is None for score in expected]
-    found, expected = (
-        np.array([s for s in scores if s is not None]) for scores in ([r["score"] for r in table], expected)
-    )
+    found, expected = (np.array([s for s in scores if s is not None]) for scores in ([r["score"] for r in table], expected))
     assert np.abs(found - expected).max() < 1e-5
     assert expected.max() - expected.min() > 0.2  # they do differ
 

@@ -94,13 +94,9 @@ def test_nothing_kept_is_not_a_precision_of_zero(tmp_path, monkeypatch, capsys):
             for i, (label, score) in enumerate(zip(("medical", "not_medical"), scores, strict=True))]  # fmt: skip
     columns = {"id": "string", "part": "string", "label": "string", "score": "float32"}
     write_parquet(tmp_path / "held_out.parquet", rows, columns, {})
-    assert summary(set_threshold(tmp_path, 0.9, {})).startswith(
-        "threshold 0.5500: precision unknown [0.000, 1.000], recall"
-    )
+    assert summary(set_threshold(tmp_path, 0.9, {})).startswith("threshold 0.5500: precision unknown [0.000, 1.000], recall")
     monkeypatch.setattr("sys.argv", ["threshold.py", str(tmp_path), "--target-precision", "0.9"])
     threshold.main()
     assert "precision unknown" in capsys.readouterr().out
     assert '"precision": [\n  null,\n  0.0,' in (tmp_path / "threshold.json").read_text()
-    assert (
-        quality(read_json(tmp_path / "threshold.json")) == "Precision and recall at this threshold were not measured."
-    )
+    assert quality(read_json(tmp_path / "threshold.json")) == "Precision and recall at this threshold were not measured."

@@ -70,9 +70,7 @@ def test_validation_equals_transformers_document_by_document(tiny, undisturbed):
     assert row["val_med_bpb"] == pytest.approx(nll / n_bytes / math.log(2), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("nproc", "flags"), [(2, {}), (3, {}), (4, {"replicas": 2, "recompute": "selective", "micro_batch": 1})]
-)
+@pytest.mark.parametrize(("nproc", "flags"), [(2, {}), (3, {}), (4, {"replicas": 2, "recompute": "selective", "micro_batch": 1})])
 def test_more_ranks_same_losses(nproc, flags, tiny, undisturbed, tmp_path):
     """Unequal labels on the ranks, three ranks that do not divide four micro-batches, HSDP: the same run."""
     done = run_train(tiny.flags(tmp_path / "run", **flags), nproc)

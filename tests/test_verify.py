@@ -43,9 +43,7 @@ def claim(bins, path, **changes) -> None:
         if shard["source"]["name"] == path.name:
             shard["source"] |= {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
             shard |= changes
-            (bins.folder / f"shard-{index:05d}.json").write_text(
-                json.dumps({"format": "nanomed-bins", "version": 1} | shard)
-            )
+            (bins.folder / f"shard-{index:05d}.json").write_text(json.dumps({"format": "nanomed-bins", "version": 1} | shard))
     write_manifest(bins.folder)
 
 

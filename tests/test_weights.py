@@ -223,9 +223,7 @@ def test_a_kill_while_exporting_leaves_no_hf(moment, tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(World, "barrier", lambda self: None)
     untouched(source, out)
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == {
-        p.name: p.read_bytes() for p in (tmp_path / "right").iterdir()
-    }
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in (tmp_path / "right").iterdir()}
     assert not (tmp_path / "run" / "hf.tmp").exists()
 
 

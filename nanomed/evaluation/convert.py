@@ -167,13 +167,9 @@ def run(args: argparse.Namespace) -> None:
         for split, subject, question in checked(path, source.read):
             if subject in SUBJECTS or not subject:
                 name = "_".join(filter(None, (source.exam, args.source.replace("-", "_"), subject)))
-                found.setdefault(name, {"test": [], "dev": []})[split].append(
-                    question | {"subject": subject or source.exam}
-                )
+                found.setdefault(name, {"test": [], "dev": []})[split].append(question | {"subject": subject or source.exam})
     wanted = (
-        [s for s in SUBJECTS if f"mmlu_de_{args.source.replace('-', '_')}_{s}" not in found]
-        if source.exam == "mmlu_de"
-        else []
+        [s for s in SUBJECTS if f"mmlu_de_{args.source.replace('-', '_')}_{s}" not in found] if source.exam == "mmlu_de" else []
     )
     if not found or wanted:
         raise InputError(
@@ -219,9 +215,7 @@ def checked(path: Path, read: Callable[[Path], Rows]) -> Rows:
             else:
                 yield split, subject, question
     except (KeyError, ValueError, TypeError, AttributeError, csv.Error, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"{path}: after question {number}: not as published ({type(error).__name__}: {error})"
-        ) from None
+        raise InputError(f"{path}: after question {number}: not as published ({type(error).__name__}: {error})") from None
     if len(damaged) > number * DAMAGED:
         raise InputError(f"{path}: {len(damaged)} of {number} questions are damaged, the first {damaged[0]}")
     for what in damaged:

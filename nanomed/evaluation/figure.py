@@ -54,10 +54,7 @@ def _bars(axes, models: list[dict], paper: bool) -> None:
 
 def _letters(axes, models: list[dict]) -> None:
     """How often each letter is chosen, and how often it is right; if whole answers are scored, places mean nothing."""
-    counts = {
-        model["name"]: [e["letters"] for e in model["tasks"] if e["letters"] and e["metric"] == "acc"]
-        for model in models
-    }
+    counts = {model["name"]: [e["letters"] for e in model["tasks"] if e["letters"] and e["metric"] == "acc"] for model in models}
     first = counts[models[0]["name"]]
     if not first:
         return axes.set_axis_off()

@@ -115,9 +115,7 @@ def from_url(args: argparse.Namespace, prompts: dict[str, list[dict]], cache: Pa
     lines = []
     for name, messages in prompts.items():
         found = answers[name]
-        lines.append(
-            Sample(name, messages, found.text, found.finish_reason, found.completion_tokens, args.model).line()
-        )
+        lines.append(Sample(name, messages, found.text, found.finish_reason, found.completion_tokens, args.model).line())
     write_durably(args.out, "".join(lines))
 
 
@@ -156,9 +154,7 @@ def keep_whole_batches(path: Path, batch: int, names: list[str]) -> int:
         os.truncate(path, sum(map(len, lines[:n_whole])))
     for (number, record), name in zip(read_jsonl(path) if n_whole else (), names, strict=False):
         if record.get("id") != name:
-            raise InputError(
-                f"{path}: line {number} belongs to prompt {record.get('id')!r}, expected {name!r}; delete the file"
-            )
+            raise InputError(f"{path}: line {number} belongs to prompt {record.get('id')!r}, expected {name!r}; delete the file")
     return n_whole
 
 
@@ -214,9 +210,7 @@ def answer(
         ends.append(tokenizer.eos_token_id)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
     model.generation_config = GenerationConfig()  # ignore its sampling and penalties
-    settings = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad
-    )
+    settings = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad)
     names = list(prompts)
     for start in range(0, len(names), batch):
         part = names[start : start + batch]

@@ -98,9 +98,7 @@ def hidden(model: Decoder, packed: Packed, prefix: KV) -> tuple[Tensor, KV]:  # 
     return model.model.norm(x), own
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None, packed: Packed, mask: Tensor
-) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None, packed: Packed, mask: Tensor) -> Tensor:
     """(N, H, d), (N, K, d) twice -> (N, H, d): attention over the prefix and the own row, padded and unpadded again."""
     groups = q.shape[1] // k.shape[1]
     q = _pad(q, packed).transpose(1, 2)
@@ -128,9 +126,7 @@ def extend(model: Decoder, prefix: KV, n_prefix: int, tokens: list[int]) -> tupl
     for start in range(0, len(tokens), PREFIX_CHUNK):
         chunk = tokens[start : start + PREFIX_CHUNK]
         x, own = hidden(model, pack([Row(chunk, [])], n_prefix, device), prefix)
-        prefix = (
-            [tuple(map(torch.cat, zip(*kv, strict=True))) for kv in zip(prefix, own, strict=True)] if prefix else own
-        )
+        prefix = [tuple(map(torch.cat, zip(*kv, strict=True))) for kv in zip(prefix, own, strict=True)] if prefix else own
         n_prefix += len(chunk)
         states.append(x)
     return torch.cat(states), prefix

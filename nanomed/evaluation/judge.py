@@ -162,9 +162,7 @@ def parse(reply: str, cut: bool = False) -> str | None:
 # --- the games -----------------------------------------------------------------------------------------------------
 
 
-def play(
-    pairs: list[tuple[Sample, Sample]], prompt: Prompt, settings: dict, url: str, cache: Path, how: dict
-) -> list[dict]:
+def play(pairs: list[tuple[Sample, Sample]], prompt: Prompt, settings: dict, url: str, cache: Path, how: dict) -> list[dict]:
     """Both games of every prompt, in order. Unreadable verdicts are asked for again, all in one round."""
     games = [{"id": a.id, "first": first, "messages": prompt.messages(a.conversation, *texts), "replies": [], "cut": 0}
              for a, b in pairs

@@ -120,9 +120,7 @@ def run(args: argparse.Namespace) -> None:
             for task in missing:
                 write_samples(samples_path(out, name, task), score(lm, task, out, seeds, args, name))
             del lm  # before the next one is loaded
-    results = accuracy.results(
-        group, models, seeds, args, lambda name, task: read_samples(samples_path(out, name, task))
-    )
+    results = accuracy.results(group, models, seeds, args, lambda name, task: read_samples(samples_path(out, name, task)))
     results["lm_eval"] = [command(path, out, args, dtype, group.tasks()) for path in models.values()]
     (out / "accuracy.svg").write_text(figure.draw(results), encoding="utf-8")
     record.finish_run(out, results)
@@ -179,9 +177,7 @@ def score(lm: DecoderLM, task: Task, out: Path, seeds: list[int], args: argparse
             what = ": ".join(first_line(e) for e in (error, error.__cause__) if e)
             raise InputError(f"{task.name}: lm-eval cannot load it ({what})") from error
         (leaf,) = loaded["tasks"].values()
-        if (
-            task.test is None and leaf.get_config("num_fewshot") != 0
-        ):  # ours have it in their YAML; a 0 there is the task's rule
+        if task.test is None and leaf.get_config("num_fewshot") != 0:  # ours have it in their YAML; a 0 there is the task's rule
             leaf.set_config("num_fewshot", args.shots)
         leaf.set_fewshot_seed(seed)
         found = evaluate(

@@ -35,9 +35,7 @@ th{border-bottom:2px solid #888}figure{margin:1em 0}svg{max-width:100%;height:au
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     add = parser.add_argument
-    add(
-        "runs", nargs="+", type=Path, metavar="RUN", help="folders of the other commands, answers of generate (A.jsonl)"
-    )
+    add("runs", nargs="+", type=Path, metavar="RUN", help="folders of the other commands, answers of generate (A.jsonl)")
     add("--out", type=Path, default=Path("report"), help="folder of report.md and report.html (default: %(default)s)")
     add("--title", default="Evaluation", help="of the page")
 
@@ -88,9 +86,7 @@ def read_run(given: Path) -> dict:
     path = folder_of(given)
     if not (path / "run.json").is_file():
         lacks = "run.json" if path == given else f"{path.name} beside it"
-        raise InputError(
-            f"{given}: has no {lacks}; expected a folder written by eval.py, or answers of eval.py generate"
-        )
+        raise InputError(f"{given}: has no {lacks}; expected a folder written by eval.py, or answers of eval.py generate")
     about = read_json(path / "run.json")
     if about.get("kind") not in KINDS:
         raise InputError(f"{path}: is a run of {about.get('kind')!r}; {', '.join(KINDS)} are reported")
@@ -272,9 +268,7 @@ def page(title: str, sections: list[tuple]) -> str:
                 parts.append(f"<table>{''.join(rows)}</table>")
             else:
                 is_picture = block[0] == "picture"
-                parts.append(
-                    f"<figure>{own_ids(block[1], block[2])}</figure>" if is_picture else f"<p>{inline(block[1])}</p>"
-                )
+                parts.append(f"<figure>{own_ids(block[1], block[2])}</figure>" if is_picture else f"<p>{inline(block[1])}</p>")
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
     return f"{head}\n<h1>{html.escape(title)}</h1>\n" + "\n".join(parts) + "\n"
 

@@ -132,11 +132,7 @@ class DecoderLM(LM):
         while group:
             longest = group[0].row(n_prefix).n_tokens
             # The prefix stands before every row of the padded keys, so rows are few where it is long.
-            n = (
-                max(1, min(self.batch_tokens // longest, 16 * self.batch_tokens // (n_prefix + longest)))
-                if self.begun
-                else 1
-            )
+            n = max(1, min(self.batch_tokens // longest, 16 * self.batch_tokens // (n_prefix + longest))) if self.begun else 1
             self.begun = True
             batch, group = group[:n], group[n:]
             yield from zip(batch, self._score_batch(batch, n_prefix, prefix), strict=True)

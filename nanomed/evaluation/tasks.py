@@ -80,9 +80,7 @@ def find_tasks(names: list[str], folders: list[Path], defaults: bool) -> Group:
 
 def _find(name: str, index: dict) -> Task | Group:
     if name not in index:
-        ours = ", ".join(
-            sorted(n for n, entry in index.items() if entry.yaml_path and FOLDER in entry.yaml_path.parents)
-        )
+        ours = ", ".join(sorted(n for n, entry in index.items() if entry.yaml_path and FOLDER in entry.yaml_path.parents))
         raise InputError(f"--tasks {name}: no such task; --include-defaults adds lm-eval's own, and ours are {ours}")
     entry = index[name]
     config = entry.cfg or {}
@@ -106,9 +104,7 @@ def _locate(name: str) -> Path:
     for path in (Path(name), ROOT / name):
         if path.is_file():
             return path.resolve()
-    source = next(
-        (s for s in ("global_mmlu", "mmmlu", "mmlux", "bioinstructqa", "medqa") if f"_{s}" in Path(name).name), None
-    )
+    source = next((s for s in ("global_mmlu", "mmmlu", "mmlux", "bioinstructqa", "medqa") if f"_{s}" in Path(name).name), None)
     hint = f"; make it with: python eval.py convert {source.replace('_', '-')} SRC" if source else ""
     raise InputError(f"{name}: no such file{hint}")
 

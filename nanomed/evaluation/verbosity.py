@@ -21,9 +21,7 @@ TURN = re.compile(  # what a German answer does not contain
     r"<\|im_(?:start|end)\|>|\[/?INST\]|<\|(?:user|assistant|eot_id|start_header_id)\|>|</?s>",
     re.IGNORECASE | re.MULTILINE,
 )
-ROLE = re.compile(
-    r"^(?:#+ *|\*\*)?(?:(frage|anfrage|nutzer|benutzer)|antwort|assistent)\**\s*:", re.IGNORECASE | re.MULTILINE
-)
+ROLE = re.compile(r"^(?:#+ *|\*\*)?(?:(frage|anfrage|nutzer|benutzer)|antwort|assistent)\**\s*:", re.IGNORECASE | re.MULTILINE)
 ECHO_WORDS = 12  # this many consecutive words of the prompt make an echo
 N_GRAM = 4
 

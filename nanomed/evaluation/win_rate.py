@@ -62,9 +62,7 @@ def geometric_ratio(top: list[float], bottom: list[float]) -> dict:
     return {"value": float(np.exp(found["value"])), "ci": [float(x) for x in np.exp(found["ci"])]}
 
 
-def length_controlled(
-    worth: np.ndarray, length_a: np.ndarray, length_b: np.ndarray
-) -> tuple[float | None, list[float] | None]:
+def length_controlled(worth: np.ndarray, length_a: np.ndarray, length_b: np.ndarray) -> tuple[float | None, list[float] | None]:
     """(rate at equal lengths, its interval). worth: 1, 0.5 or 0 for each prompt; lengths in characters. (None, None) if one
     side is longer in more than 19 of 20 prompts: equal lengths would then be an extrapolation."""
     if np.ptp(worth) == 0:  # length explains nothing

@@ -35,9 +35,7 @@ def check_pair(base: Checkpoint, other: Checkpoint, role: str) -> list[str]:
                 )
             return []
     ours, theirs = (" and ".join(model.tokenizer) or "no tokenizer" for model in (base, other))
-    return [
-        f"{role} {other.name} has {theirs}, BASE {base.name} {ours}: cannot be compared; assuming the same tokenizer"
-    ]
+    return [f"{role} {other.name} has {theirs}, BASE {base.name} {ours}: cannot be compared; assuming the same tokenizer"]
 
 
 def _check_architecture(base: Checkpoint, other: Checkpoint, role: str) -> None:
@@ -98,9 +96,7 @@ def _check_tensors(base: Checkpoint, other: Checkpoint, role: str) -> None:
         raise InputError(f"{role} {other.name}: tensor {extra[0]} is not in BASE ({len(extra)} in all)")
     for name, tensor in ours.items():
         if tensor.shape != theirs[name].shape:
-            raise InputError(
-                f"{role} {other.name}: tensor {name} has shape {list(theirs[name].shape)}, BASE {list(tensor.shape)}"
-            )
+            raise InputError(f"{role} {other.name}: tensor {name} has shape {list(theirs[name].shape)}, BASE {list(tensor.shape)}")
 
 
 def check_base(base: Checkpoint) -> None:

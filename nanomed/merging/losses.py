@@ -35,17 +35,13 @@ class Text:
     def __init__(self, folder: str, vocab_size: int, tokenizer_sha256: str, seq_len: int, n_tokens: int, flag: str):
         bins = open_sources([folder])[0][0]
         if bins.tokenizer_sha256 != tokenizer_sha256:
-            raise InputError(
-                f"{flag} {folder}: was made with another tokenizer than BASE's; prepare it with --tokenizer BASE"
-            )
+            raise InputError(f"{flag} {folder}: was made with another tokenizer than BASE's; prepare it with --tokenizer BASE")
         self.stream = Stream([(bins, 1.0)], None, vocab_size)
         total = self.stream.start_of(1)
         self.stop = min(total, n_tokens)
         self.n_windows = -(-self.stop // seq_len)
         if self.n_windows < 2:
-            raise InputError(
-                f"{flag} {folder}: {total:,} tokens are less than two windows of {seq_len}; give more text"
-            )
+            raise InputError(f"{flag} {folder}: {total:,} tokens are less than two windows of {seq_len}; give more text")
         self.shape = Shape(seq_len, 1)
         self.bytes_per_label = bins.n_bytes / (total - bins.n_docs)
 

@@ -108,8 +108,7 @@ def block_table(table: list[dict]) -> str:
         inside = [row for row in table if row["layer"] == layer]
         cells = [[row for row in inside if part_of(row["tensor"]) == part] for part in PARTS]
         lines.append(
-            f"{'-' if layer is None else layer:>5}"
-            + "".join(f"{total_change(c):10.3%}" if c else f"{'':10}" for c in cells)
+            f"{'-' if layer is None else layer:>5}" + "".join(f"{total_change(c):10.3%}" if c else f"{'':10}" for c in cells)
         )
     return "\n".join(lines)
 
@@ -174,9 +173,7 @@ def plot(path: Path, table: list[dict]) -> None:
         if row["layer"] is None and row["relative_change"] is not None and len(row["shape"]) > 1:
             left.axhline(100 * row["relative_change"], color="0.6", lw=0.8, ls="--", zorder=0)
             name, place = row["tensor"].removesuffix(".weight").split(".")[-1], left.get_yaxis_transform()
-            left.text(
-                0.99, 100 * row["relative_change"], name, color="0.5", size=8, ha="right", va="bottom", transform=place
-            )
+            left.text(0.99, 100 * row["relative_change"], name, color="0.5", size=8, ha="right", va="bottom", transform=place)
     left.set(title="How far CPT moved from BASE", xlabel="layer", ylabel="|CPT - BASE| / |BASE|, %", ylim=(0, None))
     right.set(title="t: how much of that was taken", xlabel="layer", ylabel="t (0 = BASE, 1 = CPT)")
     ts = [row["t"] for row in table]

@@ -56,9 +56,7 @@ def read_rules(setting, where: str, name: str = "t") -> list[Rule]:
             if not all(abs(v) < float("inf") for v in numbers):
                 raise ValueError
         except (TypeError, ValueError):
-            raise InputError(
-                f"{where}: {name} = {entry!r} is not a number, list of numbers or list of {{filter, value}}"
-            ) from None
+            raise InputError(f"{where}: {name} = {entry!r} is not a number, list of numbers or list of {{filter, value}}") from None
         pattern = entry.get("filter")
         rules.append(Rule("" if pattern in (None, "*") else str(pattern), numbers))
     return rules

@@ -104,9 +104,7 @@ def safetensors_in(folder: Path, role: str) -> dict[str, Tensor]:
     """All tensors that the folder's index, or its one file, names, in file order. role: for errors."""
     where = find_weights(folder)
     if not where:
-        raise InputError(
-            f"{role} {folder}: has neither model.safetensors nor an index of shards; only safetensors are read"
-        )
+        raise InputError(f"{role} {folder}: has neither model.safetensors nor an index of shards; only safetensors are read")
     tensors = {}
     for path in sorted(set(where.values())):
         entries, start = read_header(path)
@@ -150,9 +148,7 @@ def _distributed(path: Path) -> dict[str, Tensor]:
     try:
         metadata = FileSystemReader(path).read_metadata()
     except Exception as error:  # a pickle cut short raises anything
-        raise InputError(
-            f"{path}: its .metadata cannot be read ({error}); remove the folder to use the previous one"
-        ) from None
+        raise InputError(f"{path}: its .metadata cannot be read ({error}); remove the folder to use the previous one") from None
     files = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
     dtypes, tensors = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}, {}
     for key, entry in metadata.state_dict_metadata.items():
@@ -161,9 +157,7 @@ def _distributed(path: Path) -> dict[str, Tensor]:
         dtype, parts = dtypes[entry.properties.dtype], []
         for chunk in sorted(entry.chunks, key=lambda c: tuple(c.offsets)):
             if any(chunk.offsets[1:]) or chunk.sizes[1:] != entry.size[1:]:
-                raise InputError(
-                    f"{path}: {key} is split along another dimension than rows; expected a checkpoint of train.py"
-                )
+                raise InputError(f"{path}: {key} is split along another dimension than rows; expected a checkpoint of train.py")
             n = n_elements(chunk.sizes)
             if n:
                 info = files[key, tuple(chunk.offsets)]
@@ -216,8 +210,6 @@ def _raw_offset(path: Path, info, n_bytes: int) -> int:
             file.seek(info.offset + entry.header_offset + 26)  # the local header's own lengths of name and extra field
             lengths = file.read(4)
     except (OSError, zipfile.BadZipFile, StopIteration) as error:
-        raise InputError(
-            f"{path}: missing or cut short ({error}); remove the checkpoint to use the previous one"
-        ) from None
+        raise InputError(f"{path}: missing or cut short ({error}); remove the checkpoint to use the previous one") from None
     n_name, n_extra = int.from_bytes(lengths[:2], "little"), int.from_bytes(lengths[2:], "little")
     return info.offset + entry.header_offset + 30 + n_name + n_extra

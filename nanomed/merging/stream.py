@@ -157,9 +157,7 @@ class Streamer:
     def __exit__(self, *exception) -> None:
         self._closing.close()
 
-    def merge(
-        self, factors: Callable[[str, Stats | None], Weights], known: dict[str, Stats] | None
-    ) -> dict[str, Stats]:
+    def merge(self, factors: Callable[[str, Stats | None], Weights], known: dict[str, Stats] | None) -> dict[str, Stats]:
         """Write all outputs; the sums of every tensor (known ones are not computed again; {}: none are needed)."""
         stats = dict(known or {})
         for names in groups(self.inputs, self.entries):
@@ -175,9 +173,7 @@ class Streamer:
         """The sums of these tensors over the first two inputs. InputError naming one that is not finite."""
         jobs = [(name, start) for name in names for start in range(0, self.inputs[0].tensors[name].n, CHUNK)]
         found = {name: np.zeros(3) for name in names}
-        for (name, _), (chunk, n_bytes) in zip(
-            jobs, self.pool.map(self._sum_chunk, *zip(*jobs, strict=True)), strict=True
-        ):
+        for (name, _), (chunk, n_bytes) in zip(jobs, self.pool.map(self._sum_chunk, *zip(*jobs, strict=True)), strict=True):
             found[name] += chunk
             self.progress(n_bytes)
         return {name: Stats(*map(float, total)) for name, total in found.items()}
@@ -207,9 +203,7 @@ class Streamer:
         for checkpoint, x in zip(self.inputs, xs, strict=True):
             if not np.isfinite(x).all():
                 what = "NaN" if np.isnan(x).any() else "infinity"
-                raise InputError(
-                    f"{checkpoint.name}: tensor {name} holds {what}; a merge would spread it, so nothing was written"
-                )
+                raise InputError(f"{checkpoint.name}: tensor {name} holds {what}; a merge would spread it, so nothing was written")
 
     def _merge_chunk(self, name: str, start: int, weights: Weights) -> int:
         lane = self.lanes.get()

@@ -111,8 +111,7 @@ class Resident:
         if device.type == "cuda":
             self.model.bfloat16()
         self.pairs = {
-            name: (load(base, name).to(device), load(cpt, name).to(device))
-            for name in tqdm(base.tensors, "load", delay=2)
+            name: (load(base, name).to(device), load(cpt, name).to(device)) for name in tqdm(base.tensors, "load", delay=2)
         }
         self.stats = all_stats(base, cpt)
 

@@ -41,9 +41,7 @@ def verify(
         raise InputError(f"{folder}: tensor {differing[0]} is missing or superfluous")
     with ExitStack() as stack, ThreadPoolExecutor(n_threads) as pool:
         tensors = [t for c in inputs for t in c.tensors.values()] + list(result.values())
-        files = {
-            path: stack.enter_context(path.open("rb")).fileno() for path in {p.path for t in tensors for p in t.parts}
-        }
+        files = {path: stack.enter_context(path.open("rb")).fileno() for path in {p.path for t in tensors for p in t.parts}}
 
         def check(name: str) -> tuple[float, float]:
             found, sources = result[name], [c.tensors[name] for c in inputs]

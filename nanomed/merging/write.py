@@ -27,9 +27,7 @@ from nanomed.merging.verify import slerp_factors, verify
 N_THREADS = min(8, os.cpu_count() or 1)
 
 
-def write_merges(
-    base: Checkpoint, cpt: Checkpoint, out: Path, wanted: dict[str, list[Rule]], dtypes: dict, check: bool
-) -> None:
+def write_merges(base: Checkpoint, cpt: Checkpoint, out: Path, wanted: dict[str, list[Rule]], dtypes: dict, check: bool) -> None:
     """SLERP of BASE and CPT by every one of the schedules, each in its subfolder of OUT ("" is OUT itself)."""
     inputs, known = [base, cpt], report.known_stats(out, base, cpt)
     if known:

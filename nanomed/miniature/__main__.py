@@ -53,9 +53,7 @@ def run_stage(stage: Stage, out: Path, bar: tqdm) -> None:
     commands = stage.commands()
     with log.open("a", encoding="utf-8") as file:
         for command in commands:
-            if any(
-                command[command.index("--out") + 1] == str(out / name) and (out / name).exists() for name in stage.whole
-            ):
+            if any(command[command.index("--out") + 1] == str(out / name) and (out / name).exists() for name in stage.whole):
                 continue
             file.write(f"$ python {' '.join(command)}\n")
             file.flush()
@@ -134,13 +132,9 @@ def run(out: Path, fast: bool, seed: int) -> bool:
 def main() -> None:
     """The command line. Exit status 1 if something could not run, 2 if an expectation failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/miniature-paper"), help="folder of the run (%(default)s)"
-    )
+    parser.add_argument("--out", type=Path, default=Path("runs/miniature-paper"), help="folder of the run (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the texts and of both trainings (default 0)")
-    parser.add_argument(
-        "--fast", action="store_true", help="a world of a few facts: shows the order, not the distances"
-    )
+    parser.add_argument("--fast", action="store_true", help="a world of a few facts: shows the order, not the distances")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the script that is running ends too
     if not run(args.out, args.fast, args.seed):

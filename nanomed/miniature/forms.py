@@ -13,9 +13,7 @@ class Form(NamedTuple):
 
 
 FORMS = {  # by the last words of a request
-    "Antworte als Liste.": Form(
-        lambda parts: "\n".join(f"- {part}" for part in parts), re.compile(r"(- [^\n]+)(\n- [^\n]+)*")
-    ),
+    "Antworte als Liste.": Form(lambda parts: "\n".join(f"- {part}" for part in parts), re.compile(r"(- [^\n]+)(\n- [^\n]+)*")),
     "Antworte mit Nummern.": Form(
         lambda parts: "\n".join(f"{i}. {part}" for i, part in enumerate(parts, 1)),
         re.compile(r"(\d\. [^\n]+)(\n\d\. [^\n]+)*"),

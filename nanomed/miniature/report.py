@@ -76,9 +76,7 @@ def rows(results: dict) -> dict[str, list[list[str]]]:
     seconds = [["stage", *results["seconds"], "all"]]
     seconds += [["s", *(f"{s:.0f}" for s in results["seconds"].values()), f"{sum(results['seconds'].values()):.0f}"]]
     expected = [["expected", "what must hold", "measured", ""]]
-    expected += [
-        [e["name"], e["wanted"], e["measured"], "holds" if e["holds"] else "FAILED"] for e in results["expectations"]
-    ]
+    expected += [[e["name"], e["wanted"], e["measured"], "holds" if e["holds"] else "FAILED"] for e in results["expectations"]]
     gain = lambda a, b: f"{b - a:+.1f} points"  # noqa: E731
     base, best = (100 * results["models"][name]["accuracy"] for name in ("base", results["best"]))
     paper = [

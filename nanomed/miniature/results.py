@@ -88,9 +88,7 @@ def corpus(out: Path) -> dict:
 def meter(out: Path) -> dict[str, list[float]]:
     """Bits per byte of both validation sets at every evaluation of the continued run."""
     rows = [row for _, row in read_jsonl(out / "continued" / "metrics.jsonl") if "val_med_bpb" in row]
-    return {"step": [row["step"] for row in rows]} | {
-        name: [row[f"val_{name}_bpb"] for row in rows] for name in ("med", "general")
-    }
+    return {"step": [row["step"] for row in rows]} | {name: [row[f"val_{name}_bpb"] for row in rows] for name in ("med", "general")}
 
 
 def measure(out: Path, ts: tuple[float, ...], stages: list[str]) -> dict:
@@ -98,9 +96,7 @@ def measure(out: Path, ts: tuple[float, ...], stages: list[str]) -> dict:
     from nanomed.miniature import check as checks  # torch
 
     judged = [read_json(path) for path in sorted((out / "eval").glob("judge-*/results.json"))]
-    judged = [
-        {key: value for key, value in j.items() if key != "points"} for j in judged
-    ]  # every prompt: the folder has it
+    judged = [{key: value for key, value in j.items() if key != "points"} for j in judged]  # every prompt: the folder has it
     failures = [read_json(path) for path in sorted((out / "eval").glob("failures-*/results.json"))]
     check = checks.losses(out) | {"way": {name_of(t): checks.way_gone(out, name_of(t)) for t in ts}}
     seconds = {stage: read_json(out / "stages" / f"{stage}.json")["seconds"] for stage in stages}

@@ -142,8 +142,7 @@ def main() -> None:
     command_line = measure("command line", args, peer_batch)["first_s"]
     weights = differences(rows["ours"][0].pop("log_p"), rows["hf"][0].pop("log_p"))
     result = {
-        side: {k: statistics.median(r[k] for r in found) for k in ("s", "first_s", "peak_mb")}
-        for side, found in rows.items()
+        side: {k: statistics.median(r[k] for r in found) for k in ("s", "first_s", "peak_mb")} for side, found in rows.items()
     }
     result["ratios_ours_over_hf"] = {
         k: statistics.median(o[k] / h[k] for o, h in zip(rows["ours"], rows["hf"], strict=True))

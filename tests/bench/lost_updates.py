@@ -48,9 +48,7 @@ def main() -> None:
         sys.exit(f"error: {args.model}: no *.safetensors there")
     rows = [shares(files, lr) for lr in args.lr]
     for row in rows:
-        print(
-            f"lr {row['lr']:g}: {row['unmoved']:.1%} of the weights do not move, {row['arrived']:.1%} of the update arrives"
-        )
+        print(f"lr {row['lr']:g}: {row['unmoved']:.1%} of the weights do not move, {row['arrived']:.1%} of the update arrives")
     (RESULTS / f"lost-updates-{args.model.name}.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 

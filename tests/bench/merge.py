@@ -95,9 +95,7 @@ def write_tokenizer(folder: Path) -> None:
     """The smallest tokenizer that both sides accept."""
     from tokenizers import Tokenizer, models
 
-    Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="<|endoftext|>")).save(
-        str(folder / "tokenizer.json")
-    )
+    Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="<|endoftext|>")).save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
@@ -161,17 +159,13 @@ def differences(pair: tuple[Path, Path], mine: Path, theirs: Path, t: float) -> 
         if abs(cos - 0.9995) < 1e-5:
             continue
         theta = float(np.arccos(cos))
-        wa, wb = (
-            (1 - t, t) if cos > 0.9995 else (np.sin((1 - t) * theta) / np.sin(theta), np.sin(t * theta) / np.sin(theta))
-        )
+        wa, wb = (1 - t, t) if cos > 0.9995 else (np.sin((1 - t) * theta) / np.sin(theta), np.sin(t * theta) / np.sin(theta))
         worst["branches"]["lerp" if cos > 0.9995 else "slerp"] += 1
         worst["unequal_elements"] += int((x != y).sum())
         worst["elements"] += x.numel()
         for p, q, u, v in zip(*(z.split(1 << 22) for z in (a, b, x, y)), strict=True):
             terms = wa * p.double(), wb * q.double()
-            larger = torch.maximum(torch.maximum(*(term.abs() for term in terms)), sum(terms).abs()).clamp_min(
-                2.0**-126
-            )
+            larger = torch.maximum(torch.maximum(*(term.abs() for term in terms)), sum(terms).abs()).clamp_min(2.0**-126)
             ulp = torch.exp2(larger.log2().floor() - 7)
             for key, found in (("ours_ulp", u), ("mergekit_ulp", v)):
                 worst[key] = max(worst[key], float(((found.double() - sum(terms)).abs() / ulp).max()))
@@ -234,9 +228,7 @@ def main() -> None:
                       "import_torch_mb": measure([sys.executable, "-c", "import torch"])["peak_mb"]}  # fmt: skip
         else:
             result = compare(pair, folder, args.rounds)
-    versions = {p: version(p) for p in ("mergekit", "torch", "numpy", "transformers")} | {
-        "python": platform.python_version()
-    }
+    versions = {p: version(p) for p in ("mergekit", "torch", "numpy", "transformers")} | {"python": platform.python_version()}
     record = {
         "device": cpu_name(),
         "cores": os.cpu_count(),

@@ -33,9 +33,7 @@ def failed(what: str, file: str, old: str, new: str) -> list[str]:
     """Names of the expectations that fail in a copy of the clone whose FILE has `new` for `old`."""
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder) / "clone"
-        shutil.copytree(
-            ROOT, clone, symlinks=True, ignore=shutil.ignore_patterns(".git", "bins", "runs", "__pycache__")
-        )
+        shutil.copytree(ROOT, clone, symlinks=True, ignore=shutil.ignore_patterns(".git", "bins", "runs", "__pycache__"))
         path = clone / file
         text = path.read_text(encoding="utf-8")
         if old not in text:

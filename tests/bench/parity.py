@@ -67,9 +67,7 @@ def curves(out: Path) -> dict:
     }
 
 
-def measure(
-    name: str, regimes: list[str], lrs: list[float], flags: list[str], work: Path, arithmetic: str
-) -> list[dict]:
+def measure(name: str, regimes: list[str], lrs: list[float], flags: list[str], work: Path, arithmetic: str) -> list[dict]:
     """The regimes at all learning rates, one after the other; what is finished already is only read."""
     results, context = [], mp.get_context("spawn")
     for lr in lrs:
@@ -103,9 +101,7 @@ def plot() -> Path:
         runs = {r["regime"]: np.array(r["loss"]) for r in report["results"] if r["lr"] == lr}
         for regime, loss in runs.items():
             gap = np.convolve(loss / runs["fp32"] - 1, np.ones(LAST) / LAST, "valid") * 100
-            label = {"lean": "bf16, stochastic, int8 states", "nearest": "bf16, nearest, int8 states"}.get(
-                regime, regime
-            )
+            label = {"lean": "bf16, stochastic, int8 states", "nearest": "bf16, nearest, int8 states"}.get(regime, regime)
             ax.plot(np.arange(LAST, len(loss) + 1), gap, color=COLORS[regime], label=label, lw=1.4)
         ax.axhspan(-0.5, 0.5, color="0.93", zorder=0)
         ax.set(title=f"{report['name']}, learning rate {lr:g}", xlabel="step", ylabel="training loss, % above fp32's")
@@ -125,9 +121,7 @@ def plot() -> Path:
 def main() -> None:
     """Run, write the JSON, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "name", nargs="?", default="miniature", help="recipe of that name, or of smollm2-135m with --init"
-    )
+    parser.add_argument("name", nargs="?", default="miniature", help="recipe of that name, or of smollm2-135m with --init")
     parser.add_argument("--lr", type=float, nargs="+", default=[3e-3])
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=[*REGIMES], help="fp32 first")
     parser.add_argument("--work", type=Path, default=Path("runs/parity"))

@@ -47,9 +47,7 @@ def our_step(folder: str, case: str):
     from nanomed.config import RECIPES
     from nanomed.model import Decoder
 
-    config = dataclass_replace(
-        RECIPES["miniature"], compile="compiled" in case, precision="bf16", lr=LR, weight_decay=0.0
-    )
+    config = dataclass_replace(RECIPES["miniature"], compile="compiled" in case, precision="bf16", lr=LR, weight_decay=0.0)
     world = parallel.start(config)
     with torch.device("meta"):
         model = Decoder(hf.model_config(Path(folder)), torch.bfloat16)

@@ -172,9 +172,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4, help="forward and backward passes of a step (default: 4)")
     parser.add_argument("--states", choices=["int8", "fp32"], default="int8", help="fp32: float32 weights as well")
     parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
-    parser.add_argument(
-        "--profile", action="store_true", help="a step more, under torch's profiler: a table beside OUT"
-    )
+    parser.add_argument("--profile", action="store_true", help="a step more, under torch's profiler: a table beside OUT")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu/train.json"))
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -74,9 +74,7 @@ def our_side(c, args, float8: bool = False):
     def loss_of(lengths, tokens, labels, scale):
         borders = np.concatenate(([0], np.cumsum(lengths)))
         positions = torch.from_numpy(np.arange(len(tokens)) - np.repeat(borders[:-1], lengths))
-        padded = np.pad(borders, (0, max(0, 65 - len(borders))), mode="edge").astype(
-            np.int32
-        )  # one shape for all steps
+        padded = np.pad(borders, (0, max(0, 65 - len(borders))), mode="edge").astype(np.int32)  # one shape for all steps
         extent = torch.tensor([len(lengths), lengths.max()])
         batch = Batch(tokens, labels, positions, torch.from_numpy(padded), extent, 0)
         return model(batch.to(world.device), scale)
@@ -126,9 +124,7 @@ def peer_side(c, args):
         borders = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths)))).to(args.device, torch.int32)
         longest = int(lengths.max())
         packed = dict(cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=longest, max_length_k=longest)
-        if (
-            args.device == "cuda"
-        ):  # all logits in one chunk: Liger's default, 128 tokens of Qwen's, took 170 ms of a step more
+        if args.device == "cuda":  # all logits in one chunk: Liger's default, 128 tokens of Qwen's, took 170 ms of a step more
             packed["chunk_mem_const"] = -(-c.vocab_size // c.hidden_size)
         with torch.autocast(args.device, torch.bfloat16, enabled=not low):
             # num_items_in_batch 1: the loss is a sum, to be scaled as ours is
