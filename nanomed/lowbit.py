@@ -20,7 +20,8 @@ and the kernel to the twin, whose codes it may miss by one within rounding of th
 
 Cost: a kernel a parameter, kernels/adamw.py: each reads gradient, weight and moments and writes weight and moments, once: 14
 bytes a parameter with bf16 moments, 10 with int8. On the CPU, --offload included, its torch twin: compiled, or without a
-compiler in eager mode, slower and with float32 temporaries of one parameter's size.
+compiler in eager mode, slower and with float32 temporaries of one parameter's size. (A number of GPUs that is no power
+of two may cut a gradient at an address that is no multiple of 16: then the kernel is compiled once more, with narrow loads.)
 """
 
 import torch
