@@ -68,8 +68,8 @@ def run(config: Config, world: World, inputs: Inputs, model: Decoder, files: dic
     world.barrier()  # reading takes the ranks unequally long, and the first step's collectives wait minutes only
 
     print_start(config, world, model, stream, vals, n_steps)
-    loader = batches.prefetch(stream, shape, range(step, n_steps), windows, world.rank, world.size)
     metrics = Metrics(out, config, world, model, stream, step, n_steps)
+    loader = batches.prefetch(stream, shape, range(step, n_steps), windows, world.rank, world.size)
     n_micro = -(-windows // (config.micro_batch * world.size))
     with closing(StopSignal(world)) as stop, closing(metrics), loader, parallel.no_garbage_collection():
         try:

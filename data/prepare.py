@@ -245,10 +245,11 @@ def write_inputs(run: Run, job: Job, place: tuple[int, int, int]) -> None:
 
 def finish(out: Path, inputs: list[Path], job: Job) -> None:
     """The manifest, and the closing line: documents, tokens, bytes."""
-    if not any(shard["n_docs"] for shard in bins.committed_shards(out)):
+    shards = bins.committed_shards(out)
+    if not any(shard["n_docs"] for shard in shards):
         remove_leftovers(out)
         what = "no text in any of the documents; nothing to write"
-        if job.hold_out or job.held_out:
+        if (job.hold_out or job.held_out) and any(s["source"]["n_rows"] > s["source"]["n_empty"] for s in shards):
             flag = "--hold-out" if job.hold_out else "--held-out"
             what = f"{flag} {job.hold_out or job.held_out} leaves no documents; give another share"
         raise InputError(f"{', '.join(map(str, inputs))}: {what}")

@@ -41,6 +41,6 @@ def remove_leftovers(out: Path) -> None:
             path.unlink()
     shards = bins.committed_shards(out)
     if not any(shard["n_docs"] for shard in shards):
-        for index in range(len(shards)):
+        for index in reversed(range(len(shards))):  # a kill in between leaves the first ones, which are in order
             for suffix in ("json", "bin", "idx"):
                 (out / f"{bins.shard_name(index)}.{suffix}").unlink()

@@ -85,9 +85,11 @@ class Draw:
             self.limit = int(self.lowest.max())
 
     def clear(self) -> None:
-        """Forget what the run has found."""
-        for table in ("settings", "files", "lots", "documents"):
+        """Forget what the run has found, all at once: lots of one seed under another's settings would be no sample."""
+        self._execute("BEGIN")
+        for table in ("files", "lots", "documents", "settings"):
             self._execute(f"DELETE FROM {table}")
+        self._execute("COMMIT")
 
     def close(self, failed: bool) -> None:
         """End the run. failed: let another command begin anew; a database that no run could go on from is removed."""

@@ -15,7 +15,6 @@ skipped. Memory: two windows of token ids, 512 tokens × 8,192 documents × 4 by
 
 import fcntl
 import functools
-import hashlib
 import json
 import os
 import tempfile
@@ -27,7 +26,7 @@ import numpy as np
 
 from documents import find_files, read_about, read_documents, write_parquet
 from nanomed import InputError, first_line
-from nanomed.files import sha256
+from nanomed.files import sha256_of
 from nanomed.prefetch import Prefetch
 from reading import SUFFIXES
 
@@ -99,10 +98,9 @@ def about_scores(path: Path, identity: str) -> dict:
 def classifier_identity(folder: Path) -> str:
     """sha256 over the classifier's weights, configuration and tokenizer."""
     try:
-        hashes = [sha256(folder / name) for name in ("config.json", "tokenizer.json", "model.safetensors")]
+        return sha256_of(folder / name for name in ("config.json", "tokenizer.json", "model.safetensors"))
     except OSError as error:
         raise InputError(f"{error.filename}: {error.strerror}; expected a classifier of data/classify.py") from None
-    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def score_file(task: Scoring, path: Path) -> None:

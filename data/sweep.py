@@ -39,6 +39,8 @@ def read_classifier(folder: Path) -> dict:
     for key, kind in (("threshold", (int, float)), ("max_chars", int), ("max_tokens", int)):
         if not isinstance(about.get(key), kind):
             raise InputError(f"{folder / 'threshold.json'}: {key} is {about.get(key)!r}, expected a number")
+    for key in about.keys() & {"precision", "recall"}:  # of nothing: null; older files have NaN, which is no JSON
+        about[key] = [None if x != x else x for x in about[key]]
     if about.get("positive_label", 1) != 1:
         raise InputError(f"{folder / 'threshold.json'}: positive_label is {about['positive_label']}, expected 1")
     return about

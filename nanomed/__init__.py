@@ -34,6 +34,7 @@ def run_script(main: Callable[[], None], interrupted: str = "run the same comman
     """A command from start to end: what `is_explained` is one line and exit status 1, Ctrl-C one line and 130."""
     try:
         main()
+        sys.stdout.flush()  # now, where what goes wrong can be told
     except BrokenPipeError:  # whoever read the output, `head` say, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains as it leaves
         sys.exit(141)

@@ -262,13 +262,15 @@ class Endpoint:
 
 
 def nobody_listens(url: str) -> bool:
-    """Whether the URL's machine refuses the connection. What cannot be known, behind a proxy say, is False."""
+    """Whether the URL is this machine's and refuses connections. Of others, behind a proxy say, it cannot be known."""
     parts = urlsplit(url)
+    if parts.hostname not in ("localhost", "127.0.0.1", "::1"):
+        return False
     try:
         socket.create_connection((parts.hostname, parts.port or {"https": 443}.get(parts.scheme, 80)), timeout=2).close()
     except ConnectionRefusedError:
         return True
-    except OSError:
+    except (OSError, ValueError):
         pass
     return False
 

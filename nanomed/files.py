@@ -9,7 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,7 +31,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 def write_durably(path: Path, text: str) -> None:
     """The file with this text in UTF-8, whole or not at all."""
     with whole_file(path) as file:
-        file.write(text.encode())
+        file.write(text.encode("utf-8", "backslashreplace"))  # a file's name may hold what is no UTF-8; in JSON an escape
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -71,11 +71,17 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
 
 def sha256(path: Path, progress: Callable[[int], object] = lambda n_bytes: None) -> str:
     """Of the file's bytes; progress is called with the number of bytes of every piece."""
+    return sha256_of([path], progress)
+
+
+def sha256_of(paths: Iterable[Path], progress: Callable[[int], object] = lambda n_bytes: None) -> str:
+    """Of the bytes of all files, one behind the other."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-            progress(len(chunk))
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+                progress(len(chunk))
     return digest.hexdigest()
 
 

@@ -175,11 +175,7 @@ def fetch(init: str, flag: str = "--init") -> Path:
 
     flag: what the command line calls it, for the errors.
     """
-    folder = Path(init)
-    if (folder / "run.json").is_file() and (folder / "config.json").is_file():  # a run of train.py: that is no model's
-        folder /= "hf"
-        if not folder.is_dir():
-            raise InputError(f"{flag} {init}: this run has not written its model yet; let it finish")
+    folder = exported(Path(init), flag)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise InputError(f"{flag} {init}: the folder has no config.json")
@@ -199,6 +195,17 @@ def fetch(init: str, flag: str = "--init") -> Path:
     if not find_weights(folder):
         raise InputError(f"{flag} {init}: the repository has no model.safetensors; only safetensors are read")
     return folder
+
+
+def exported(folder: Path, flag: str = "--init") -> Path:
+    """RUN/hf of a run folder of train.py, whose own config.json is no model's; any other path as it is."""
+    if not ((folder / "run.json").is_file() and (folder / "config.json").is_file()):
+        return folder
+    if "model_type" in read_json(folder / "config.json"):
+        return folder
+    if not (folder / "hf" / "config.json").is_file():
+        raise InputError(f"{flag} {folder}: this run has not written its model yet; let it finish")
+    return folder / "hf"
 
 
 def find_weights(folder: Path) -> dict[str, Path]:

@@ -73,8 +73,6 @@ def print_start(config: Config, world: World, model: Decoder, stream: Stream, va
     )
     if config.precision != "fp32" and world.device.type == "cpu" and not has_bf16_hardware():
         print0("warning this CPU has no bf16 products and emulates them: --precision fp32 is tens of times as fast")
-    if config.compile:
-        print0("        torch.compile makes the first step slow; --no-compile does without")
 
 
 class Metrics:

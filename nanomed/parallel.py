@@ -97,6 +97,7 @@ def parallelize(model: Decoder, config: Config, world: World) -> DeviceMesh | No
             context = {"context_fn": _selective_contexts} if config.recompute == "selective" else {}
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **context)
     if config.compile and can_compile(world.device):
+        print0("torch.compile makes the first step slow; --no-compile does without")
         for block in blocks:
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
     if world.size == 1 and not config.offload:

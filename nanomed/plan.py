@@ -262,7 +262,7 @@ def model_of(init: str) -> ModelConfig:
         return MODELS[init]
     if not Path(init).is_dir():
         raise InputError(f"--init {init}: no such folder, and not one of {', '.join(MODELS)}; give one with a config.json")
-    return hf.model_config(Path(init))
+    return hf.model_config(hf.exported(Path(init)))
 
 
 def main() -> None:

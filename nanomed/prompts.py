@@ -43,7 +43,7 @@ def chat_template(folder: Path) -> str:
     file = folder / "chat_template.jinja"
     template = file.read_text(encoding="utf-8") if file.is_file() else tokenizer_config(folder).get("chat_template")
     if isinstance(template, list):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...}]
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        template = next((e.get("template") for e in template if isinstance(e, dict) and e.get("name") == "default"), None)
     if not isinstance(template, str) or not template:
         raise InputError(f"{folder}: has no chat template; give an instruct model, or a merge with one")
     return template

@@ -36,10 +36,12 @@ def is_finished(out: Path) -> bool:
     return (out / "hf" / "config.json").exists()
 
 
-def has_trained(out: Path) -> bool:
-    """Has a run in this folder made a step? Until then another may take its place."""
+def gives_way(out: Path) -> bool:
+    """Is this the folder of a run that has made no step? Another may take its place, stopped because a flag was wrong, say."""
+    if not ("identity" in _read(out / "run.json") and "recipe" in _read(out / "config.json")) or is_finished(out):
+        return False  # an evaluation's folder, a model's, or none
     rows = out / "metrics.jsonl"
-    return any((out / "checkpoints").glob("step-*/DONE")) or (rows.exists() and '"loss"' in rows.read_text())
+    return not (any((out / "checkpoints").glob("step-*/DONE")) or (rows.exists() and '"loss"' in rows.read_text()))
 
 
 def check_run(out: Path, config: Config, identity: dict) -> None:
@@ -48,9 +50,10 @@ def check_run(out: Path, config: Config, identity: dict) -> None:
         raise InputError(f"--out {out}: is a file, expected a folder or nothing; choose another")
     if not out.exists() or all(p.suffix == ".tmp" for p in out.iterdir()):
         return
-    if not (out / "run.json").exists() and {p.name for p in out.iterdir()} - {"config.json"}:
+    about = _read(out / "run.json")
+    if "identity" not in about and (about or {p.name for p in out.iterdir()} - {"config.json"}):
         raise InputError(f"--out {out}: the folder is not empty and not a run's; choose another")
-    if not has_trained(out):
+    if gives_way(out):
         return
     for field, old in _read(out / "config.json").items():
         new = json.loads(json.dumps(dataclasses.asdict(config))).get(field)
@@ -59,7 +62,7 @@ def check_run(out: Path, config: Config, identity: dict) -> None:
                 f"--out {out}: belongs to a run with --{field.replace('_', '-')} {old}, this one has {new}; "
                 "choose another --out, delete this one, or give the same flags"
             )
-    for key, old in _read(out / "run.json").get("identity", {}).items():
+    for key, old in about.get("identity", {}).items():
         if key in ("data", "tokenizer_sha256") and old != json.loads(json.dumps(identity))[key]:
             raise InputError(f"--out {out}: the run began on other data ({key} differs); a run cannot change its data")
 
@@ -72,7 +75,8 @@ def create_run(out: Path, config: Config, identity: dict, device: torch.device) 
     try:
         out.mkdir(parents=True, exist_ok=True)
         held = lock(out)
-        if not has_trained(out):
+        check_run(out, config, identity)  # again: another run may have written here meanwhile
+        if not (out / "run.json").exists() or gives_way(out):
             _describe(out, config, identity, device)
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror}); choose another") from None
@@ -83,7 +87,7 @@ def _describe(out: Path, config: Config, identity: dict, device: torch.device) -
     run = {
         "identity": identity,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "versions": versions("torch", "numpy"),
+        "versions": versions("numpy") | {"torch": torch.__version__},  # with its CUDA
         "git_commit": git_commit(),
     }
     write_durably(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import train
 from conftest import ROOT, read_losses, run_train, write_bins
+from nanomed import runs
 from nanomed.checkpoint import whole
 from nanomed.files import lock
 from refusals import contents, fixture_refused, hash_of, only_error  # noqa: F401
@@ -66,6 +67,40 @@ def test_a_run_that_made_no_step_gives_way_to_another(tiny, finished, tmp_path, 
     trained(monkeypatch, tiny.flags(out, lr=5e-3))
     assert json.loads((out / "config.json").read_text())["lr"] == 5e-3
     assert (out / "hf" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        ({"run.json": {"kind": "judge", "config": {}}, "results.json": {}}, "--out"),  # an evaluation's
+        ({"config.json": {"model_type": "llama"}}, "--model-type llama"),  # a model's
+    ],
+)
+def test_a_folder_of_something_else_does_not_give_way(files, named, tiny, tmp_path, refused):
+    (tmp_path / "other").mkdir()
+    for name, content in files.items():
+        (tmp_path / "other" / name).write_text(json.dumps(content))
+    refused(tiny.flags(tmp_path / "other"), named)
+
+
+def test_a_finished_run_without_its_checkpoints_does_not_give_way(tiny, finished, tmp_path, refused):
+    out = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "metrics.jsonl"))
+    refused(tiny.flags(out, lr=5e-3), "--lr")
+
+
+def test_the_folder_is_looked_at_again_once_it_is_locked(tiny, finished, tmp_path, refused, monkeypatch):
+    """What another run has written between the first look and the lock counts."""
+    real, out = runs.lock, tmp_path / "run"
+
+    def lock_late(folder):
+        shutil.copytree(finished, folder, dirs_exist_ok=True)
+        return real(folder)
+
+    monkeypatch.setattr(runs, "lock", lock_late)
+    monkeypatch.setattr(sys, "argv", ["train.py", *tiny.flags(out, lr=5e-3)])
+    with pytest.raises(SystemExit):
+        train.main()
+    assert json.loads((out / "config.json").read_text())["lr"] != 5e-3
 
 
 def test_a_folder_that_another_run_writes_to(tiny, tmp_path, refused):

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from conftest import ROOT, save_reference
 from eval_command import fixture_command, refused  # noqa: F401
-from nanomed.evaluation.complete import pieces
+from nanomed.evaluation.complete import pieces, sampled
 from test_eval_scorer import CONFIGS, TINY, write_tokenizer
 
 TEXT = "Das Herz"
@@ -138,3 +138,17 @@ def test_what_cannot_be_done_is_one_line(arguments, message, command, tmp_path):
     else:
         line = refused(command, "complete", folder, arguments)
     assert message in line
+
+
+def test_byte_tokens_may_change_what_was_said():
+    """As Llama 2's: the newline is a byte too, and a character that is cut off takes it along. What came out stays."""
+    vocabulary = {"a": 0, "<0x0A>": 1, "<0xF0>": 2, "<0x9F>": 3, "<unk>": 4}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    assert "".join(pieces(tokenizer, [0], iter([1, 2, 3, 0]))).endswith("a")
+    assert "".join(pieces(tokenizer, [0], iter([0, 1, 0]))) == "a\na"
+
+
+def test_a_temperature_below_float32_is_greedy():
+    logits = torch.tensor([0.0, 3.0, 2.9])
+    assert [sampled(t, 0)(logits) for t in (1e-30, 1e-50, 5e-324)] == [1, 1, 1]

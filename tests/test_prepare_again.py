@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -152,3 +153,22 @@ def test_a_folder_made_otherwise_is_refused(tmp_path, tok, corpus, finished):
         with pytest.raises(InputError, match=message):
             prepare(inputs, tokenizer, tmp_path / "a", **{"slice_bytes": 20_000} | options)
     assert verify(prepare(corpus, tok, tmp_path / "a", slice_bytes=20_000).folder).fingerprint == first.fingerprint
+
+
+def test_a_kill_while_empty_shards_are_removed_leaves_none_behind(tmp_path, tok, monkeypatch):
+    blank = [write_jsonl(tmp_path / f"{name}.jsonl", [" "]) for name in "ab"]
+    good, unlink, left = write_jsonl(tmp_path / "good.jsonl", ["Der Patient"]), Path.unlink, [3]
+
+    def cut(self, *args, **kwargs):
+        if self.name.startswith("shard"):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+        return unlink(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", cut)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(blank, tok, tmp_path / "bins")
+    bins = prepare([good], tok, tmp_path / "bins")
+    assert [shard["source"]["name"] for shard in bins.shards] == ["good.jsonl"]

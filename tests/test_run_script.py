@@ -1,5 +1,6 @@
 """nanomed.run_script: how a command ends, whatever stops it."""
 
+import os
 import subprocess
 import sys
 
@@ -37,3 +38,15 @@ def test_what_is_a_bug_of_ours_keeps_its_traceback(error):
     status, stderr = run(error)
     assert status == 1
     assert stderr.startswith("Traceback")
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    """The output is short: it is written as the process ends."""
+    code = "from nanomed import run_script; run_script(lambda: print('a line'))"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")

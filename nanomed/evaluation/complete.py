@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from nanomed import InputError
@@ -77,7 +76,7 @@ def sampled(temperature: float, seed: int) -> Callable[[Tensor], int]:
     generator = torch.Generator().manual_seed(seed)
 
     def choose(logits: Tensor) -> int:
-        scaled = (logits - logits.max()).cpu() / temperature  # at most 0: no temperature is too low
+        scaled = (logits - logits.max()).cpu().double() / temperature  # at most 0: no temperature is too low
         return int(torch.multinomial(scaled.softmax(0), 1, generator=generator))
 
     return choose
@@ -85,10 +84,11 @@ def sampled(temperature: float, seed: int) -> Callable[[Tensor], int]:
 
 def pieces(tokenizer: Tokenizer, before: list[int], tokens: Iterator[int]) -> Iterator[str]:
     """The tokens' text, in whole characters: one may be split over several tokens, and what a token reads as depends on
-    the ones before it."""
-    stream = DecodeStream(skip_special_tokens=True)
-    for token in before:
-        stream.step(tokenizer, token)
+    the ones before it. A character that never becomes whole is left out."""
+    ids, shown = list(before), tokenizer.decode(before)
     for token in tokens:
-        if piece := stream.step(tokenizer, token):
-            yield piece
+        ids.append(token)
+        text = tokenizer.decode(ids)  # whole again: the tokenizers' own stream fails where byte tokens change what was said
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[len(shown) :]
+            shown = text

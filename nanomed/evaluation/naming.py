@@ -29,14 +29,17 @@ def namer(runs: list[dict]) -> Callable[[str], str]:
                 by_place.setdefault(place(model["path"]), name)
                 by_fingerprint.setdefault(model["fingerprint"], name)
                 names.add(name)
-    known = {}
+    made_by: dict[str, set] = {}  # what answers call a model → by fingerprint, the names of what wrote them
     for about in runs:
         for config in [about["config"]] if about["kind"] == "generate" else map(generated_with, about["data"]):
-            if (name := by_fingerprint.get(config.get("fingerprint"))) and config.get("model"):
-                known.setdefault(config["model"], name)
+            if config.get("fingerprint") and config.get("model"):
+                made_by.setdefault(config["model"], set()).add(by_fingerprint.get(config["fingerprint"]))
 
     def called(model: str) -> str:
-        found = by_place.get(place(model)) or known.get(model)
+        if model in made_by:  # a path says less: another model may lie there now
+            [found] = made_by[model] if len(made_by[model]) == 1 else [None]
+        else:
+            found = by_place.get(place(model))
         return found or (model if short(model) in names else short(model))  # another model's name is not for this one
 
     return called

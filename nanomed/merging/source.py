@@ -13,7 +13,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanomed import InputError
+from nanomed import InputError, hf
 from nanomed.files import read_json
 from nanomed.hf import check_copied_head, fetch, find_weights
 from nanomed.shards import ITEM_BYTES, has_entries, n_elements, read_header
@@ -133,7 +133,7 @@ def _open_run(run: Path, name: str, role: str) -> Checkpoint:
     if not steps:
         return _of_folder(name, exported, role, "safetensors of hf/")
     step, path = steps[-1]
-    init = Path(read_json(run / "config.json").get("init", ""))
+    init = hf.exported(Path(read_json(run / "config.json").get("init", "")), role)
     folder = exported or (init if (init / "config.json").is_file() else None)
     identity = read_json(run / "run.json").get("identity", {})
     tokenizer = {"tokenizer.json": identity["tokenizer_sha256"]} if "tokenizer_sha256" in identity else {}

@@ -41,7 +41,7 @@ def write_merges(base: Checkpoint, cpt: Checkpoint, out: Path, wanted: dict[str,
             report.write_report(folder, base, cpt, rules, report.rows(stats, t, shapes))
             if check:
                 verified(inputs, folder, lambda name, cos, t=t: slerp_factors(t[name], cos), needs_cos=True)
-        print(report.change_table(report.rows(stats, ts[0], shapes)))
+    print(report.change_table(report.rows(stats, ts[0], shapes)))
 
 
 def write_linear(path: Path, models: list[Checkpoint], out: Path, recipe: Recipe, dtypes: dict, check: bool) -> None:

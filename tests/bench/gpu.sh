@@ -53,7 +53,7 @@ case ${1:-} in
         ;;
     kernels)
         status=0
-        timeout --signal=INT --kill-after=20 370 "$python" -m nanomed.kernels.bench --quick --out "$out/kernels" || status=1
+        timeout --signal=INT --kill-after=20 340 "$python" -m nanomed.kernels.bench --quick --out "$out/kernels" || status=1
         timeout --signal=INT --kill-after=20 100 "$python" tests/bench/adamw.py --out "$out/adamw.json" || status=1
         exit "$status"
         ;;

@@ -55,7 +55,7 @@ def one_run(flags: list[str]) -> None:
     ends(train, "open_inputs", "inputs")
     ends(train, "print_start", "model")
     ends(train, "validate", "validation")
-    ends(train.guard, "step", "first step", "second")
+    ends(train.guard, "step_unless", "first step", "second")
     sys.argv = ["train.py", *flags]
     train.main()
     print(json.dumps(seconds))
