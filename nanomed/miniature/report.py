@@ -37,7 +37,7 @@ def draw(results: dict) -> str:
     left.plot(ts, [100 * m["following"] for m in models.values()], marker="s", label="instructions followed exactly")
     left.plot(ts, [100 * m["medical"] for m in models.values()], marker="^", lw=1, label="medical answer in form")
     left.axhline(25, color="0.7", lw=1, ls=":")
-    left.text(0.02, 26, "chance", ha="left", color="0.4", fontsize=8)
+    left.text(0.25, 24, "chance", va="top", color="0.4", fontsize=8)
     best = models[results["best"]]["t"]
     left.axvline(best, color="0.85", lw=6, zorder=0)
     names, lines = ["base" if t == 0 else "continued" if t == 1 else f"{t:g}" for t in ts], [0]
