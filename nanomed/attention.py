@@ -4,27 +4,30 @@ A window holds the ends, wholes and beginnings of many documents. One dense mask
 scores where Σ len² suffice (documents of 200 tokens in windows of 2,048: a tenth), and torch's fused kernels refuse
 arbitrary masks. Here the documents' borders decide instead (`cu_seqlens`, the convention of flash-attn):
 
-- on an NVIDIA GPU flash-attention 2, from the package flash-attn where that is installed, else the one inside torch;
+- on an NVIDIA GPU flash-attention: 4 on Hopper and Blackwell where the package flash-attn-4 is installed, else torch's own 2;
 - on the CPU plain matrix products over tiles of up to 256 queries, document by document. torch's own CPU kernel is
   slower in bf16, where its tiles are small, and its gradients are less exact.
 
 Both hide in a custom op: torch.compile sees one opaque node of fixed shapes, whatever the borders are, and does not
-recompile. So `cu_seqlens` has one length for the whole run: its last entry repeats. flash-attention launches a block for
+recompile. So `cu_seqlens` has one length for the whole run: its last entry repeats. flash-attention 2 launches a block for
 every piece of every entry, empty or not; given the padding and the longest possible document, on an H100 that took half as
 long again as the attention itself (windows of 4,096, 64 entries, 7 documents). So `extent` says, in the CPU's memory where
 looking waits for nothing, how many pieces there are and how long the longest is.
 """
 
+import contextlib
+import warnings
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-try:
-    from flash_attn import flash_attn_interface as flash_attn
-except ImportError:
-    flash_attn = None
-_AMPERE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+_CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+flash_attn_4 = None
+if (9, 0) <= _CAPABILITY < (12, 0):
+    with contextlib.suppress(ImportError):
+        from flash_attn.cute import interface as flash_attn_4  # compiled at the first step, ten seconds
+    warnings.filterwarnings("ignore", "Argument aux_data")  # its compiler's, about an argument that is not used
 TILE_SCORES = 1 << 20  # heads · queries · keys of a tile on the CPU, roughly: they stay in its cache
 
 
@@ -44,7 +47,7 @@ def attention(
 
 def has_fused_kernels(q: Tensor) -> bool:
     """flash-attention needs bf16 or fp16 and an NVIDIA GPU from Ampere on."""
-    return q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and _AMPERE
+    return q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and _CAPABILITY >= (8, 0)
 
 
 # --- the GPU's way -------------------------------------------------------------------------------------------------
@@ -69,33 +72,34 @@ def _launch(cu_seqlens: Tensor, extent: Tensor, window: int) -> tuple[Tensor, in
     return cu_seqlens[: n_docs + 1], longest, window - 1
 
 
+def _has_flash_attn_4(q: Tensor) -> bool:
+    return flash_attn_4 is not None and q.shape[-1] in (64, 96, 128)  # what it is tuned for
+
+
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int, left: int) -> tuple[Tensor, Tensor]:
-    if flash_attn is not None:
-        y, lse, *_ = flash_attn._flash_attn_varlen_forward(
-            q, k, v, borders, borders, longest, longest, 0.0, q.shape[-1] ** -0.5, causal=True,
-            window_size_left=left, window_size_right=0,
-        )  # fmt: skip
-    else:  # what torch.nn.attention.varlen is made of
-        y, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, borders, borders, longest, longest, 0.0, left < 0, False,
-            window_size_left=left, window_size_right=0,
-        )  # fmt: skip
+    if _has_flash_attn_4(q):
+        return flash_attn_4._flash_attn_fwd(q, k, v, return_lse=True, **_flash_4_arguments(borders, longest, left))[:2]
+    y, lse, *_ = torch.ops.aten._flash_attention_forward(  # what torch.nn.attention.varlen is made of
+        q, k, v, borders, borders, longest, longest, 0.0, left < 0, False, window_size_left=left, window_size_right=0
+    )
     return y, lse
 
 
 def _flash_backward(dy, q, k, v, y, lse, borders: Tensor, longest: int, left: int) -> tuple[Tensor, Tensor, Tensor]:
-    if flash_attn is not None:
-        grads = [torch.empty_like(x) for x in (q, k, v)]
-        flash_attn._flash_attn_varlen_backward(
-            dy, q, k, v, y, lse, *grads, borders, borders, longest, longest, 0.0, q.shape[-1] ** -0.5, causal=True,
-            window_size_left=left, window_size_right=0, softcap=0.0, alibi_slopes=None,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-        )  # fmt: skip
-        return tuple(grads)
+    if _has_flash_attn_4(q):
+        options = _flash_4_arguments(borders, longest, left) | {"deterministic": torch.are_deterministic_algorithms_enabled()}
+        return flash_attn_4._flash_attn_bwd(q, k, v, y, dy, lse, **options)[:3]
     no_dropout = q.new_empty(2, dtype=torch.uint64), q.new_empty(0)
     return torch.ops.aten._flash_attention_backward(
         dy, q, k, v, y, lse, borders, borders, longest, longest, 0.0, left < 0, *no_dropout,
         window_size_left=left, window_size_right=0,
+    )  # fmt: skip
+
+
+def _flash_4_arguments(borders: Tensor, longest: int, left: int) -> dict:
+    return dict(
+        cu_seqlens_q=borders, cu_seqlens_k=borders, max_seqlen_q=longest, max_seqlen_k=longest,
+        causal=True, window_size_left=None if left < 0 else left, window_size_right=0,
     )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def dense(q, k, v, cu_seqlens, window):
 # (device, dtype, the implementation that must run or None where there is only one, tolerance)
 CASES = [("cpu", torch.float64, None, 1e-12), ("cpu", torch.float32, None, 1e-5), ("cpu", torch.bfloat16, None, 4e-2)]
 if torch.cuda.is_available():  # built here, so that a machine without a GPU has nothing to skip
-    CASES += [("cuda", torch.bfloat16, name, 4e-2) for name in ["torch"] + ["flash"] * (module.flash_attn is not None)]
+    CASES += [("cuda", torch.bfloat16, name, 4e-2) for name in ["torch"] + ["flash_attn_4"] * (module.flash_attn_4 is not None)]
 
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[2] or case[0]}-{str(case[1])[6:]}", scope="module")
@@ -39,7 +39,7 @@ def case(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "TILE_SCORES", 1)
         if name == "torch":
-            patch.setattr(module, "flash_attn", None)
+            patch.setattr(module, "flash_attn_4", None)
         yield device, dtype, tolerance
 
 
@@ -54,7 +54,7 @@ def inputs(lengths, n_heads, n_kv, head_dim, device, dtype, seed=0):
 
 def check(lengths, heads, window, case):
     device, dtype, tolerance = case
-    qkv, dy, cu_seqlens = inputs(lengths, *heads, 16, device, dtype)
+    qkv, dy, cu_seqlens = inputs(lengths, *heads, 16 if device == "cpu" else 64, device, dtype)
     y = attention(*qkv, cu_seqlens, torch.tensor([len(lengths), max(lengths)]), window)
     assert y.dtype == dtype
     expected = dense(*qkv, cu_seqlens, window)

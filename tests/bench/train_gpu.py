@@ -6,15 +6,14 @@
 Random weights, drawn alike for both sides; bf16 weights and 8-bit AdamW states (ours: nanomed.lowbit's; the peer's: torchao's
 AdamW8bit, stochastic rounding on both sides); windows of 4,096 tokens packed from documents of 700 on average (a mean of
 5.1 B tokens over 7.3 M documents). The peer is `AutoModelForCausalLM` with Liger's kernels, given position_ids that begin anew
-at every document; its attention is flash-attention where that is installed, else the same algorithm in torch (`varlen_attn`,
-registered with transformers' AttentionInterface): both sides then spend alike on it.
+at every document; its attention is flash-attn-4 or flash-attn where that is installed, else the same algorithm in torch
+(`varlen_attn`, registered with transformers' AttentionInterface): both sides then spend alike on it.
 
 Each side of each model runs in a process of its own and reports after every step; OUT is rewritten each time, so that a run which
 is cut off still counts. A side that cannot run (not installed, out of memory) is named with the reason.
 """
 
 import argparse
-import contextlib
 import json
 import multiprocessing as mp
 import os
@@ -44,40 +43,72 @@ class Step(NamedTuple):
     graphs: int  # compiled since the process began
 
 
+class Queued(NamedTuple):
+    """A step that the device may still be busy with."""
+
+    loss: torch.Tensor  # in the CPU's memory, once `done`
+    done: torch.cuda.Event | None  # None on the CPU
+    end: float  # when the host was through with it
+    len2: int
+    graphs: int
+
+
 def run_side(side: str, name: str, args, pipe) -> None:
-    """In a process of its own: after every step a Step, or the reason why there is none."""
+    """In a process of its own: after every step a Step, or the reason why there is none.
+
+    As in train.py a step is waited for only when the next one is queued: the device always has work.
+    """
     try:
-        c, cuda = shape_of(name), args.device == "cuda"
-        _, optimizer, loss_of, clip = SIDES[side](c, args)
-        for step in range(args.steps + args.profile):
-            profiler = profile_of(args, step, f"{name}-{side}")
-            windows = [window(args.seq_len, c.vocab_size, step * 1000 + i) for i in range(args.windows)]
-            n_labels = sum(int((labels != -100).sum()) for *_, labels in windows)
-            scale = torch.full((), 1 / n_labels, device=args.device)
-            start, total = time.perf_counter(), torch.zeros((), device=args.device)
-            for one in windows:
-                loss = loss_of(*one, scale)
-                loss.backward()
-                total += loss.detach()
-            clip()
-            optimizer.step()
-            optimizer.zero_grad()
-            value = total.item()  # waits for the device
-            seconds = time.perf_counter() - start
-            profiler.__exit__(None, None, None)
-            peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if cuda else (0, 0)
-            len2 = int(sum((lengths.astype(np.int64) ** 2).sum() for lengths, *_ in windows))
-            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-            if step < args.steps:
-                pipe.send(Step(seconds, value, len2, *peaks, graphs))
+        c = shape_of(name)
+        made, queued, last = SIDES[side](c, args), None, time.perf_counter()
+        for step in range(args.steps):
+            following = queue_step(step, c, made, args)
+            if queued:
+                last = report(queued, last, pipe)
+            queued = following
+        report(queued, last, pipe)
+        if args.profile:
+            with profile_of(args, f"{name}-{side}"):
+                following = queue_step(args.steps, c, made, args)
+                if following.done:
+                    following.done.synchronize()
     except Exception as error:  # out of memory or a missing package is a result, too
         pipe.send(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
 
 
-def profile_of(args, step: int, name: str):
-    """An entered context: with --profile, in a step more, torch's profiler, whose table goes to OUT's folder; else nothing."""
-    if step < args.steps:
-        return contextlib.nullcontext()
+def queue_step(step: int, c, made, args) -> Queued:
+    """Forward and backward over the step's windows, and the update."""
+    _, optimizer, loss_of, clip = made
+    windows = [window(args.seq_len, c.vocab_size, step * 1000 + i) for i in range(args.windows)]
+    n_labels = sum(int((labels != -100).sum()) for *_, labels in windows)
+    scale, total = torch.full((), 1 / n_labels, device=args.device), torch.zeros((), device=args.device)
+    for one in windows:
+        loss = loss_of(*one, scale)
+        loss.backward()
+        total += loss.detach()
+    clip()
+    optimizer.step()
+    optimizer.zero_grad()
+    done = None
+    if args.device == "cuda":
+        total, done = total.to("cpu", non_blocking=True), torch.cuda.Event()
+        done.record()
+    len2 = int(sum((lengths.astype(np.int64) ** 2).sum() for lengths, *_ in windows))
+    return Queued(total, done, time.perf_counter(), len2, torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def report(queued: Queued, last: float, pipe) -> float:
+    """Wait for a step and send what is known of it; `last` is when the one before was through. Returns when this one was."""
+    peaks, end = (0, 0), queued.end
+    if queued.done:
+        queued.done.synchronize()
+        peaks, end = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()), time.perf_counter()
+    pipe.send(Step(end - last, queued.loss.item(), queued.len2, *peaks, queued.graphs))
+    return end
+
+
+def profile_of(args, name: str):
+    """torch's profiler, whose table goes to OUT's folder."""
 
     def write_table(profiler):
         table = profiler.key_averages().table(sort_by="self_device_time_total", row_limit=60, max_name_column_width=90)
@@ -85,9 +116,7 @@ def profile_of(args, step: int, name: str):
 
     activity = torch.profiler.ProfilerActivity
     kinds = [activity.CUDA if args.device == "cuda" else activity.CPU]
-    profiler = torch.profiler.profile(activities=kinds, acc_events=True, on_trace_ready=write_table)
-    profiler.__enter__()
-    return profiler
+    return torch.profiler.profile(activities=kinds, acc_events=True, on_trace_ready=write_table)
 
 
 def summary(name: str, steps: list[Step], args) -> dict:
@@ -153,7 +182,7 @@ def measure(side: str, name: str, args, result: dict) -> None:
 def versions() -> dict:
     """Of every package that matters; None where it is not installed."""
     found = {"torch": torch.__version__}
-    for package in ("triton", "transformers", "liger-kernel", "torchao", "flash-attn"):
+    for package in ("triton", "transformers", "liger-kernel", "torchao", "flash-attn", "flash-attn-4"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -5,7 +5,6 @@ A side is a function (model's shape, command line) -> (model, optimiser, loss of
 
 import inspect
 from functools import partial
-from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -77,7 +76,7 @@ def our_side(c, args, float8: bool = False):
         padded = np.pad(borders, (0, max(0, 65 - len(borders))), mode="edge").astype(np.int32)  # one shape for all steps
         extent = torch.tensor([len(lengths), lengths.max()])
         batch = Batch(tokens, labels, positions, torch.from_numpy(padded), extent, 0)
-        return model(batch.to(world.device), scale)
+        return model((batch.pinned() if world.device.type == "cuda" else batch).to(world.device), scale)
 
     return model, optimizer, loss_of, lambda: optim.clip(model, optimizer, CLIP)
 
@@ -101,7 +100,8 @@ def peer_side(c, args):
     )
     attention = "sdpa"
     if args.device == "cuda":
-        attention = "flash_attention_2" if find_spec("flash_attn") else register_varlen()
+        has_4, has_2 = transformers.utils.is_flash_attn_4_available(), transformers.utils.is_flash_attn_2_available()
+        attention = "flash_attention_4" if has_4 else "flash_attention_2" if has_2 else register_varlen()
     low = args.states != "fp32"
     with torch.device(args.device):
         model = transformers.AutoModelForCausalLM.from_config(
@@ -120,8 +120,9 @@ def peer_side(c, args):
 
     def loss_of(lengths, tokens, labels, scale):
         positions = torch.cat([torch.arange(n) for n in lengths])
-        ids, labels, positions = (x[None].to(args.device) for x in (tokens, labels, positions))
-        borders = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths)))).to(args.device, torch.int32)
+        borders = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))
+        on_host = (x.pin_memory() if args.device == "cuda" else x for x in (tokens[None], labels[None], positions[None], borders))
+        ids, labels, positions, borders = (x.to(args.device, non_blocking=True) for x in on_host)
         longest = int(lengths.max())
         packed = dict(cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=longest, max_length_k=longest)
         if args.device == "cuda":  # all logits in one chunk: Liger's default, 128 tokens of Qwen's, took 170 ms of a step more
