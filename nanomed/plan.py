@@ -10,8 +10,8 @@ formulas in the docstrings. It takes train.py's flags and shows every regime of 
 What is checked, and what is assumed. Everything but the last row of the memory table is held, within 10 %, to bytes counted
 while the real training step runs on tensors that have a shape and no memory (tests/test_plan.py): one process and
 FSDP, each recompute mode. Assumptions: the context, the allocator's slack, and the share of the peak (--mfu) that speed is
-computed from. On one H100 two peaks were measured, within 1 % of the sum without context and slack (tests/bench/README.md);
-speed and several GPUs have no such check.
+computed from. On one H100 two peaks were measured, within 1 % of the sum without context and slack, and 54 to 56 % of its peak
+(tests/bench/README.md); several GPUs have no such check.
 """
 
 import argparse
@@ -233,7 +233,7 @@ def parse(argv: list[str]) -> Job:
     )
     parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(devices.GPUS)} (default: h100)")
     parser.add_argument("--gpus", type=int, default=1, help="how many, over all machines (default: 1)")
-    parser.add_argument("--mfu", type=float, default=0.45, help="share of the GPU's peak, assumed (default: 0.45)")
+    parser.add_argument("--mfu", type=float, default=0.5, help="share of the GPU's peak, assumed (default: 0.5)")
     parser.add_argument("--price", type=float, default=3.0, help="dollars for a GPU hour, assumed (default: 3)")
     parser.add_argument("--tokens", type=float, help="of one epoch (default: those of --data, else the paper's 5.1e9)")
     args, rest = parser.parse_known_args(argv)
@@ -247,7 +247,7 @@ def parse(argv: list[str]) -> Job:
         if (value := getattr(args, flag)) is not None and not value > 0:
             raise InputError(f"--{flag} {value:g}: must be more than 0")
     if args.mfu > 1:
-        raise InputError(f"--mfu {args.mfu:g}: is a share of the peak, 0.45 for 45 %")
+        raise InputError(f"--mfu {args.mfu:g}: is a share of the peak, 0.5 for 50 %")
     tokens = args.tokens or sum(b.n_tokens * share for b, share in open_sources(config.data)) or CORPUS_TOKENS
     tokens = config.steps * config.batch_tokens if config.steps else tokens * config.epochs
     model = model_of(config.init)

@@ -47,8 +47,7 @@ class Queued(NamedTuple):
     """A step that the device may still be busy with."""
 
     loss: torch.Tensor  # in the CPU's memory, once `done`
-    done: torch.cuda.Event | None  # None on the CPU
-    end: float  # when the host was through with it
+    done: torch.cuda.Event | float  # when it was through: on the CPU by time.perf_counter
     len2: int
     graphs: int
 
@@ -60,7 +59,8 @@ def run_side(side: str, name: str, args, pipe) -> None:
     """
     try:
         c = shape_of(name)
-        made, queued, last = SIDES[side](c, args), None, time.perf_counter()
+        made = SIDES[side](c, args)
+        queued, last = None, now(args.device)
         for step in range(args.steps):
             following = queue_step(step, c, made, args)
             if queued:
@@ -69,9 +69,7 @@ def run_side(side: str, name: str, args, pipe) -> None:
         report(queued, last, pipe)
         if args.profile:
             with profile_of(args, f"{name}-{side}"):
-                following = queue_step(args.steps, c, made, args)
-                if following.done:
-                    following.done.synchronize()
+                wait(queue_step(args.steps, c, made, args).done)
     except Exception as error:  # out of memory or a missing package is a result, too
         pipe.send(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
 
@@ -89,22 +87,35 @@ def queue_step(step: int, c, made, args) -> Queued:
     clip()
     optimizer.step()
     optimizer.zero_grad()
-    done = None
-    if args.device == "cuda":
-        total, done = total.to("cpu", non_blocking=True), torch.cuda.Event()
-        done.record()
     len2 = int(sum((lengths.astype(np.int64) ** 2).sum() for lengths, *_ in windows))
-    return Queued(total, done, time.perf_counter(), len2, torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return Queued(total.to("cpu", non_blocking=True), now(args.device), len2, graphs)
 
 
-def report(queued: Queued, last: float, pipe) -> float:
-    """Wait for a step and send what is known of it; `last` is when the one before was through. Returns when this one was."""
-    peaks, end = (0, 0), queued.end
-    if queued.done:
-        queued.done.synchronize()
-        peaks, end = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()), time.perf_counter()
-    pipe.send(Step(end - last, queued.loss.item(), queued.len2, *peaks, queued.graphs))
-    return end
+def report(queued: Queued, last: torch.cuda.Event | float, pipe) -> torch.cuda.Event | float:
+    """Wait for a step and send what is known of it; `last`: when the one before was through. Returns when this one was."""
+    cuda = wait(queued.done)
+    peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if cuda else (0, 0)
+    seconds = last.elapsed_time(queued.done) / 1e3 if cuda else queued.done - last
+    pipe.send(Step(seconds, queued.loss.item(), queued.len2, *peaks, queued.graphs))
+    return queued.done
+
+
+def now(device: str) -> torch.cuda.Event | float:
+    """The moment at which what has been queued is through, by the device's own clock."""
+    if device == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def wait(moment: torch.cuda.Event | float) -> bool:
+    """Wait for a device's moment. Was it one?"""
+    if isinstance(moment, float):
+        return False
+    moment.synchronize()
+    return True
 
 
 def profile_of(args, name: str):
