@@ -16,6 +16,7 @@ looking waits for nothing, how many pieces there are and how long the longest is
 """
 
 import contextlib
+import importlib.metadata
 import warnings
 from itertools import pairwise
 
@@ -25,7 +26,8 @@ from torch import Tensor
 _CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
 flash_attn_4 = None
 if (9, 0) <= _CAPABILITY < (12, 0):
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(ImportError):  # a missing package is one
+        importlib.metadata.version("flash-attn-4")  # flash-attn 2 brings an older folder of the same name
         from flash_attn.cute import interface as flash_attn_4  # compiled at the first step, ten seconds
     warnings.filterwarnings("ignore", "Argument aux_data")  # its compiler's, about an argument that is not used
 TILE_SCORES = 1 << 20  # heads · queries · keys of a tile on the CPU, roughly: they stay in its cache

@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanomed import batches
+from nanomed.attention import flash_attn_4
 from nanomed.config import Config, has_bf16_hardware
 from nanomed.devices import bf16_peak
 from nanomed.files import write_durably
@@ -66,7 +67,8 @@ def print_start(config: Config, world: World, model: Decoder, stream: Stream, va
     print0(f"run     {n_steps:,} steps x {config.batch_tokens:,} tokens = {total / epoch:.2f} epochs, windows of {config.seq_len}")
     if config.steps is None:
         print0(f"        the last {stream.start_of(config.epochs) - total:,} tokens fill no step and are dropped")
-    print0(f"device  {world.size} x {world.device.type}, {config.micro_batch} windows in a forward pass, {config.kernels} kernels")
+    how = f"{config.kernels} kernels{', flash-attn-4' if flash_attn_4 else ''}"
+    print0(f"device  {world.size} x {world.device.type}, {config.micro_batch} windows in a forward pass, {how}")
     print0(
         f"FLOPs   {flops_per_token(model):,} per token (6 x parameters in matrix products) + {attention_flops(model):,} x "
         f"squared document lengths{f'; MFU over {peak / 1e12:.0f} TFLOP/s (dense bf16)' if peak else ''}"

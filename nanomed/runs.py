@@ -87,7 +87,7 @@ def _describe(out: Path, config: Config, identity: dict, device: torch.device) -
     run = {
         "identity": identity,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "versions": versions("numpy") | {"torch": torch.__version__},  # with its CUDA
+        "versions": versions("numpy", "flash-attn-4") | {"torch": torch.__version__},  # with its CUDA
         "git_commit": git_commit(),
     }
     write_durably(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))

@@ -163,3 +163,36 @@ def test_flash_attention_is_launched_for_the_documents_that_are_there(window, mo
     torch.library.opcheck(torch.ops.nanomed.packed_attention.default, (*qkv, *rest))
     plain, y = [x.detach() for x in qkv], torch.zeros(12, 4, 8)
     torch.library.opcheck(torch.ops.nanomed.packed_attention_backward.default, (dy, *plain, y, torch.zeros(4, 12), *rest))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_flash_attn_4_is_called_by_its_names(window, monkeypatch):
+    """A stand-in with its functions' signatures; other sizes of heads than it is tuned for go to torch's."""
+
+    class StandIn:
+        @staticmethod
+        def _flash_attn_fwd(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window_size_left,
+                            window_size_right, return_lse):  # fmt: skip
+            assert (max_seqlen_q, max_seqlen_k, causal, window_size_right, return_lse) == (7, 7, True, 0, True)
+            assert cu_seqlens_q is cu_seqlens_k
+            left = -1 if window_size_left is None else window_size_left
+            y = torch.ops.nanomed.document_attention(q, k, v, cu_seqlens_q, left + 1)
+            return y, torch.zeros(q.shape[1], len(q)), None, None, None
+
+        @staticmethod
+        def _flash_attn_bwd(q, k, v, out, dout, lse, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal,
+                            window_size_left, window_size_right, deterministic):  # fmt: skip
+            assert (max_seqlen_q, max_seqlen_k, causal, window_size_right, deterministic) == (7, 7, True, 0, False)
+            assert lse.shape == (q.shape[1], len(q))
+            left = -1 if window_size_left is None else window_size_left
+            return torch.ops.nanomed.document_attention_backward(dout, q, k, v, cu_seqlens_k, left + 1)
+
+    monkeypatch.setattr(module, "flash_attn_4", StandIn)
+    monkeypatch.setattr(module, "has_fused_kernels", lambda q: True)
+    qkv, dy, borders = inputs([5, 7], 4, 2, 64, "cpu", torch.float32)
+    y = attention(*qkv, borders, torch.tensor([2, 7]), window)
+    expected = torch.ops.nanomed.document_attention(*qkv, borders, window or 0)
+    torch.testing.assert_close(y, expected)
+    for got, want in zip(*(torch.autograd.grad(x, qkv, dy) for x in (y, expected)), strict=True):
+        torch.testing.assert_close(got, want)
+    assert not module._has_flash_attn_4(torch.empty(12, 4, 80))

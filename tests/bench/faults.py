@@ -38,6 +38,7 @@ from machine import cpu_name  # noqa: E402
 
 from conftest import make_tiny  # noqa: E402
 from nanomed.checkpoint import whole  # noqa: E402
+from nanomed.versions import git_commit  # noqa: E402
 
 PHASES = ("step", "evaluation", "checkpoint")
 SHARES = {"signal": 35, "kill -9": 20, "NaN": 12, "spike": 11, "disk full": 11, "damaged checkpoint": 11}
@@ -189,6 +190,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/faults"))
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
+    mine, settings = {"faults": args.faults, "seed": args.seed, "commit": git_commit()}, args.work / "settings.json"
+    if any(args.work.iterdir()) and (not settings.exists() or json.loads(settings.read_text()) != mine):
+        raise SystemExit(f"error: {args.work}: was begun with other settings or another commit; remove it, or name another --work")
+    settings.write_text(json.dumps(mine))
     shutil.rmtree(args.work / "tiny", ignore_errors=True)
     if (pid := os.fork()) == 0:  # not here: a process that has multiplied matrices must not be forked
         torch.manual_seed(0)
