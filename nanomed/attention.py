@@ -75,7 +75,8 @@ def _launch(cu_seqlens: Tensor, extent: Tensor, window: int) -> tuple[Tensor, in
 
 
 def _has_flash_attn_4(q: Tensor) -> bool:
-    return flash_attn_4 is not None and q.shape[-1] in (64, 96, 128)  # what it is tuned for
+    tuned = flash_attn_4 is not None and q.shape[-1] in (64, 96, 128)
+    return tuned and not torch.are_deterministic_algorithms_enabled()  # torch's is known to repeat its bits then
 
 
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int, left: int) -> tuple[Tensor, Tensor]:
@@ -89,8 +90,7 @@ def _flash_forward(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: in
 
 def _flash_backward(dy, q, k, v, y, lse, borders: Tensor, longest: int, left: int) -> tuple[Tensor, Tensor, Tensor]:
     if _has_flash_attn_4(q):
-        options = _flash_4_arguments(borders, longest, left) | {"deterministic": torch.are_deterministic_algorithms_enabled()}
-        return flash_attn_4._flash_attn_bwd(q, k, v, y, dy, lse, **options)[:3]
+        return flash_attn_4._flash_attn_bwd(q, k, v, y, dy, lse, **_flash_4_arguments(borders, longest, left))[:3]
     no_dropout = q.new_empty(2, dtype=torch.uint64), q.new_empty(0)
     return torch.ops.aten._flash_attention_backward(
         dy, q, k, v, y, lse, borders, borders, longest, longest, 0.0, left < 0, *no_dropout,

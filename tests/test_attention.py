@@ -181,8 +181,8 @@ def test_flash_attn_4_is_called_by_its_names(window, monkeypatch):
 
         @staticmethod
         def _flash_attn_bwd(q, k, v, out, dout, lse, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal,
-                            window_size_left, window_size_right, deterministic):  # fmt: skip
-            assert (max_seqlen_q, max_seqlen_k, causal, window_size_right, deterministic) == (7, 7, True, 0, False)
+                            window_size_left, window_size_right):  # fmt: skip
+            assert (max_seqlen_q, max_seqlen_k, causal, window_size_right) == (7, 7, True, 0)
             assert lse.shape == (q.shape[1], len(q))
             left = -1 if window_size_left is None else window_size_left
             return torch.ops.nanomed.document_attention_backward(dout, q, k, v, cu_seqlens_k, left + 1)
@@ -196,3 +196,5 @@ def test_flash_attn_4_is_called_by_its_names(window, monkeypatch):
     for got, want in zip(*(torch.autograd.grad(x, qkv, dy) for x in (y, expected)), strict=True):
         torch.testing.assert_close(got, want)
     assert not module._has_flash_attn_4(torch.empty(12, 4, 80))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert not module._has_flash_attn_4(torch.empty(12, 4, 64))
