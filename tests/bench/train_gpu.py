@@ -17,7 +17,6 @@ import argparse
 import json
 import multiprocessing as mp
 import os
-import re
 import statistics
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -68,8 +67,10 @@ def run_side(side: str, name: str, args, pipe) -> None:
             queued = following
         report(queued, last, pipe)
         if args.profile:
-            with profile_of(args, f"{name}-{side}"):
+            activity = torch.profiler.ProfilerActivity  # of the CPU none: an op's time is its kernels', listed once more
+            with torch.profiler.profile(activities=[getattr(activity, args.device.upper())], acc_events=True) as profiler:
                 wait(queue_step(args.steps, c, made, args).done)
+            pipe.send(kernels(profiler, f"self_{'device' if args.device == 'cuda' else 'cpu'}_time_total"))
     except Exception as error:  # out of memory or a missing package is a result, too
         pipe.send(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
 
@@ -118,16 +119,10 @@ def wait(moment: torch.cuda.Event | float) -> bool:
     return True
 
 
-def profile_of(args, name: str):
-    """torch's profiler, whose table goes to OUT's folder."""
-
-    def write_table(profiler):
-        table = profiler.key_averages().table(sort_by="self_device_time_total", row_limit=60, max_name_column_width=90)
-        args.out.with_name(f"profile-{re.sub('[^a-z0-9.]+', '-', name)}.txt").write_text(table)
-
-    activity = torch.profiler.ProfilerActivity
-    kinds = [activity.CUDA if args.device == "cuda" else activity.CPU]
-    return torch.profiler.profile(activities=kinds, acc_events=True, on_trace_ready=write_table)
+def kernels(profiler, clock: str) -> list[dict]:
+    """What the device spent its time on, the 40 dearest first; clock: the profiler's name for that time, in µs."""
+    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, clock))
+    return [{"kernel": e.key[:90], "ms": round(getattr(e, clock) / 1e3, 2), "calls": e.count} for e in events[:40]]
 
 
 def summary(name: str, steps: list[Step], args) -> dict:
@@ -174,7 +169,7 @@ def measure(side: str, name: str, args, result: dict) -> None:
     process.start()
     theirs.close()
     steps = []
-    for _ in tqdm(range(args.steps), f"{name}, {side}"):
+    for i in tqdm(range(args.steps + args.profile), f"{name}, {side}"):
         try:
             answer = mine.recv()
         except EOFError:
@@ -182,11 +177,14 @@ def measure(side: str, name: str, args, result: dict) -> None:
             answer = f"the process ended with status {process.exitcode}"
         if isinstance(answer, str):
             row["absent"] = answer
-            write(args.out, result)
-            break
-        steps.append(answer)
-        row |= summary(name, steps, args)
+        elif i == args.steps:
+            row["kernels_of_a_step"] = answer
+        else:
+            steps.append(answer)
+            row |= summary(name, steps, args)
         write(args.out, result)
+        if "absent" in row:
+            break
     process.join()
 
 
@@ -212,7 +210,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4, help="forward and backward passes of a step (default: 4)")
     parser.add_argument("--states", choices=["int8", "fp32"], default="int8", help="fp32: float32 weights as well")
     parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
-    parser.add_argument("--profile", action="store_true", help="a step more, under torch's profiler: a table beside OUT")
+    parser.add_argument("--profile", action="store_true", help="a step more, under torch's profiler: its kernels")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu/train.json"))
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
