@@ -15,8 +15,8 @@ rounds for 128 bits of which one would use 16.
 256 codes each means a number in [-1, 1]: 7 decades, the i-th cut into 2^i equal pieces whose middles the codes are, mirrored
 for negative numbers; where there are none, twice as many pieces; then 0 and 1. So a number's code needs no search in the
 table, which costs eight dependent loads: its decade is three comparisons, its piece in it a multiplication. Still it is
-arithmetic that bounds the step, not memory: 1,090 instructions for 256 numbers on an H100, 35 ms for 7.6 B parameters where
-the traffic takes 25 (counted in the machine code; not yet measured).
+arithmetic that bounds the step, not memory: 1,090 instructions for 256 numbers on an H100 are 35 ms for 7.6 B parameters, and
+the traffic is 25; measured: 40 alone, 45 in a training step.
 
 Bytes a parameter with bf16 weights: 10 with codes (p, grad, m, v → p, m, v), 14 with bf16 moments; the sum 6.
 """

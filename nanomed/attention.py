@@ -15,7 +15,6 @@ long again as the attention itself (windows of 4,096, 64 entries, 7 documents). 
 looking waits for nothing, how many pieces there are and how long the longest is.
 """
 
-import contextlib
 import importlib.metadata
 import warnings
 from itertools import pairwise
@@ -26,10 +25,15 @@ from torch import Tensor
 _CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
 flash_attn_4 = None
 if (9, 0) <= _CAPABILITY < (12, 0):
-    with contextlib.suppress(ImportError):  # a missing package is one
+    try:
         importlib.metadata.version("flash-attn-4")  # flash-attn 2 brings an older folder of the same name
-        from flash_attn.cute import interface as flash_attn_4  # compiled at the first step, ten seconds
-    warnings.filterwarnings("ignore", "Argument aux_data")  # its compiler's, about an argument that is not used
+        from flash_attn.cute import interface as flash_attn_4  # compiles for seconds at its first call
+
+        warnings.filterwarnings("ignore", "Argument aux_data")  # its compiler's, about an argument that is not used
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    except (ImportError, OSError) as error:
+        warnings.warn(f"flash-attn-4 is installed and cannot be imported ({error}): attention is torch's own", stacklevel=1)
 TILE_SCORES = 1 << 20  # heads · queries · keys of a tile on the CPU, roughly: they stay in its cache
 
 
@@ -74,13 +78,14 @@ def _launch(cu_seqlens: Tensor, extent: Tensor, window: int) -> tuple[Tensor, in
     return cu_seqlens[: n_docs + 1], longest, window - 1
 
 
-def _has_flash_attn_4(q: Tensor) -> bool:
-    tuned = flash_attn_4 is not None and q.shape[-1] in (64, 96, 128)
-    return tuned and not torch.are_deterministic_algorithms_enabled()  # torch's is known to repeat its bits then
+def takes_flash_attn_4(dtype: torch.dtype, head_dim: int) -> bool:
+    """Is it there, and for such heads? Deterministic runs keep torch's, which is known to repeat its bits."""
+    fits = dtype in (torch.bfloat16, torch.float16) and head_dim in (64, 96, 128)
+    return flash_attn_4 is not None and fits and not torch.are_deterministic_algorithms_enabled()
 
 
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int, left: int) -> tuple[Tensor, Tensor]:
-    if _has_flash_attn_4(q):
+    if takes_flash_attn_4(q.dtype, q.shape[-1]):
         return flash_attn_4._flash_attn_fwd(q, k, v, return_lse=True, **_flash_4_arguments(borders, longest, left))[:2]
     y, lse, *_ = torch.ops.aten._flash_attention_forward(  # what torch.nn.attention.varlen is made of
         q, k, v, borders, borders, longest, longest, 0.0, left < 0, False, window_size_left=left, window_size_right=0
@@ -89,7 +94,7 @@ def _flash_forward(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: in
 
 
 def _flash_backward(dy, q, k, v, y, lse, borders: Tensor, longest: int, left: int) -> tuple[Tensor, Tensor, Tensor]:
-    if _has_flash_attn_4(q):
+    if takes_flash_attn_4(q.dtype, q.shape[-1]):
         return flash_attn_4._flash_attn_bwd(q, k, v, y, dy, lse, **_flash_4_arguments(borders, longest, left))[:3]
     no_dropout = q.new_empty(2, dtype=torch.uint64), q.new_empty(0)
     return torch.ops.aten._flash_attention_backward(
@@ -99,6 +104,7 @@ def _flash_backward(dy, q, k, v, y, lse, borders: Tensor, longest: int, left: in
 
 
 def _flash_4_arguments(borders: Tensor, longest: int, left: int) -> dict:
+    """What both of its functions are told; left: as `_launch` has it."""
     return dict(
         cu_seqlens_q=borders, cu_seqlens_k=borders, max_seqlen_q=longest, max_seqlen_k=longest,
         causal=True, window_size_left=None if left < 0 else left, window_size_right=0,

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanomed import batches
-from nanomed.attention import flash_attn_4
+from nanomed.attention import takes_flash_attn_4
 from nanomed.config import Config, has_bf16_hardware
 from nanomed.devices import bf16_peak
 from nanomed.files import write_durably
@@ -67,7 +67,7 @@ def print_start(config: Config, world: World, model: Decoder, stream: Stream, va
     print0(f"run     {n_steps:,} steps x {config.batch_tokens:,} tokens = {total / epoch:.2f} epochs, windows of {config.seq_len}")
     if config.steps is None:
         print0(f"        the last {stream.start_of(config.epochs) - total:,} tokens fill no step and are dropped")
-    how = f"{config.kernels} kernels{', flash-attn-4' if flash_attn_4 else ''}"
+    how = f"{config.kernels} kernels{', flash-attn-4' * takes_flash_attn_4(config.dtype, model.config.head_dim)}"
     print0(f"device  {world.size} x {world.device.type}, {config.micro_batch} windows in a forward pass, {how}")
     print0(
         f"FLOPs   {flops_per_token(model):,} per token (6 x parameters in matrix products) + {attention_flops(model):,} x "

@@ -10,7 +10,7 @@ formulas in the docstrings. It takes train.py's flags and shows every regime of 
 What is checked, and what is assumed. Everything but the last row of the memory table is held, within 10 %, to bytes counted
 while the real training step runs on tensors that have a shape and no memory (tests/test_plan.py): one process and
 FSDP, each recompute mode. Assumptions: the context, the allocator's slack, and the share of the peak (--mfu) that speed is
-computed from. On one H100 two peaks were measured, within 1 % of the sum without context and slack, and 54 to 56 % of its peak
+computed from. On one H100 two peaks were measured, within 1 % of the sum without context and slack, and 54 to 56 % MFU
 (tests/bench/README.md); several GPUs have no such check.
 """
 

@@ -77,13 +77,18 @@ def test_the_gpu_benchmark_runs_here_and_what_was_measured_survives_a_kill(tmp_p
     script, out = ROOT / "tests" / "bench" / "train_gpu.py", tmp_path / "train.json"
     flags = ["--device", "cpu", "--models", "tiny", "--states", "fp32", "--seq-len", "128", "--out", str(out)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, script, *flags, "--steps", "4"], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, *flags, "--steps", "4", "--profile"], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     ours, peer = result["rows"]
     assert result["finished"]
     assert ours["steps"] == peer["steps"] == 4
     assert ours["losses"] == pytest.approx(peer["losses"], rel=1e-3)
+    for row in (ours, peer):
+        dearest = [kernel["ms"] for kernel in row["kernels_of_a_step"]]
+        assert dearest == sorted(dearest, reverse=True)
+        assert dearest[0] > 0
+        assert min(row["seconds"]) > 0
     out.unlink()
     process = subprocess.Popen([sys.executable, script, *flags, "--steps", "100000", "--sides", "ours"], env=env,
                                stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip

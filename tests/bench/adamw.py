@@ -19,6 +19,7 @@ import torch
 from nanomed import first_line
 from nanomed.kernels import adamw, timing
 from nanomed.lowbit import LowbitAdamW
+from nanomed.versions import versions
 
 D, F, KV = 3584, 18944, 512
 SHAPES = [(D, D), (KV, D), (KV, D), (D, D), (F, D), (F, D), (D, F)]
@@ -86,6 +87,7 @@ def main() -> None:
     result = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
+        "versions": versions("triton", "torchao"),
         "date": datetime.date.today().isoformat(),
     }
     result |= {"parameters": n_params, "copy_bytes_s": copy, "rows": []}

@@ -190,7 +190,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/faults"))
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    mine, settings = {"faults": args.faults, "seed": args.seed, "commit": git_commit()}, args.work / "settings.json"
+    mine = {"faults": args.faults, "seed": args.seed, "commit": git_commit()}
+    settings = args.work / "settings.json"
     if any(args.work.iterdir()) and (not settings.exists() or json.loads(settings.read_text()) != mine):
         raise SystemExit(f"error: {args.work}: was begun with other settings or another commit; remove it, or name another --work")
     settings.write_text(json.dumps(mine))
@@ -214,7 +215,7 @@ def main() -> None:
     print(f"{'all':32} {total[0]} of {total[1]}; {n_steps} losses and the model bit-identical: {same}")
     report = {
         "device": cpu_name(), "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "ranks": N_RANKS, "backend": "gloo", "seed": args.seed, "steps": n_steps, "launches": len(lines),
+        "commit": mine["commit"], "ranks": N_RANKS, "backend": "gloo", "seed": args.seed, "steps": n_steps, "launches": len(lines),
         "median_seconds_a_launch": statistics.median(line["seconds"] for line in lines),
         "killed_after_20_s": sum(line["forced"] for line in lines),
         "skipped_steps": len(skipped), "bit_identical": same, "survived": total[0], "faults": total[1], "table": result,

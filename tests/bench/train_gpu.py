@@ -54,7 +54,7 @@ class Queued(NamedTuple):
 def run_side(side: str, name: str, args, pipe) -> None:
     """In a process of its own: after every step a Step, or the reason why there is none.
 
-    As in train.py a step is waited for only when the next one is queued: the device always has work.
+    A step is waited for when the next one is queued, so that the device need not wait for the host. (train.py waits every ten.)
     """
     try:
         c = shape_of(name)
@@ -69,7 +69,9 @@ def run_side(side: str, name: str, args, pipe) -> None:
         if args.profile:
             activity = torch.profiler.ProfilerActivity  # of the CPU none: an op's time is its kernels', listed once more
             with torch.profiler.profile(activities=[getattr(activity, args.device.upper())], acc_events=True) as profiler:
-                wait(queue_step(args.steps, c, made, args).done)
+                queue_step(args.steps, c, made, args)
+                if args.device == "cuda":
+                    torch.cuda.synchronize()
             pipe.send(kernels(profiler, f"self_{'device' if args.device == 'cuda' else 'cpu'}_time_total"))
     except Exception as error:  # out of memory or a missing package is a result, too
         pipe.send(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
@@ -95,9 +97,13 @@ def queue_step(step: int, c, made, args) -> Queued:
 
 def report(queued: Queued, last: torch.cuda.Event | float, pipe) -> torch.cuda.Event | float:
     """Wait for a step and send what is known of it; `last`: when the one before was through. Returns when this one was."""
-    cuda = wait(queued.done)
-    peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if cuda else (0, 0)
-    seconds = last.elapsed_time(queued.done) / 1e3 if cuda else queued.done - last
+    peaks = (0, 0)
+    if isinstance(queued.done, torch.cuda.Event):
+        queued.done.synchronize()
+        peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        seconds = last.elapsed_time(queued.done) / 1e3
+    else:
+        seconds = queued.done - last
     pipe.send(Step(seconds, queued.loss.item(), queued.len2, *peaks, queued.graphs))
     return queued.done
 
@@ -109,14 +115,6 @@ def now(device: str) -> torch.cuda.Event | float:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
-
-
-def wait(moment: torch.cuda.Event | float) -> bool:
-    """Wait for a device's moment. Was it one?"""
-    if isinstance(moment, float):
-        return False
-    moment.synchronize()
-    return True
 
 
 def kernels(profiler, clock: str) -> list[dict]:
@@ -175,10 +173,10 @@ def measure(side: str, name: str, args, result: dict) -> None:
         except EOFError:
             process.join()
             answer = f"the process ended with status {process.exitcode}"
-        if isinstance(answer, str):
-            row["absent"] = answer
-        elif i == args.steps:
+        if i == args.steps:
             row["kernels_of_a_step"] = answer
+        elif isinstance(answer, str):
+            row["absent"] = answer
         else:
             steps.append(answer)
             row |= summary(name, steps, args)
