@@ -1,6 +1,6 @@
 """The paper in miniature: from a crawl to a merged specialist and its report, on a laptop, by the project's own scripts.
 
-    python -m nanomed.miniature --out runs/miniature-paper          ten minutes and 0.7 GB on two CPU cores
+    python -m nanomed.miniature --out runs/miniature-paper          sixteen minutes and 0.7 GB on two CPU cores
     python -m nanomed.miniature --out runs/miniature-fast --fast    three on one: shows the order, for tests
 
 world       data/miniature_paper.py: the texts, and the examination
