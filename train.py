@@ -47,6 +47,7 @@ def train(config: Config, world: World) -> None:
     with torch.device("meta"):  # described on no device; then cut over the ranks, then filled
         model = Decoder(inputs.model_config, config.dtype, kernels(config.kernels))
     files = hf.check_weights(model, inputs.source)
+    weights.source_dtypes(model, inputs.source)  # one that cannot be written would show after the training
     with claim_folder(out, config, identity, world):
         run(config, world, inputs, model, files)
 
@@ -70,7 +71,7 @@ def run(config: Config, world: World, inputs: Inputs, model: Decoder, files: dic
     print_start(config, world, model, stream, vals, n_steps)
     metrics = Metrics(out, config, world, model, stream, step, n_steps)
     loader = batches.prefetch(stream, shape, range(step, n_steps), windows, world.rank, world.size)
-    n_micro = -(-windows // (config.micro_batch * world.size))
+    n_micro = batches.n_micro_batches(shape, windows, world.size)
     with closing(StopSignal(world)) as stop, closing(metrics), loader, parallel.no_garbage_collection():
         try:
             # Step 0 is also the smoke test: what is wrong with data or weights shows before a step is spent.

@@ -223,7 +223,7 @@ def draw(result: dict, path: Path) -> None:
         box = dict(facecolor="white", edgecolor="none", pad=1)  # or the roofline would cross the figure
         axes.bar_label(bars, fmt="%.0f %%", padding=3, fontsize=8, bbox=box)
         axes.axvline(100, color="black", linewidth=1, zorder=0)
-        axes.set_xlim(0, max(115, *(1.15 * x for x in of_floor)))
+        axes.set_xlim(0, max([115, *(1.15 * x for x in of_floor)]))
         axes.invert_yaxis()
         axes.set_title(f"{key[0]}, {key[1]}, {key[2]:,} tokens", fontsize=9)
         axes.tick_params(labelsize=8)

@@ -10,8 +10,6 @@ import torch
 
 from . import common, linear_cross_entropy, norm_rope, rms_norm, rope, swiglu
 
-NAMES = ("triton", "liger", "torch")
-
 
 @dataclass(frozen=True)
 class Kernels:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nanomed import InputError, hf, run_script
 from nanomed.files import read_json
-from nanomed.kernels.linear_cross_entropy import IGNORED
+from nanomed.kernels.cross_entropy import IGNORED
 from nanomed.prefetch import Prefetch
 from nanomed.stream import Stream, open_sources
 
@@ -99,6 +99,11 @@ def pack_documents(documents: list[list[int]]) -> Batch:
     return Batch(tokens, torch.full_like(tokens, IGNORED), positions, cu_seqlens, extent, int((lengths**2).sum()))
 
 
+def n_micro_batches(shape: Shape, windows: int, world: int) -> int:
+    """Of every rank in a step of `windows` windows."""
+    return -(-windows // (shape.micro_batch * world))
+
+
 def train_batches(stream: Stream, shape: Shape, step: int, windows: int, rank: int, world: int) -> Iterator[Batch]:
     """One rank's batches of a step of `windows` windows, in order; on every rank the same number.
 
@@ -106,7 +111,7 @@ def train_batches(stream: Stream, shape: Shape, step: int, windows: int, rank: i
     on seven GPUs after it has lost the eighth.
     """
     first, stop = step * windows, (step + 1) * windows
-    for micro in range(rank, -(-windows // (shape.micro_batch * world)) * world, world):
+    for micro in range(rank, n_micro_batches(shape, windows, world) * world, world):
         yield pack(stream, first + micro * shape.micro_batch, shape, stop * shape.seq_len)
 
 
@@ -158,6 +163,8 @@ def prefetch(stream: Stream, shape: Shape, steps: range, windows: int, rank: int
 def show(run: Path, step: int) -> None:
     """Print the windows of a run's step (counted from 1, as in metrics.jsonl), every document piece with its origin."""
     config = read_json(run / "config.json")
+    if "recipe" not in config:
+        raise InputError(f"--run {run}: not a run's folder; give the --out of train.py")
     length, windows = config["seq_len"], config["batch_tokens"] // config["seq_len"]
     stream = Stream(open_sources(config["data"]), config["seed"], vocab_size=2**32)
     tokenizer = Tokenizer.from_file(str(hf.fetch(config["init"]) / "tokenizer.json"))

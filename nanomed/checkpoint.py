@@ -1,6 +1,6 @@
 """Atomic, asynchronous checkpoints: written beside the training, marked DONE last, the newest K kept.
 
-`save` copies weights and AdamW's moments to the CPU (the only time training waits), and threads of torch's distributed
+`save` copies weights and AdamW's moments to the CPU (training waits for that, and for a checkpoint still being written), and threads of torch's distributed
 checkpoint, of the lowest priority, write every rank's own rows to disk. When all ranks have finished and synced, such a
 thread of rank 0 writes DONE, whatever may have become of the training. Only a folder with DONE counts; older ones are
 removed only after it. So a kill at any moment costs the steps since the newest DONE and nothing else. The rows are cut anew
@@ -116,7 +116,7 @@ class Checkpointer:
 
     def _verify(self, path: Path) -> None:
         """ValueError if a file is not the one that was written; each rank looks at its share of them."""
-        digests = json.loads((path / "DONE").read_text() or "{}")
+        digests = json.loads((path / "DONE").read_text())
         for name in sorted(digests)[self.world.rank :: self.world.size]:
             if sha256(path / name) != digests[name]:
                 raise ValueError(f"{name} is not what was written")

@@ -149,7 +149,7 @@ FREE_FIELDS = frozenset(
         "tensorboard",
         "wandb",
     ]
-)  # data and val are held to the contents of the bins, not to their paths
+)  # data and val are held to the contents of the bins, not to their paths (runs.check_run)
 
 
 def has_bf16_hardware() -> bool:
@@ -217,6 +217,11 @@ def parse_without_data(argv: list[str]) -> Config:
         args=argv,
         prog="train.py",
     )
+    if config.init != base.init and not any(arg == "--recipe" or arg.startswith("--recipe=") for arg in argv):
+        raise InputError(
+            f"--init {config.init}: name the --recipe to start from, too ({', '.join(RECIPES)}); without one the settings are "
+            f"the miniature's, a learning rate of {base.lr:g} among them"
+        )
     return validated(
         dataclasses.replace(
             config,

@@ -39,7 +39,7 @@ GPUS = {  # a longer name before the shorter one that it contains
 
 def bf16_peak(driver_name: str) -> float | None:
     """Dense bf16 FLOP/s of the device a driver calls so ("NVIDIA H100 80GB HBM3"); None where that would be a guess."""
-    if "Laptop" in driver_name or "MIG" in driver_name:
+    if "Laptop" in driver_name or "MIG" in driver_name or driver_name.endswith(" D"):  # the last: smaller ones, for China
         return None
     return next((gpu.bf16_flops for name, gpu in GPUS.items() if re.search(rf"\b{name}\b", driver_name)), None)
 

@@ -31,12 +31,12 @@ REGIMES = (  # from the most exact to the leanest
 )
 
 
-def activation_bytes(c: ModelConfig, n: int, recompute: str, element: int = 2) -> int:
-    """What the forward pass keeps for the backward, in bytes, without the loss; n tokens of `element` bytes a number.
+def activation_bytes(c: ModelConfig, n: int, recompute: str) -> int:
+    """What the forward pass keeps for the backward, in bytes, without the loss; n tokens of bf16.
 
     A block keeps (D hidden, Q and K all query and key heads, F intermediate; numbers a token):
         none        4 D (input, sum, two norms) + 2 Q + 2 K (attention's inputs and result) + 3 F (gate, up, product)
-                    and three rows of float32: two norms' 1 / rms, attention's log-sum-exp (that on GPUs only);
+                    and in float32 two norms' 1 / rms (attention's log-sum-exp, 4 Q / head_dim on a GPU, is left out);
                     where queries and keys are normed, these before it as well: Q + K
         selective   D (input) + results of the products: 2 D + Q + 2 K + 2 F, and of attention: Q
         full        D (input)
@@ -45,11 +45,11 @@ def activation_bytes(c: ModelConfig, n: int, recompute: str, element: int = 2) -
     """
     q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     block = {
-        "none": element * (4 * c.hidden_size + (2 + c.qk_norm) * (q + k) + 3 * c.intermediate_size) + 8,
-        "selective": element * (3 * c.hidden_size + 2 * q + 2 * k + 2 * c.intermediate_size),
-        "full": element * c.hidden_size,
+        "none": 2 * (4 * c.hidden_size + (2 + c.qk_norm) * (q + k) + 3 * c.intermediate_size) + 8,
+        "selective": 2 * (3 * c.hidden_size + 2 * q + 2 * k + 2 * c.intermediate_size),
+        "full": 2 * c.hidden_size,
     }[recompute]
-    return n * (c.num_hidden_layers * block + element * c.hidden_size + 4 * c.head_dim + 32)
+    return n * (c.num_hidden_layers * block + 2 * c.hidden_size + 4 * c.head_dim + 32)
 
 
 def kept_cast_bytes(c: ModelConfig, regime: Regime, shards: int, recompute: str) -> int:

@@ -88,7 +88,7 @@ class Metrics:
         self._rows, self._values, self._len2 = [], [], 0
         self._start, self._wait_s = time.perf_counter(), 0.0
         self.bar = tqdm(total=n_steps, initial=step, unit="step", disable=not world.first(), dynamic_ncols=True)
-        self._sinks = _sinks(out, config) if world.first() else []
+        self._sinks = _sinks(out, config, step) if world.first() else []
         validated = [self._keep_until(step) if world.first() else None]
         dist.broadcast_object_list(validated, src=0, group=world.slow)
         self.validated: bool = validated[0]  # are the validation figures of this first step there already?
@@ -149,7 +149,8 @@ class Metrics:
     def validation(self, step: int, results: dict[str, float]) -> None:
         """One line with all validation figures of a step, to the file and above the bar."""
         if results and self.world.first():
-            self._write([{"step": step, "tokens": step * self.config.batch_tokens, **results}])
+            finite = {key: _or_none(value) for key, value in results.items()}
+            self._write([{"step": step, "tokens": step * self.config.batch_tokens, **finite}])
             shown = "  ".join(f"{k.removeprefix('val_')} {v:.4f}" for k, v in results.items())
             self.bar.write(f"step {step:>6}  {shown}", file=sys.stderr)
 
@@ -209,13 +210,13 @@ def _peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _sinks(out: Path, config: Config) -> list:
-    """TensorBoard and W&B as functions of a row, where they were asked for."""
+def _sinks(out: Path, config: Config, step: int) -> list:
+    """TensorBoard and W&B as functions of a row, where they were asked for; step: the last that counts."""
     sinks = []
     if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(out / "tensorboard")
+        writer = SummaryWriter(out / "tensorboard", purge_step=step + 1)  # what a killed run wrote beyond is not shown
         sinks.append(lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items() if v is not None])
     if config.wandb:
         import wandb

@@ -178,7 +178,7 @@ class Decoder(nn.Module):
         return self
 
     def rope_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:  # (N,) -> (N, 1, head_dim / 2) twice
-        """cos and sin of every token's angles, float32; computed once a step and shared by all layers."""
+        """cos and sin of every token's angles, float32; computed once a forward pass and shared by all layers."""
         angle = positions[:, None] * rope_frequencies(self.config, positions.device)
         return angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
 

@@ -2,7 +2,7 @@
 
     python -m nanomed.plan --recipe qwen2.5-7b --gpus 1 --gpu h100
     python -m nanomed.plan --recipe mistral-small-24b --gpus 8 --gpu h200 --price 3.5 --micro-batch 2
-    python -m nanomed.plan --init runs/x/hf --data bins/finemed-de --gpus 4 --gpu a100     another model, your own bins
+    python -m nanomed.plan --recipe mistral-7b --init runs/x/hf --data bins/finemed-de --gpus 4     another model, your own bins
 
 No GPU and no network: the model's shape comes from nanomed.shapes or a folder's config.json, the rest is arithmetic, its
 formulas in the docstrings. It takes train.py's flags and shows every regime of precision side by side.

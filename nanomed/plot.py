@@ -28,7 +28,8 @@ def plot_curves(run: Path) -> Path:
     rows = read_metrics(run / "metrics.jsonl")
     train = [r for r in rows if "loss" in r and not r.get("skipped")]
     skipped = [r["tokens"] / 1e6 for r in rows if r.get("skipped") is True]
-    names = list(dict.fromkeys(k[4:-4] for r in rows for k in r if k.startswith("val_") and k.endswith("_bpb")))
+    measured = [key for r in rows for key, value in r.items() if key.endswith("_bpb") and value is not None]  # null: not finite
+    names = list(dict.fromkeys(key.removeprefix("val_").removesuffix("_bpb") for key in measured))
     figure, (left, right) = canvas(11, 4, columns=2)
     if train:
         tokens, loss = np.array([r["tokens"] / 1e6 for r in train]), np.array([r["loss"] for r in train])
@@ -38,7 +39,9 @@ def plot_curves(run: Path) -> Path:
     for i, tokens in enumerate(skipped):
         left.axvline(tokens, color="tab:red", lw=0.6, alpha=0.5, label="" if i else f"skipped: {len(skipped)}")
     for name in names:
-        points = [(r["tokens"] / 1e6, r[f"val_{name}_loss"], r[f"val_{name}_bpb"]) for r in rows if f"val_{name}_bpb" in r]
+        points = [
+            (r["tokens"] / 1e6, r[f"val_{name}_loss"], r[f"val_{name}_bpb"]) for r in rows if r.get(f"val_{name}_bpb") is not None
+        ]
         tokens, loss, bpb = map(np.array, zip(*points, strict=True))
         left.plot(tokens, loss, marker="o", ms=3, label=name)
         right.plot(tokens, 100 * (bpb / bpb[0] - 1), marker="o", ms=3, label=f"{name}: {bpb[0]:.3f} → {bpb[-1]:.3f}")

@@ -65,6 +65,9 @@ def check_run(out: Path, config: Config, identity: dict) -> None:
     for key, old in about.get("identity", {}).items():
         if key in ("data", "tokenizer_sha256") and old != json.loads(json.dumps(identity))[key]:
             raise InputError(f"--out {out}: the run began on other data ({key} differs); a run cannot change its data")
+    for name, old in about.get("identity", {}).get("val", {}).items():  # its curve would be of two sets
+        if identity["val"].get(name, old) != json.loads(json.dumps(old)):
+            raise InputError(f"--out {out}: --val {name} was another set when the run began; give the new one another name")
 
 
 def create_run(out: Path, config: Config, identity: dict, device: torch.device) -> int:
@@ -87,7 +90,8 @@ def _describe(out: Path, config: Config, identity: dict, device: torch.device) -
     run = {
         "identity": identity,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "versions": versions("numpy", "flash-attn-4") | {"torch": torch.__version__},  # with its CUDA
+        "versions": versions("numpy", "triton", "torchao", "liger-kernel", "flash-attn-4")
+        | {"torch": torch.__version__},  # with its CUDA
         "git_commit": git_commit(),
     }
     write_durably(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))

@@ -33,7 +33,8 @@ def tokenizer_sha256(tokenizer_json: dict | Path) -> str:
     """
     spec = read_json(tokenizer_json) if isinstance(tokenizer_json, Path) else tokenizer_json
     if not isinstance(spec.get("model"), dict):
-        raise InputError("tokenizer.json has no model; expected that of a Hugging Face fast tokenizer")
+        where = tokenizer_json if isinstance(tokenizer_json, Path) else "tokenizer.json"
+        raise InputError(f"{where}: has no model; expected that of a Hugging Face fast tokenizer")
     # In a model null, "" and false all mean "unused" (transformers 5 turns null affixes into ""). `is`: an id may be 0.
     model = {key: value for key, value in spec["model"].items() if not (value is None or value is False or value == "")}
     if "merges" in model:

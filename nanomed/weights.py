@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from nanomed import shards
+from nanomed import InputError, shards
 from nanomed.files import read_json, sync
 from nanomed.hf import CARRIED, find_weights
 from nanomed.parallel import World
@@ -106,7 +106,9 @@ def source_dtypes(model: nn.Module, source: Path) -> dict[str, torch.dtype]:
     if not files:
         raw = read_json(source / "config.json")
         named = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
-        return dict.fromkeys(dict(model.named_parameters()), getattr(torch, named))
+        if (dtype := getattr(torch, named, None)) not in DTYPE_NAMES:
+            raise InputError(f"{source / 'config.json'}: dtype {named}, expected one of {', '.join(map(str, DTYPE_NAMES))}")
+        return dict.fromkeys(dict(model.named_parameters()), dtype)
     handles = {file: shards.open_safetensors(file) for file in set(files.values())}
     return {name: DTYPES[handles[file].get_slice(name).get_dtype()] for name, file in files.items()}
 

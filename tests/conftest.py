@@ -119,7 +119,7 @@ class Tiny:
 
     def flags(self, out: Path, **changes) -> list[str]:
         """Command line of a 20-step run; changes override or add flags, None removes one."""
-        flags = dict(init=self.model, data=self.train, val=f"med={self.val}", out=out, steps=20, seq_len=32,
+        flags = dict(recipe="miniature", init=self.model, data=self.train, val=f"med={self.val}", out=out, steps=20, seq_len=32,
                      precision="fp32", batch_tokens=256, micro_batch=2, lr=1e-2,
                      warmup_steps=2, checkpoint_every=5, eval_every=10)  # fmt: skip
         flags |= changes

@@ -44,6 +44,7 @@ from refusals import fixture_refused, hash_of  # noqa: F401
         ({"data": "nowhere@much"}, ["--data nowhere@much", "share"]),
         ({"data": "nowhere@inf"}, ["--data nowhere@inf", "share"]),
         ({"init": "./nowhere"}, ["--init ./nowhere", "neither a local folder nor a hub id"]),
+        ({"recipe": None}, ["--init", "name the --recipe", "0.003"]),
         ({"init": "nobody/nowhere"}, ["--init nobody/nowhere", "no such local folder", "hub"]),
     ],
     ids=str,
@@ -183,6 +184,8 @@ BROKEN_MODELS = {
                             ["model.safetensors", NORM, "missing"]),
     "index": (lambda f: (f / "model.safetensors.index.json").write_text("{"), ["model.safetensors.index.json", "JSON"]),
     "empty index": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), ["index.json", "weight_map"]),
+    "dtype without weights": (lambda f: (change_config(f, dtype="float64"), (f / "model.safetensors").unlink()),
+                              ["config.json", "dtype float64", "bfloat16"]),
     "truncated": (lambda f: cut(f / "model.safetensors", 100), ["model.safetensors", "whole"]),
     "truncated header": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 4), ["model.safetensors", "whole"]),
 }  # fmt: skip

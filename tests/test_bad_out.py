@@ -49,6 +49,13 @@ def test_the_folder_of_a_run_on_other_data(tiny, finished, tmp_path, refused):
     refused(tiny.flags(finished, data=f"{tiny.train}@0.5"), finished, "other data")
 
 
+def test_the_name_of_another_validation_set(tiny, finished, refused, monkeypatch, capsys):
+    """Its curve would be of two sets; a new name may come at any time."""
+    refused(tiny.flags(finished, val=f"med={tiny.train}"), finished, "--val med", "another name")
+    trained(monkeypatch, [*tiny.flags(finished), "--val", f"new={tiny.train}"])
+    assert "this run is finished" in capsys.readouterr().err
+
+
 def test_the_same_data_elsewhere_is_the_same_run(tiny, finished, tmp_path, monkeypatch, capsys):
     moved = shutil.copytree(tiny.train, tmp_path / "moved")
     trained(monkeypatch, tiny.flags(finished, data=moved, keep=7))

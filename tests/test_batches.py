@@ -154,6 +154,12 @@ def test_steps_count_from_1(monkeypatch):
         batches.main()
 
 
+def test_show_wants_a_runs_folder(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(InputError, match="not a run's folder"):
+        batches.show(tmp_path, 1)
+
+
 def test_two_threads_find_the_same_epochs():
     """After a resume beyond what --epochs has counted, the thread that packs and the training ask at once."""
     for seed in range(5):

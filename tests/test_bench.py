@@ -98,6 +98,7 @@ def test_the_report_shows_what_was_measured_and_who_was_absent(tmp_path):
     rows = [
         row | {"provider": "ours", "forward": part, "backward": part, "both": part},
         row | {"provider": "quack", "absent": "not installed"},
+        row | {"op": "rope", "provider": "ours", "absent": "out of memory"},  # of an operation that nobody did
     ]
     result = {"machine": MACHINE, "rows": rows}
     text = bench.as_text(result)

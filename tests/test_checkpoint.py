@@ -25,6 +25,7 @@ DAMAGE = {
     "half a file": lambda folder: os.truncate(next(folder.glob("*.distcp")), 20_000),
     "no index": lambda folder: (folder / ".metadata").unlink(),
     "DONE": lambda folder: (folder / "DONE").write_text("{"),
+    "an empty DONE": lambda folder: (folder / "DONE").write_text(""),
 }
 
 

@@ -17,6 +17,7 @@ from nanomed.guard import Verdict
 from nanomed.hf import ModelConfig
 from nanomed.metrics import Metrics, attention_flops, flops_per_token, peak_flops
 from nanomed.model import Decoder
+from nanomed.plot import plot_curves
 from nanomed.prefetch import Prefetch
 
 V, D, F, LAYERS, H, K, HEAD = 50, 24, 40, 3, 4, 2, 16
@@ -61,6 +62,8 @@ def test_attention_flops_equal_half_of_the_dense_products():
         ("NVIDIA B200", 2250e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 4090 D", None),
         ("NVIDIA GeForce GTX 1080", None),
         ("Some GPU of next year", None),
     ],
@@ -99,14 +102,15 @@ def add_steps(m: Metrics, steps, wait_s=0.0):
 def test_rows_are_whole_and_unrounded(world, tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "peak_flops", lambda *_: 1e12)
     m = metrics_of(tmp_path, world)
-    m.validation(0, {"val_med_loss": 1 / 3, "val_med_bpb": 0.1})
+    m.validation(0, {"val_med_loss": 1 / 3, "val_med_bpb": 0.1, "val_new_bpb": float("inf")})
     m.restart_clock()
     time.sleep(0.2)
     add_steps(m, [1, 2, 3])
     m.flush(0.0)  # nothing new: writes nothing
     m.close()
     first, *rows = rows_of(tmp_path)
-    assert first == {"step": 0, "tokens": 0, "val_med_loss": 1 / 3, "val_med_bpb": 0.1}
+    assert first == {"step": 0, "tokens": 0, "val_med_loss": 1 / 3, "val_med_bpb": 0.1, "val_new_bpb": None}
+    assert (tmp_path / "curves.svg") == plot_curves(tmp_path)  # what is not finite is not drawn
     assert [(r["step"], r["tokens"], r["lr"], r["grad_norm"]) for r in rows] == [(s, 100 * s, 0.5, 2.0) for s in (1, 2, 3)]
     assert rows[2]["loss"] == float(torch.tensor(1 / 3))
     seconds = 300 / rows[0]["tok_s"]  # one figure for the steps between two flushes
@@ -134,17 +138,23 @@ def test_each_log_gets_what_there_is_of_a_row(tmp_path, monkeypatch):
     """W&B's id is the folder's: a run that goes on is one run there, another of the same name another."""
     seen, begun = [], []
     writer = SimpleNamespace(add_scalar=lambda *call: seen.append(call))
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=lambda folder: writer))
+    monkeypatch.setitem(
+        sys.modules,
+        "torch.utils.tensorboard",
+        SimpleNamespace(SummaryWriter=lambda folder, purge_step: begun.append(purge_step) or writer),
+    )
     run = SimpleNamespace(log=lambda row, step: seen.append((row, step)))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **how: begun.append(how) or run))
     row = {"step": 3, "loss": 2.0, "mfu": None}
     for folder in ("a/run", "b/run", "a/run"):
-        for sink in metrics._sinks(tmp_path / folder, Config(tensorboard=True, wandb="project")):
+        for sink in metrics._sinks(tmp_path / folder, Config(tensorboard=True, wandb="project"), 2):
             sink(row)
+    assert begun[::2] == [3, 3, 3]  # a resumed run's TensorBoard goes on there
+    begun = begun[1::2]
     assert seen[:3] == [("step", 3, 3), ("loss", 2.0, 3), (row, 3)]
     assert [(how["project"], how["name"], how["resume"]) for how in begun] == [("project", "run", "allow")] * 3
     assert begun[0]["id"] == begun[2]["id"] != begun[1]["id"]
-    assert metrics._sinks(tmp_path, Config()) == []
+    assert metrics._sinks(tmp_path, Config(), 0) == []
 
 
 def test_an_unknown_device_has_no_mfu(world, tmp_path):
