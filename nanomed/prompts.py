@@ -15,13 +15,14 @@ from nanomed.tokenizer import token_content, tokenizer_config
 def read_prompts(path: Path) -> dict[str, list[dict]]:
     """id → messages, in the file's order: lines {"prompt": text} or {"messages": [...]}; without an id, the line's number.
 
-    InputError for a line without a prompt, or a duplicate id.
+    InputError for a line without a prompt, messages that do not end with the user's (a template would show the model the
+    answer), or a duplicate id.
     """
     prompts: dict[str, list[dict]] = {}
     for number, record in read_jsonl(path):
         messages = record.get("messages") or [{"role": "user", "content": record.get("prompt")}]
-        if not is_conversation(messages) or not messages[-1]["content"].strip():
-            raise InputError(f'{path}: line {number} is neither {{"prompt": text}} nor {{"messages": [...]}}')
+        if not is_conversation(messages) or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
+            raise InputError(f'{path}: line {number} is neither {{"prompt": text}} nor {{"messages": [..., the user\'s]}}')
         name = str(record.get("id", number))
         if name in prompts:
             raise InputError(f"{path}: line {number}: duplicate id {name!r}; answers are kept by id, so change one")

@@ -144,6 +144,16 @@ def test_bad_sources_end_in_one_line(tmp_path):
         run("mmmlu")
 
 
+def test_nothing_is_written_beside_the_questions_of_another_source(tmp_path):
+    mmlux(tmp_path / "m")
+    out = tmp_path / "out"
+    write_lines(out / "mmlu_de_mmlux_college_medicine.jsonl", [{"id": "another"}])
+    before = {path: path.read_text() for path in out.iterdir()}
+    with pytest.raises(InputError, match=r"college_medicine\.jsonl: exists already with other questions"):
+        convert.run(Namespace(source="mmlux", src=str(tmp_path / "m"), out=out))
+    assert {path: path.read_text() for path in out.iterdir()} == before
+
+
 def test_a_question_that_translation_broke_is_left_out_and_named(tmp_path, capsys):
     mmlux(tmp_path / "m")
     path = tmp_path / "m" / "hendrycks_anatomy_DE_test.jsonl"

@@ -1,6 +1,7 @@
 """judge and win rates: from answers to verdicts, and from verdicts to a rate with its interval."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -179,6 +180,8 @@ def test_the_length_controlled_rate_takes_length_out():
     assert low < 0.5 < high
     found = win_rate.summarise(worth, length_b + 1200, length_b)  # always longer: nothing was seen at equal lengths
     assert found["length_controlled"] is found["length_controlled_ci"] is None
+    found = win_rate.summarise(np.ones(48), np.full(48, 900), np.full(48, 300))  # nor if it always won
+    assert found["length_controlled"] is found["length_controlled_ci"] is None
 
 
 def test_intervals_resample_prompts():
@@ -190,4 +193,9 @@ def test_intervals_resample_prompts():
     ties = win_rate.summarise([0.5] * 12, list(range(12)), [5] * 12)
     half = (1 - 0.025 ** (1 / 12)) / 2  # as many prompts as may not be ties, all won or all lost
     assert ties["ci"] == ties["length_controlled_ci"] == [pytest.approx(0.5 - half), pytest.approx(0.5 + half)]
+    shares = [win_rate.share([True] * k + [False] * (48 - k)) for k in range(49)]
+    assert [share["value"] for share in shares] == pytest.approx([k / 48 for k in range(49)])
+    for less, more in pairwise(shares):  # an answer more with a failure never lowers a bound
+        assert less["ci"][0] < more["ci"][0]
+        assert less["ci"][1] < more["ci"][1]
     assert win_rate.geometric_ratio([2, 8], [1, 2])["value"] == pytest.approx(8**0.5)

@@ -178,6 +178,19 @@ def test_a_model_that_may_think_is_told_not_to_here_and_in_lm_eval(world, tmp_pa
     assert peer.apply_chat_template(hello) == render(folder, hello) == "<user>Hallo\n<assistant><think>\n\n</think>\n\n"
 
 
+def test_a_path_may_hold_what_ends_a_name(world, tmp_path):
+    for name in ("lr=1e-4", "merged"):
+        (tmp_path / name).symlink_to(world / "a")
+    for given, name, folder in (
+        (f"{tmp_path}/lr=1e-4", "lr=1e-4", "lr=1e-4"),
+        (f"mine={tmp_path}/lr=1e-4", "mine", "lr=1e-4"),
+        (f"t=0.5={tmp_path}/merged", "t=0.5", "merged"),
+    ):
+        assert knowledge.named_models([given]) == {name: (tmp_path / folder).resolve()}
+    with pytest.raises(InputError, match="MODEL no/such/model: neither"):
+        knowledge.named_models(["a=no/such/model"])
+
+
 def test_record_is_torn_by_nothing(tmp_path):
     data = write_jsonl(tmp_path / "d.jsonl", QUESTIONS)
     out = tmp_path / "run"

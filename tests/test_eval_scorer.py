@@ -112,19 +112,40 @@ def test_any_batch_size_gives_the_same(sides, kind):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_rolling_and_generating_as_the_hf_model(sides, kind):
+def test_generating_as_the_hf_model(sides, kind):
     ours, peer = sides[kind]
-    texts = [(" ".join(SENTENCES * k),) for k in (1, 14)]  # the second is longer than the context
-    assert len(ours.encode(texts[1])[texts[1][0]]) > ours.max_length
-    mine = ours.loglikelihood_rolling(instances("loglikelihood_rolling", texts))
-    theirs = peer.loglikelihood_rolling(instances("loglikelihood_rolling", texts), disable_tqdm=True)
-    assert mine == pytest.approx(theirs, abs=1e-3, rel=1e-6)
     asked = [(SENTENCES[i], {"until": ["\n\n"], "max_gen_toks": 12}) for i in range(2)]
     mine = ours.generate_until(instances("generate_until", asked))
     assert mine == peer.generate_until(instances("generate_until", asked), disable_tqdm=True)
     whole = mine[0]
     stop = {"until": [whole[3:5]], "max_gen_toks": 12}
     assert ours.generate_until(instances("generate_until", [(SENTENCES[0], stop)])) == [whole[: whole.index(whole[3:5])]]
+
+
+def test_a_text_without_context_begins_with_the_tokenizer_s_end_token_if_it_has_no_bos(sides, tmp_path):
+    """As Qwen's instruct models: of two end tokens the tokenizer's is not the smallest."""
+    ours, peer = sides["qwen2"]
+    write_tokenizer(tmp_path, bos=False)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "bos_token"}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 0]}))
+    other = HFLM(pretrained=peer.model, tokenizer=PreTrainedTokenizerFast.from_pretrained(tmp_path), max_length=512)
+    requests = instances("loglikelihood", [("", text) for text in TEXTS])
+    found = DecoderLM(ours.model, tmp_path, 256).loglikelihood(requests)
+    assert found == [(pytest.approx(p, abs=1e-4), greedy) for p, greedy in other.loglikelihood(requests, disable_tqdm=True)]
+    assert found != ours.loglikelihood(requests)
+
+
+def test_a_prompt_to_answer_loses_its_beginning_and_is_counted(sides):
+    ours, peer = sides["llama"]
+    texts = [" ".join(SENTENCES * k) for k in (1, 14)]
+    asked = instances("generate_until", [(text, {"until": ["\n\n"], "max_gen_toks": 12}) for text in texts])
+    lm = DecoderLM(ours.model, ours.folder, 256)
+    assert lm.generate_until(asked) == peer.generate_until(asked, disable_tqdm=True)
+    assert lm.cut == {texts[1]}
+    for n_tokens in (512, 600):  # nothing of the prompt would be left
+        with pytest.raises(InputError, match=f"answers of {n_tokens} tokens, but the model's context has 512"):
+            lm.generate_until(instances("generate_until", [(SENTENCES[0], {"max_gen_toks": n_tokens})]))
 
 
 def test_questions_that_begin_alike_are_found():
@@ -174,6 +195,8 @@ def test_what_the_scorer_does_not_do_is_refused(sides):
     for options in ({"do_sample": True}, {"temperature": 0.7}):
         with pytest.raises(InputError, match="greed"):
             ours.generate_until(instances("generate_until", [("Frage", options)]))
+    with pytest.raises(InputError, match="perplexity"):
+        ours.loglikelihood_rolling(instances("loglikelihood_rolling", [("Frage",)]))
     with pytest.raises(InputError, match="to score"):
         ours.loglikelihood(instances("loglikelihood", [("Frage", "")]))
     with pytest.raises(InputError, match="gen_prefix"):

@@ -63,6 +63,18 @@ def test_paired_bootstrap_uses_the_pairs():
     assert high - low < 0.04  # unpaired it would be 0.14
     delta, (low, high) = stats.paired_bootstrap(a, a)  # alike on 400: yet they may differ on 1 in 100
     assert (delta, low, high) == (0, pytest.approx(-high), pytest.approx(1 - 0.025 ** (1 / 400)))
+    unseen = 1 - 0.025 ** (1 / 20)  # right on all 20 that the other got wrong: yet the next may be another case
+    assert stats.paired_bootstrap(np.ones(20), np.zeros(20)) == (1, (pytest.approx(1 - 2 * unseen), 1))
+    delta, (low, high) = stats.paired_bootstrap(np.full(20, 0.5), np.ones(20))
+    assert (delta, low, high) == (-0.5, pytest.approx(-0.5 - unseen / 2), pytest.approx(-0.5 + 1.5 * unseen))
+
+
+def test_questions_are_told_apart_by_their_place():
+    """Not by their ids, which in a foreign data set may repeat; seeds of a question are one value."""
+    values = {0: [1, 0, 1], 1: [1, 1, 1]}
+    samples = [{"id": "same", "seed": seed, "correct": bool(x)} for seed, row in values.items() for x in row]
+    assert accuracy.per_question(samples).tolist() == [1, 0.5, 1]
+    assert accuracy.per_question(samples[:3]).tolist() == [1, 0, 1]
 
 
 def test_bootstrap_covers():

@@ -111,7 +111,8 @@ def test_a_task_of_another_layout_is_lm_eval_s_alone(world, tmp_path, monkeypatc
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "goals.parquet")
     config = {"task": "goals", "dataset_path": "parquet", "test_split": "test", "output_type": "multiple_choice",
               "dataset_kwargs": {"data_files": {"test": str(tmp_path / "goals.parquet")}}, "doc_to_text": "{{goal}}",
-              "doc_to_choice": "{{sol}}", "doc_to_target": "label", "fewshot_split": "test"}  # fmt: skip
+              "doc_to_choice": "{{sol}}", "doc_to_target": "label", "fewshot_split": "test",
+              "filter_list": [{"name": name, "filter": [{"function": "take_first"}]} for name in "ab"]}  # fmt: skip
     (tmp_path / "goals.yaml").write_text(yaml.safe_dump(config))
     argv = ("--tasks", "goals", "--task-path", tmp_path, "--shots", 1)
     run(monkeypatch, world / "a", *argv, "--out", tmp_path / "out")

@@ -109,7 +109,10 @@ def test_biomistrals_own_file_on_stand_ins_of_32_layers(tmp_path, tiny, monkeypa
 def test_linear_of_three_models(normalize, tmp_path, tiny, monkeypatch):
     base, one = make_pair(tmp_path / "1", tiny.model, dtype=torch.float32)
     _, two = make_pair(tmp_path / "2", tiny.model, dtype=torch.float32)
-    config = {"merge_method": "linear", "dtype": "float32", "parameters": {"normalize": normalize, "weight": [0.2, 0.6]},
+    template = json.loads((two / "tokenizer_config.json").read_text()) | {"chat_template": "of base_model"}
+    (two / "tokenizer_config.json").write_text(json.dumps(template))
+    config = {"merge_method": "linear", "dtype": "float32", "base_model": str(two),
+              "parameters": {"normalize": normalize, "weight": [0.2, 0.6]},
               "models": [{"model": str(base), "parameters": {"weight": 0.5}},
                          {"model": str(one), "parameters": {"weight": [{"filter": "mlp", "value": [0, 1]}]}},
                          {"model": str(two)}]}  # fmt: skip
@@ -119,6 +122,8 @@ def test_linear_of_three_models(normalize, tmp_path, tiny, monkeypatch):
     ours, theirs = tensors_of(tmp_path / "ours"), tensors_of(tmp_path / "theirs")
     assert (tmp_path / "c.yml").read_text().rstrip() in (tmp_path / "ours" / "README.md").read_text()
     assert ours.keys() == theirs.keys()
+    for side in ("ours", "theirs"):
+        assert json.loads((tmp_path / side / "tokenizer_config.json").read_text())["chat_template"] == "of base_model"
     for name in ours:
         assert (ours[name] - theirs[name]).norm() <= 1e-6 * theirs[name].norm(), name
 
@@ -171,6 +176,10 @@ def test_mergekits_own_failure_is_one_line(tmp_path, tiny, monkeypatch):
         ),
         ({"merge_method": "linear", "parameters": {"weight": 1, "normalize": [0, 1]}}, "a conditional normalize"),
         ({"models": [{"model": "a+lora"}, {"model": "b"}]}, "a model reference that is not a plain name"),
+        (
+            {"merge_method": "linear", "slices": [{"sources": [{"model": x} for x in "bc"]}], "parameters": {"weight": 1}},
+            "a base_model that is not its slice's",
+        ),
     ],
 )
 def test_what_is_left_to_mergekit(change, why, tmp_path):
@@ -186,6 +195,8 @@ def test_what_is_left_to_mergekit(change, why, tmp_path):
     one_slice = {"slices": [{"sources": config["models"][::-1], "base_model": "a"}]}
     path.write_text(yaml.safe_dump({key: config[key] for key in ("merge_method", "parameters")} | one_slice))
     assert mergekit_yaml.read_config(path).models == ["a", "b"]
+    path.write_text(yaml.safe_dump(config | {"models": [{"model": "a"}] * 2}))
+    assert mergekit_yaml.read_config(path).models == ["a", "a"]
     path.write_text(yaml.safe_dump(config | change))
     assert mergekit_yaml.read_config(path) == why
 

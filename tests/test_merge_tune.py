@@ -242,10 +242,16 @@ def test_bad_input(chat_pair, tiny, tmp_path, monkeypatch):
     ):
         (tmp_path / "bad.jsonl").write_text(text)
         refused(tmp_path / "bad.jsonl", named=named)
-    refused(prompts, "--tokens", "60", named="less than two windows")
+    refused(prompts, "--tokens", "60", named="tokens (--tokens 60) are less than two windows")
     write_bins(tmp_path / "other", [[1, 2, 3]] * 9, 320)
     flags[5] = tmp_path / "other"
     refused(prompts, named="another tokenizer")
+    flags[5] = tiny.val
+    for folder in (base, cpt):  # no head, though config.json does not tie it
+        tensors = load_file(folder / "model.safetensors")
+        del tensors["lm_head.weight"]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(prompts, named="tensor lm_head.weight is missing")
     config = json.loads((base / "tokenizer_config.json").read_text())
     (base / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "{{ raise_exception('no system') }}"}))
     with pytest.raises(InputError, match="no system"):

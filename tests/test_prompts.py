@@ -42,6 +42,10 @@ def test_a_template_with_dates_and_json_is_rendered_as_transformers_does(tmp_pat
         ('{"prompt": " "}', "line 1 is neither"),
         ('{"prompt": ["a"]}', "line 1 is neither"),
         ('{"messages": [{"role": "user"}]}', "line 1 is neither"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+            "line 1 is neither .* user's",
+        ),
         ('{"id": 1, "prompt": "a"}\n{"id": "1", "prompt": "b"}', "line 2: duplicate id '1'"),
         ("\n", "has no prompts"),
         (None, "cannot be read"),

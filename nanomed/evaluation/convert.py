@@ -160,7 +160,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write every task's two files, or none."""
+    """Write every task's two files; none if one of them is there with other questions."""
     source = SOURCES[args.source]
     found: dict[str, dict[str, list[dict]]] = {}
     for path in find_files(args.src, source.patterns):
@@ -175,8 +175,19 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(
             f"{args.src}: holds no questions of {wanted[0] if wanted else args.source}; is it what {args.source} published?"
         )
+    files, notes = {}, []
     for name, splits in found.items():
-        write_task(args.out, name, splits)
+        test, dev, note = split_task(name, splits)
+        files |= {args.out / f"{name}.dev.jsonl": dev, args.out / f"{name}.jsonl": test}
+        notes.append(f"{args.out / name}.jsonl: {len(test)} questions, {len(dev)} for shots{note}")
+    texts = {path: "".join(json.dumps(q, ensure_ascii=False) + "\n" for q in questions) for path, questions in files.items()}
+    for path, text in texts.items():  # all are checked before the first is written
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            raise InputError(f"{path}: exists already with other questions; move it away first")
+    args.out.mkdir(parents=True, exist_ok=True)
+    for path, text in texts.items():
+        write_durably(path, text)
+    print(*notes, sep="\n")
 
 
 def find_files(src: str, patterns: Iterable[str]) -> list[Path]:
@@ -222,17 +233,11 @@ def checked(path: Path, read: Callable[[Path], Rows]) -> Rows:
         print(f"{path}: left out {what}", file=sys.stderr)
 
 
-def write_task(out: Path, name: str, splits: dict[str, list[dict]]) -> None:
-    """NAME.jsonl and NAME.dev.jsonl in OUT."""
+def split_task(name: str, splits: dict[str, list[dict]]) -> tuple[list[dict], list[dict], str]:
+    """(test questions, dev questions, note on where the latter are from). InputError if there are no test questions."""
     test, dev, note = splits["test"], splits["dev"][:N_DEV], ""
     if not dev:
         test, dev, note = test[N_DEV:], test[:N_DEV], f" (its first {N_DEV}: the source has no dev questions)"
     if not test:
         raise InputError(f"{name}: the source has no test questions; is the test file there?")
-    out.mkdir(parents=True, exist_ok=True)
-    for path, questions in ((out / f"{name}.dev.jsonl", dev), (out / f"{name}.jsonl", test)):
-        text = "".join(json.dumps(q, ensure_ascii=False) + "\n" for q in questions)
-        if path.exists() and path.read_text(encoding="utf-8") != text:
-            raise InputError(f"{path}: exists already with other questions; move it away first")
-        write_durably(path, text)
-    print(f"{out / name}.jsonl: {len(test)} questions, {len(dev)} for shots{note}")
+    return test, dev, note

@@ -9,8 +9,8 @@
     verbosity    length, and its ratio to the reference's as the geometric mean over prompts; answers without an end;
                  repeated 4-grams; turns continued by the model itself; echoes of the prompt; empty answers
 
-A model's <think>...</think> blocks are not part of its answer. Every figure has a 95 % interval, from resampling prompts.
-OUT/samples.jsonl lists what was found in each answer.
+A model's <think>...</think> blocks are not part of its answer. Every figure has a 95 % interval: Wilson's if it is a
+share of answers, else from resampling prompts. OUT/samples.jsonl lists what was found in each answer.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """The command; InputError for whatever cannot be done."""
-    unit, length = verbosity.counter(args.tokenizer)
+    unit, length, files = verbosity.counter(args.tokenizer)
     if args.ref:
         pairs = read_pair(args.a, args.ref)
         sides = {"a": [a for a, _ in pairs], "ref": [b for _, b in pairs]}
@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> None:
     for line in (line for samples in sides.values() for line in thoughts_left_out(samples)):
         print(f"warning: {line}", file=sys.stderr)
     out = args.out or Path("runs/eval") / f"failures-{args.a.stem}"
-    if open_run(out, "failures", {"tokenizer": args.tokenizer}, [args.a, *([args.ref] if args.ref else [])]):
+    data = [args.a, *([args.ref] if args.ref else []), *files, *sorted(language.WORDS.glob("*.txt"))]
+    if open_run(out, "failures", {"tokenizer": args.tokenizer}, data):
         print(f"{out}: already finished")
         return print_results(json.loads((out / "results.json").read_text(encoding="utf-8")))
     found = {side: [(s, language.examine(s.answer), verbosity.examine(s, length)) for s in samples]

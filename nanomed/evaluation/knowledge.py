@@ -143,7 +143,9 @@ def named_models(given: list[str]) -> dict[str, Path]:
     """Name → folder of the checkpoint, in order."""
     found: dict[str, Path] = {}
     for text in given:
-        name, _, model = text.rpartition("=")
+        cuts = [("", text), *((text[:at], text[at + 1 :]) for at, char in enumerate(text) if char == "=")]
+        # A "=" that is part of a folder's path (lr=1e-4) cuts nothing; where there is no folder, the last one ends the name.
+        name, model = next((cut for cut in cuts if Path(cut[1]).is_dir()), cuts[-1])
         folder = fetch(model, "MODEL")
         if not find_weights(folder):
             raise InputError(f"MODEL {model}: has no weights (model.safetensors)")
@@ -188,10 +190,11 @@ def score(lm: DecoderLM, task: Task, out: Path, seeds: list[int], args: argparse
             apply_chat_template=args.chat,
             fewshot_as_multiturn=args.chat,
         )
-        lines += [sample_line(lm, task.name, sample, seed) for sample in found["samples"][task.name]]
+        samples = found["samples"][task.name]  # every question once for each of the task's filters: the first one counts
+        lines += [sample_line(lm, task.name, s, seed) for s in samples if s["filter"] == samples[0]["filter"]]
     if lm.cut:
         print(
-            f"warning: {name}: {task.name}: {len(lm.cut)} prompts did not fit the context and lost their first shots",
+            f"warning: {name}: {task.name}: {len(lm.cut)} prompts did not fit the context and lost their beginning",
             file=sys.stderr,
         )
         lm.cut.clear()

@@ -4,6 +4,7 @@ knowledge is given names (NAME=PATH); generate records the path, or its --model,
 model that knowledge has examined has its name there: found by its path, or by the fingerprint that generate records.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,9 @@ def short(name: str) -> str:
 
 
 def place(name: str) -> str:
-    """A model's folder, the same for a run folder and its hf/."""
+    """A model's folder, the same for a run folder and its hf/, and for a hub id and its folder in the hub's cache."""
+    if cached := re.search(r"/models--([^/]+)/snapshots/[^/]+/?$", name):
+        name = cached[1].replace("--", "/", 1)
     return str(Path(name).resolve()).removesuffix("/hf")
 
 

@@ -35,17 +35,19 @@ def win_rates(rows: list[tuple[str, dict]]) -> str:
     return svg(figure)
 
 
-def length_and_win(label: str, points: list[dict]) -> str:
-    """Who won each prompt, over the difference of lengths; with the curve whose value at 0 is the length-controlled rate."""
+def length_and_win(label: str, points: list[dict], controlled: float | None) -> str:
+    """Who won each prompt, over the difference of lengths; with the curve whose value at 0 is the length-controlled rate,
+    unless there is none."""
     figure, [axes] = canvas(6, 3.2)
     difference = np.array([p["length_a"] - p["length_b"] for p in points], dtype=float)
     worth = np.array([p["worth"] for p in points])
-    scale = difference.std() or 1.0
-    theta, gamma = fit(worth, np.tanh(difference / scale), np.ones((1, len(points))))
     jitter = 0.04 * np.sin(12.9898 * np.arange(len(points)))  # separates coinciding points, always in the same way
     axes.plot(difference, worth + jitter, "o", ms=4, alpha=0.5, color=BLUE, mew=0)
-    x = np.linspace(min(difference.min(), 0), max(difference.max(), 0), 200)
-    axes.plot(x, 1 / (1 + np.exp(-(theta + gamma * np.tanh(x / scale)))), color=RED, lw=1.2)
+    if controlled is not None:
+        scale = difference.std() or 1.0
+        theta, gamma = fit(worth, np.tanh(difference / scale), np.ones((1, len(points))))
+        x = np.linspace(min(difference.min(), 0), max(difference.max(), 0), 200)
+        axes.plot(x, 1 / (1 + np.exp(-(theta + gamma * np.tanh(x / scale)))), color=RED, lw=1.2)
     axes.axvline(0, color="0.8", lw=1, zorder=0)
     axes.set_yticks([0, 0.5, 1], ["lost", "tie", "won"])
     axes.set(xlabel="characters longer than the other answer", ylim=(-0.15, 1.15))

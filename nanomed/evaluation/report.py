@@ -140,7 +140,7 @@ def judge(runs: list[dict], out: Path, called: Namer) -> list[tuple]:
                      share(r["consistency"]),
                      share(r["first_position_rate"]), f"{r['unreadable']}"])  # fmt: skip
         if r.get("points"):
-            blocks.append(("picture", f"length-{number}", pictures.length_and_win(label, r["points"])))
+            blocks.append(("picture", f"length-{number}", pictures.length_and_win(label, r["points"], r["length_controlled"])))
     header = ["comparison", "judge", "prompts", "win / tie / loss", "win rate", "at equal lengths", "orders agree",
               "first position wins", "unreadable"]  # fmt: skip
     bars = pictures.win_rates([(row[0], about["results"]) for row, about in zip(rows, runs, strict=True)])
@@ -164,7 +164,7 @@ def failures(runs: list[dict], out: Path, called: Namer) -> list[tuple]:
     return [
         (
             "Failures",
-            [("table", ["", *columns], rows), ("text", f"Lengths in {units}. Intervals: 95 %, prompts resampled.")],
+            [("table", ["", *columns], rows), ("text", f"Lengths in {units}. Intervals: 95 %, over prompts.")],
         )
     ]
 
@@ -177,7 +177,8 @@ def generated(runs: list[dict], out: Path, called: Namer) -> list[tuple]:
 
 
 def over_t(runs: list[dict], called: Namer) -> list[tuple]:
-    """Accuracy, win rate and mixing over the share t of the continued model, if at least two models have a known t."""
+    """Accuracy, win rate and mixing over the share t of the continued model: a curve per figure, and per pair of merged models
+    if there are several, of at least two different t."""
     found: dict[str, dict[str, dict]] = {}  # curve → path of the model → {value, ci}
     for about in runs:
         r, config = about["results"], about["config"]
@@ -195,21 +196,27 @@ def over_t(runs: list[dict], called: Namer) -> list[tuple]:
             found.setdefault("answers that mix languages", {})[r["a"]] = r["language"]["mixed"]
             if r.get("of_ref"):
                 found["answers that mix languages"].setdefault(r["ref"], r["of_ref"]["language"]["mixed"])
-    known = shares_of({path for models in found.values() for path in models})
-    curves = {label: [(known[path], figure) for path, figure in models.items() if path in known]
-              for label, models in found.items()}  # fmt: skip
-    curves = {label: points for label, points in curves.items() if len({t for t, _ in points}) > 1}
+    pairs, curves = shares_of({path for models in found.values() for path in models}), {}
+    names = [short(cpt) for _, cpt in pairs]
+    for label, models in found.items():
+        for (base, cpt), shares in pairs.items():
+            name = short(cpt) if names.count(short(cpt)) == 1 else f"{base} to {cpt}"
+            points = [(shares[place(path)], figure) for path, figure in models.items() if place(path) in shares]
+            if len({t for t, _ in points}) > 1:
+                curves[label if len(pairs) == 1 else f"{label}, {name}"] = points
     return [("Against t", [("picture", "against-t", pictures.against_t(curves))])] if curves else []
 
 
-def shares_of(models: set[str]) -> dict[str, float]:
-    """Model → its t, from the merge_report.json of merges with a single t, which also names the models at 0 and 1."""
-    shares: dict[str, float] = {}
-    for name in models:
+def shares_of(models: set[str]) -> dict[tuple[str, str], dict[str, float]]:
+    """(BASE, CPT) → t of every model of that pair, itself at 0 and 1, from the merge_report.json of merges with a single t. All
+    models by their `place`: one may be BASE of a pair and a merge of another."""
+    pairs: dict[tuple[str, str], dict[str, float]] = {}
+    for name in sorted(models):
         path = Path(name) / "merge_report.json"
         if path.is_file() and isinstance((record := read_json(path)).get("t"), int | float):
-            shares |= {place(record["base"]["name"]): 0.0, place(record["cpt"]["name"]): 1.0, place(name): record["t"]}
-    return {name: shares[place(name)] for name in models if place(name) in shares}
+            ends = place(record["base"]["name"]), place(record["cpt"]["name"])
+            pairs.setdefault(ends, {ends[0]: 0.0, ends[1]: 1.0})[place(name)] = record["t"]
+    return pairs
 
 
 def provenance(runs: list[dict], out: Path) -> tuple:

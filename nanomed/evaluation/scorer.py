@@ -38,15 +38,17 @@ class DecoderLM(LM):
         self.max_length = model.config.max_position_embeddings or 2048
         self.ends = end_tokens(folder)
         self.prefix_token = self._prefix_token()
-        self.cut: set[str] = set()  # prompts that lost shots because they did not fit the context
+        self.cut: set[str] = set()  # prompts that lost their beginning because they did not fit the context
         self.chat = False  # set by apply_chat_template
         self.begun = False  # the first pass is one question, so that a broken model fails at once
 
     def _prefix_token(self) -> int:
-        """The token before a text without context: BOS, or the end token if the tokenizer has no BOS."""
-        bos = token_content(tokenizer_config(self.folder), "bos_token")
-        token = self.tokenizer.token_to_id(bos) if bos else None
-        return token if token is not None else min(self.ends, default=0)
+        """The token before a text without context, as in lm-eval: the tokenizer's BOS, or its end token if it has no BOS. (A
+        model may have further end tokens: Qwen's instruct models have two.)"""
+        config = tokenizer_config(self.folder)
+        token = token_content(config, "bos_token") or token_content(config, "eos_token")
+        found = self.tokenizer.token_to_id(token) if token else None
+        return found if found is not None else min(self.ends, default=0)
 
     # --- text to tokens --------------------------------------------------------------------------------------------
 
@@ -156,23 +158,9 @@ class DecoderLM(LM):
         results = iter([(float(p.sum()), bool(g.all())) for p, g in parts])
         return [[next(results) for _ in question.continuations] for question in batch]
 
-    @torch.inference_mode()
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-        """ln p of every whole text, each token after up to max_length tokens before it, as lm-eval cuts its windows."""
-        found = []
-        for request in tqdm(requests, "texts", delay=2, leave=False, disable=disable_tqdm):
-            (text,) = request.args
-            tokens, total = [self.prefix_token, *self.encode([text])[text]], 0.0
-            done = 1  # the prefix token is given
-            while done < len(tokens):
-                stop = min(done + self.max_length, len(tokens))
-                first = max(0, stop - 1 - self.max_length)
-                states, _ = extend(self.model, [], 0, tokens[first : stop - 1])
-                targets = torch.tensor(tokens[done:stop], device=self._device)
-                total += float(scores(self.model, states[done - 1 - first :], targets)[0].double().sum())
-                done = stop
-            found.append(total)
-        return found
+        """lm-eval's perplexity tasks: their figures are not right or wrong, so `knowledge` has no place for them. InputError."""
+        raise InputError("a task of perplexity is not supported; run it with lm-eval itself")
 
     # --- generating ------------------------------------------------------------------------------------------------
 
@@ -190,7 +178,13 @@ class DecoderLM(LM):
         return found
 
     def _generate(self, context: str, until: list[str], n_tokens: int) -> str:
-        tokens = self.encode([context])[context][-(self.max_length - n_tokens) :] or [self.prefix_token]
+        """The answer to one context, which loses its beginning if it and n_tokens do not fit. InputError if nothing would stay."""
+        tokens, room = self.encode([context])[context], self.max_length - n_tokens
+        if room < 1:
+            raise InputError(f"a task asks for answers of {n_tokens} tokens, but the model's context has {self.max_length}")
+        if len(tokens) > room:
+            self.cut.add(context.rstrip())
+        tokens = tokens[-room:] or [self.prefix_token]
         answer, text = [], ""
         for token in continuation(self.model, tokens, n_tokens, self.ends, greedy):
             answer.append(token)

@@ -45,12 +45,13 @@ def unseen(n: int) -> float:
 
 
 def paired_bootstrap(a: np.ndarray, b: np.ndarray) -> tuple[float, tuple[float, float]]:  # (n,) twice
-    """mean(a) - mean(b) on the same questions, and its 95 % interval; `unseen` if no question tells them apart."""
+    """mean(a) - mean(b) on the same questions, and its 95 % interval. If all questions differ alike, the `unseen` ones may differ
+    by anything from -1 to 1."""
     difference = np.asarray(a, float) - np.asarray(b, float)
-    n = len(difference)
-    if not difference.any():
-        return 0.0, (-unseen(n), unseen(n))
-    return float(difference.mean()), bootstrap(lambda drawn: drawn @ difference / n, n)
+    value, n = float(difference.mean()), len(difference)
+    if np.ptp(difference) == 0:
+        return value, (value - unseen(n) * (1 + value), value + unseen(n) * (1 - value))
+    return value, bootstrap(lambda drawn: drawn @ difference / n, n)
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> float:  # (n,) bool twice

@@ -38,10 +38,11 @@ class Verbosity:
     empty: bool
 
 
-def counter(tokenizer: str | None) -> tuple[str, Callable[[str], int]]:
-    """(name of the unit, length of a text in it). tokenizer: a folder with a tokenizer.json, or that file; None: words."""
+def counter(tokenizer: str | None) -> tuple[str, Callable[[str], int], list[Path]]:
+    """(name of the unit, length of a text in it, files it depends on). tokenizer: a folder with a tokenizer.json, or that file;
+    None: words. InputError if it cannot be read."""
     if tokenizer is None:
-        return "words", lambda text: len(WORD.findall(text))
+        return "words", lambda text: len(WORD.findall(text)), []
     from tokenizers import Tokenizer
 
     path = Path(tokenizer)
@@ -52,7 +53,7 @@ def counter(tokenizer: str | None) -> tuple[str, Callable[[str], int]]:
         encode = Tokenizer.from_file(str(path)).encode
     except Exception as error:  # the package raises plain Exception
         raise InputError(f"{path}: cannot be read as a tokenizer ({first_line(error)})") from None
-    return f"tokens of {tokenizer}", lambda text: len(encode(text, add_special_tokens=False).ids)
+    return f"tokens of {tokenizer}", lambda text: len(encode(text, add_special_tokens=False).ids), [path]
 
 
 def examine(sample: Sample, length: Callable[[str], int]) -> Verbosity:

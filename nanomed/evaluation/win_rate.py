@@ -37,9 +37,9 @@ def mean_interval(values: np.ndarray) -> list[float]:
 
 
 def share(flags: list[bool]) -> dict:
-    """{value, ci} of a share of prompts."""
-    values = np.array(flags, dtype=np.float64)
-    return {"value": float(values.mean()), "ci": mean_interval(values)}
+    """{value, ci} of a share of prompts (Wilson's interval: the bootstrap's is too narrow where few or nearly all are flagged)."""
+    value = float(np.mean(flags))
+    return {"value": value, "ci": list(stats.wilson(value, len(flags)))}
 
 
 def mean(numbers: list[float]) -> dict:
@@ -65,11 +65,11 @@ def geometric_ratio(top: list[float], bottom: list[float]) -> dict:
 def length_controlled(worth: np.ndarray, length_a: np.ndarray, length_b: np.ndarray) -> tuple[float | None, list[float] | None]:
     """(rate at equal lengths, its interval). worth: 1, 0.5 or 0 for each prompt; lengths in characters. (None, None) if one
     side is longer in more than 19 of 20 prompts: equal lengths would then be an extrapolation."""
-    if np.ptp(worth) == 0:  # length explains nothing
-        return float(worth[0]), mean_interval(worth)
     difference = np.asarray(length_a, dtype=np.float64) - length_b
     if max((difference > 0).mean(), (difference < 0).mean()) > 0.95:
         return None, None
+    if np.ptp(worth) == 0:  # length explains nothing
+        return float(worth[0]), mean_interval(worth)
     x = np.tanh(difference / (difference.std() or 1.0))
     rate = lambda weights: 1 / (1 + np.exp(-fit(worth, x, weights)[0]))  # noqa: E731
     return float(rate(np.ones((1, len(x))))[0]), interval(rate, len(x))

@@ -41,12 +41,13 @@ class Text:
         self.stop = min(total, n_tokens)
         self.n_windows = -(-self.stop // seq_len)
         if self.n_windows < 2:
-            raise InputError(f"{flag} {folder}: {total:,} tokens are less than two windows of {seq_len}; give more text")
+            raise InputError(f"{flag} {folder}: {self.stop:,} of its {total:,} tokens (--tokens {n_tokens}) are less than two "
+                             f"windows of {seq_len}; give more text, or a larger --tokens")  # fmt: skip
         self.shape = Shape(seq_len, 1)
         self.bytes_per_label = bins.n_bytes / (total - bins.n_docs)
 
     def bits_per_byte(self, model: Decoder, half: str, device: torch.device) -> float:
-        """Σ -log2 p over one half of the windows / the bytes of their text."""
+        """Σ -log2 p over one half of the windows / the bytes of their text, estimated: labels x the whole set's bytes per label."""
         nll, n_labels, one = torch.zeros((), dtype=torch.float64, device=device), 0, torch.ones((), device=device)
         for window in range(HALVES.index(half), self.n_windows, 2):
             batch = pack(self.stream, window, self.shape, self.stop)

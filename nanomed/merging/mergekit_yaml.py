@@ -29,7 +29,7 @@ class Recipe:
     """A configuration that we run ourselves."""
 
     method: str  # slerp or linear
-    models: list[str]  # of slerp: base, other
+    models: list[str]  # base_model first, if there is one
     rules: list[list[Rule]]  # of slerp: t's, once; of linear: the weights', for every model
     normalize: bool  # linear: divide by the sum of the weights
     dtype: str | None  # of the result; None: BASE's
@@ -89,17 +89,19 @@ def _recipe(path: Path, method: str, config: dict, part: dict) -> Recipe | str:
         return "a layer_range that is not all layers"
     n_layers = next((r[1] for r in ranges if r), None)
     if base is not None and base not in names and not config.get("slices"):
-        names.append(base)
         sources = [*sources, {"model": base}]
+    sources = sorted(sources, key=lambda source: source["model"] != base)  # base first: config and tokenizer are its
+    names = [source["model"] for source in sources]
     dtype = config.get("out_dtype") or config.get("dtype")
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"{path}: dtype {dtype} is not one of {', '.join(DTYPES)}")
     shared = [scope.get("parameters") or {} for scope in ((part, config) if part is not config else (config,))]
+    if method == "slerp" and (len(names) != 2 or base not in names):
+        raise InputError(f"{path}: slerp needs two models, one of them the base_model; found {names} and {base}")
+    if config.get("base_model") not in (None, names[0]):
+        return "a base_model that is not its slice's"
     if method == "slerp":
-        if len(names) != 2 or base not in names:
-            raise InputError(f"{path}: slerp needs two models, one of them the base_model; found {names} and {base}")
-        models = [base, *(name for name in names if name != base)]
-        return Recipe(method, models, [_rules(path, "t", shared)], True, DTYPES.get(dtype), n_layers)
+        return Recipe(method, names, [_rules(path, "t", shared)], True, DTYPES.get(dtype), n_layers)
     weights = [_rules(path, "weight", [source.get("parameters") or {}, *shared]) for source in sources]
     normalize = next((scope["normalize"] for scope in shared if "normalize" in scope), True)
     if not isinstance(normalize, bool):

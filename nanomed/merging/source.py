@@ -142,19 +142,20 @@ def _open_run(run: Path, name: str, role: str) -> Checkpoint:
 
 def _distributed(path: Path) -> dict[str, Tensor]:
     """The model's tensors in a checkpoint that nanomed.checkpoint wrote, whatever the number of ranks."""
-    import torch
     from torch.distributed.checkpoint import FileSystemReader
+
+    from nanomed.weights import DTYPE_NAMES
 
     try:
         metadata = FileSystemReader(path).read_metadata()
     except Exception as error:  # a pickle cut short raises anything
         raise InputError(f"{path}: its .metadata cannot be read ({error}); remove the folder to use the previous one") from None
     files = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
-    dtypes, tensors = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}, {}
+    tensors = {}
     for key, entry in metadata.state_dict_metadata.items():
         if not key.startswith("model."):
             continue  # the optimiser's moments
-        dtype, parts = dtypes[entry.properties.dtype], []
+        dtype, parts = DTYPE_NAMES[entry.properties.dtype], []
         for chunk in sorted(entry.chunks, key=lambda c: tuple(c.offsets)):
             if any(chunk.offsets[1:]) or chunk.sizes[1:] != entry.size[1:]:
                 raise InputError(f"{path}: {key} is split along another dimension than rows; expected a checkpoint of train.py")

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from nanomed import InputError
 from nanomed.config import has_bf16_hardware
 from nanomed.figures import canvas, save
-from nanomed.hf import model_config
+from nanomed.hf import check_weights, model_config
 from nanomed.merging import checks
 from nanomed.merging.losses import Chat, Text
 from nanomed.merging.schedule import Rule, evaluate, spell
@@ -35,9 +35,9 @@ from nanomed.merging.source import Checkpoint, open_checkpoint
 from nanomed.merging.stream import read_fully
 from nanomed.merging.write import all_stats, staging
 from nanomed.model import Decoder
+from nanomed.weights import DTYPES
 
 LOSSES = ("domain", "general", "chat")
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 SMALLEST_STEP = 1 / 16
 Point = tuple[float, ...]  # knots of attention, knots of MLP, t of the rest
 
@@ -101,12 +101,13 @@ def moved(point: Point, coordinates, by: float) -> Point:
 
 
 class Resident:
-    """BASE, CPT and a model to merge them into, all in memory."""
+    """BASE, CPT and a model to merge them into, all in memory. InputError if BASE's tensors are not those of its config.json."""
 
     def __init__(self, base: Checkpoint, cpt: Checkpoint, device: torch.device):
         low = device.type == "cuda" or has_bf16_hardware()
         with torch.device("meta"):
             self.model = Decoder(model_config(base.folder), torch.bfloat16 if low else torch.float32)
+        check_weights(self.model, base.folder)
         self.model.to_empty(device=device)
         if device.type == "cuda":
             self.model.bfloat16()
