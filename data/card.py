@@ -18,7 +18,8 @@ RULE = """A document is dropped if it shares 13 consecutive words with a questio
 a question of fewer than 8 words followed by all its options. {by_options:,} records have so short a question: documents that
 contain it without its options are kept. {too_short:,} records have fewer than 8 words with their options, or no options,
 and cannot be detected."""
-SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
+SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"),
+         (10**8, "10M<n<100M"))  # fmt: skip
 
 CARD = """---
 license: odc-by
@@ -120,7 +121,7 @@ def write_card(out: Path, report: dict) -> None:
     counts = report["counts"]
     values = {key: report.get(key, "unknown") for key in ("base_model", "prompt_sha256", "classifier_sha256")}
     values |= {key: report[key] for key in ("source", "language", "threshold", "text_bytes")}
-    size = next((name for limit, name in SIZES if counts["kept"] < limit), "10M<n<100M")
+    size = next((name for limit, name in SIZES if counts["kept"] < limit), "100M<n<1B")
     card = CARD.format(**values, **sections(report), quality=quality(report), size=size, kept=counts["kept"],
                        documents=counts["documents"])  # fmt: skip
     (out / "README.md").write_text(card, "utf-8")

@@ -31,8 +31,9 @@ from tqdm import tqdm
 from documents import read_documents, write_parquet
 from encoder import LABELS, Settings, encode, learn, load_base
 from nanomed import InputError, run_script
+from nanomed.files import read_json, write_json
 from scoring import Scoring, classifier_identity, score_documents
-from threshold import set_threshold, summary
+from threshold import check_target, set_threshold, summary
 
 PARTS = {"train": 0.8, "choose": 0.9, "report": 1.0}  # upper ends of the hash's ranges
 CHARS_PER_TOKEN = 6
@@ -87,13 +88,13 @@ def start(partial: Path, settings: Settings) -> None:
     """Make PARTIAL, or resume in it; InputError if it was made with other settings."""
     path, mine = partial / "settings.json", asdict(settings)
     if path.exists():
-        found = json.loads(path.read_text("utf-8"))
+        found = read_json(path)
         if differs := [key for key in mine if found.get(key) != mine[key]]:
             key = differs[0]
             what = f"{key} was {found.get(key)}, now it is {mine[key]}"
             raise InputError(f"{partial}: of an interrupted run in which {what}; delete that folder to start over")
     partial.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
+    write_json(path, mine)
 
 
 def score_held_out(folder: Path, parts: dict[str, list[dict]], settings: Settings, path: Path) -> list[dict]:
@@ -116,6 +117,7 @@ def classify(path: Path, out: Path, model_name: str, target_precision: float, **
     if out.exists():
         what = "exists; choose another --out, or delete it (another threshold: data/threshold.py)"
         raise InputError(f"{out}: {what}")
+    check_target(target_precision)  # now, not when it is trained
     max_chars = CHARS_PER_TOKEN * knobs["max_tokens"]
     parts, about = read_labels(path, max_chars)
     settings = Settings(about["labels_sha256"], model_name, max_chars=max_chars, **knobs)
@@ -124,7 +126,7 @@ def classify(path: Path, out: Path, model_name: str, target_precision: float, **
         raise InputError(f"--max-tokens {settings.max_tokens}: {model_name} takes {tokenizer.model_max_length} at most")
     partial = out.with_name(f".{out.name}.partial")
     start(partial, settings)
-    tokens = encode(tokenizer, [row["text"] for row in parts["train"]], max_chars, settings.max_tokens)
+    tokens = encode(tokenizer, [row["text"] for row in parts["train"]], settings.max_tokens)
     started = time.perf_counter()
     labels = np.array([LABELS.index(row["label"]) for row in parts["train"]], np.int64)
     learn(model, tokens, labels, settings, partial, tokenizer.pad_token_id)

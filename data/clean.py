@@ -25,6 +25,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +33,13 @@ from tqdm import tqdm
 
 from card import write_card, write_report
 from decontaminate import Questions
-from documents import EXTRA, find_files, read_documents, read_record, write_parquet
+from documents import EXTRA, read_documents, read_record, write_parquet
+from encoding import start_worker
 from keeping import CORPUS, Job, keep_file, load_questions, part_of
 from nanomed import InputError, run_script
 from nanomed.files import lock, sha256, write_json
 from personal import PATTERNS, count_personal
-from scoring import classifier_identity
+from scoring import classifier_identity, find_inputs
 from sweep import read_classifier
 
 REPORTS = ("report.json", "decontamination.jsonl", "report.md", "README.md")
@@ -102,7 +104,7 @@ def withdraw_corpus(out: Path) -> Path:
 
 def clean(inputs: list[str], job: Job, facts: dict, workers: int) -> dict:
     """Both stages and the reports; returns what report.json holds. facts: of classifier and source, for the card."""
-    files, out = find_files(inputs), Path(job.out)
+    files, out = find_inputs(inputs, Path(job.out)), Path(job.out)
     try:
         (out / "kept").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -161,8 +163,15 @@ def keep_all(job: Job, files: list[Path], workers: int) -> Iterator[dict]:
     if workers == 1 or len(files) == 1:
         yield from (keep_file(job, path) for path in files)
         return
-    with ProcessPoolExecutor(min(workers, len(files)), mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(functools.partial(keep_file, job), files)
+    with ProcessPoolExecutor(min(workers, len(files)), multiprocessing.get_context("spawn"), start_worker) as pool:
+        try:
+            yield from pool.map(functools.partial(keep_file, job), files)
+        except BrokenProcessPool:
+            raise InputError("a worker died, probably out of memory; run again with fewer --workers (it resumes)") from None
+        except KeyboardInterrupt:  # which workers do not see: what they have begun may take minutes, and is begun anew
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
 
 
 # ---- the command line ----
@@ -184,7 +193,8 @@ def plan(args: argparse.Namespace) -> tuple[Job, dict]:
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}; expected an evaluation set") from None
     keys = {"text_key": args.text_key, "id_key": args.id_key}
-    identity = hashlib.sha256(json.dumps([found, threshold, sets, keys]).encode()).hexdigest()
+    scored = {key: swept.get(key) for key in ("max_chars", "max_tokens", "dtype", "text_key")}  # what else decides a score
+    identity = hashlib.sha256(json.dumps([found, scored, threshold, sets, keys]).encode()).hexdigest()
     job = Job(str(args.scores), str(args.out), threshold, tuple(map(str, args.eval)), **keys, identity=identity)
     facts = {"threshold": threshold, "classifier_sha256": found, "source": args.source, "language": args.language}
     measured = ("precision", "recall", "target_precision", "n_report") if threshold == about["threshold"] else ()
@@ -209,7 +219,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=[],
         type=Path,
         metavar="FILE",
-        help="evaluation sets to decontaminate against: .jsonl, .parquet",
+        help="evaluation sets to decontaminate against: .jsonl[.gz|.zst], .parquet",
     )
     add("--threshold", type=float, metavar="T", help="instead of CLF/threshold.json's")
     add(

@@ -47,8 +47,10 @@ def mark(string: str, special: re.Pattern) -> str:
     """The string with each special token broken by a mark behind its first character."""
     if found := FORBIDDEN.search(string):
         raise ValueError(f"it contains the noncharacter U+{ord(found[0]):04X}; remove it")
-    while broken := special.search(string):  # again, since breaking one may leave another that overlaps it
-        string = f"{string[: broken.start() + 1]}{MARK}{string[broken.start() + 1 :]}"
+    # A lookahead, since tokens may overlap: breaking one would leave the other.
+    string = re.sub(f"(?=(?:{special.pattern}))(.)", rf"\g<1>{MARK}", string, flags=re.DOTALL)
+    if whole := special.search(string):
+        raise ValueError(f"it contains {whole[0]!r}, a special token of one character, which cannot be broken; remove it")
     return string
 
 

@@ -14,7 +14,6 @@ Why it is fast: only words of the evaluation sets can be part of a hit, so a doc
 decide. Costs: 10 to 20 MB/s of text per core; memory 100 bytes per word of the evaluation sets.
 """
 
-import json
 import re
 import unicodedata
 from collections import defaultdict
@@ -24,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from documents import open_parquet
-from nanomed import InputError
+from documents import json_records, open_parquet
+from nanomed import InputError, first_line
 
 LONG, SHORT, COVERAGE = 13, 8, 0.5
 LEAST = 3  # words of a stem that is looked for beside its options
@@ -57,7 +56,7 @@ class Questions:
 
 
 def read_questions(paths: list[Path]) -> Questions:
-    """Index the evaluation sets, .jsonl or .parquet. A set is named after its file, or by its path if two files share a name."""
+    """Index the evaluation sets. A set is named after its file, or by its path if two files share a name."""
     questions, paths = Questions(), list(dict.fromkeys(paths))
     names = [path.name for path in paths]
     for path in paths:
@@ -103,26 +102,16 @@ def add_text(questions: Questions, name: str, number: int, words: list[str]) -> 
 
 
 def read_records(path: Path) -> Iterator[dict]:
-    """The records of an evaluation set; InputError names file and line."""
-    if path.suffix == ".parquet":
-        with open_parquet(path) as file:
+    """The records of an evaluation set; InputError names the file, and the line of .jsonl."""
+    if path.suffix != ".parquet":
+        yield from (record for _, record in json_records(path))
+        return
+    with open_parquet(path) as file:
+        try:
             for batch in file.iter_batches(batch_size=256):
                 yield from batch.to_pylist()
-        return
-    number = 0
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for line in file:
-                number += 1
-                if line.strip():
-                    record = json.loads(line)
-                    if not isinstance(record, dict):
-                        raise ValueError(f"a JSON {type(record).__name__}, expected an object")
-                    yield record
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; expected .jsonl or .parquet") from None
-    except ValueError as error:
-        raise InputError(f"{path}: near line {number}: not valid JSON or UTF-8: {error}") from None
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: damaged: {first_line(error)}; fetch it again") from None
 
 
 def parts_of(value, role: str | None = None) -> Iterator[tuple[str, str]]:

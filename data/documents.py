@@ -11,6 +11,7 @@ import glob
 import json
 import os
 import socket
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -41,10 +42,14 @@ def find_files(inputs: list[str]) -> list[Path]:
     for path in found:
         if not path.name.endswith(SUFFIXES):
             raise InputError(f"{path}: unknown file type, expected {', '.join(SUFFIXES)}")
-    if len(set(map(str, found))) < len(found):
-        twice = next(str(path) for path in found if [*map(str, found)].count(str(path)) > 1)
+    if twice := first_twice(os.path.abspath(path) if isinstance(path, os.PathLike) else str(path) for path in found):
         raise InputError(f"{twice}: given twice, expected each input once")
     return sorted(found, key=str)
+
+
+def first_twice(names: Iterable[str]) -> str | None:
+    """The first name that is there more than once."""
+    return next((name for name, n in Counter(names).items() if n > 1), None)
 
 
 def _matches(name: str) -> list[Path]:
@@ -69,7 +74,8 @@ def open_parquet(path: Path):
 
     try:
         is_local = isinstance(path, os.PathLike)
-        return pq.ParquetFile(path if is_local else path.open("rb"), buffer_size=1 << 20)
+        # pre_buffer fetches ahead, in few requests, and keeps what was read until its row group is done: for the hub alone
+        return pq.ParquetFile(path if is_local else path.open("rb"), buffer_size=1 << 20, pre_buffer=not is_local)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected a Parquet file") from None
     except (OSError, ValueError) as error:  # pyarrow's are of both kinds
@@ -92,7 +98,7 @@ def read_numbered(
     With `only`, row groups of a Parquet file that hold none of these rows are not read; other lines are not parsed.
     """
     unit = "row" if path.name.endswith(".parquet") else "line"
-    records = _parquet_records(path, needed, extra, only) if unit == "row" else _json_records(path, only)
+    records = _parquet_records(path, needed, extra, only) if unit == "row" else json_records(path, only)
     for number, record in records:
         document = {}
         for key in (*needed, *extra):
@@ -114,7 +120,7 @@ def check_keys(path: Path, options: dict[str, str]) -> None:
         with open_parquet(path) as file:
             where, first = path, dict.fromkeys(file.schema_arrow.names, "")
     else:
-        number, first = next(_json_records(path, None), (0, options))  # an empty file lacks none
+        number, first = next(json_records(path), (0, options))  # an empty file lacks none
         where = f"{path}: line {number}"
     for key, option in options.items():
         if key not in first or isinstance(first[key], dict | list):
@@ -128,8 +134,8 @@ def _what(record: dict, key: str) -> str:
     return f"{key!r} is null" if record[key] is None else f"{key!r} is of type {type(record[key]).__name__}"
 
 
-def _json_records(path: Path, only: np.ndarray | None) -> Iterator[tuple[int, dict]]:
-    """(line number, object) of every line that is wanted and not blank."""
+def json_records(path: Path, only: np.ndarray | None = None) -> Iterator[tuple[int, dict]]:
+    """(line number, object) of every line that is wanted and not blank; InputError names the first that is no object."""
     wanted = None if only is None else set(only.tolist())
     for first, rows, _ in read_batches(path, "", 0):
         for number, row in enumerate(rows, first + 1):

@@ -1,8 +1,7 @@
 """Encoder: a transformer that learns to say whether a text is of class 1. Load it, tokenise, batch, train.
 
-The pieces that classify.py puts together; scores come from scoring.py, as in the sweep. Texts are capped in characters
-before the tokenizer, which would otherwise read all of a long document only to throw most of it away. Batches hold
-documents of similar length, so that little is padding: sorted within random windows. bf16 autocast on a GPU.
+The pieces that classify.py puts together; scores come from scoring.py, as in the sweep. Batches hold documents of similar
+length, so that little is padding: sorted within random windows. bf16 autocast on a GPU.
 """
 
 import sys
@@ -59,12 +58,12 @@ def load_base(name: str, seed: int):
     return tokenizer, model.to(device)
 
 
-def encode(tokenizer, texts: list[str], max_chars: int, max_tokens: int) -> list[np.ndarray]:
-    """Token ids of every text, capped in characters first and in tokens then; int32 (n_tokens,) each."""
+def encode(tokenizer, texts: list[str], max_tokens: int) -> list[np.ndarray]:
+    """Token ids of every text, its first max_tokens; int32 (n_tokens,) each."""
     encoded = []
     with tqdm(total=len(texts), desc="tokenise", unit="doc", disable=None) as bar:
         for start in range(0, len(texts), 256):
-            chunk = [text[:max_chars] for text in texts[start : start + 256]]
+            chunk = texts[start : start + 256]
             ids = tokenizer(chunk, truncation=True, max_length=max_tokens, return_attention_mask=False)["input_ids"]
             encoded += [np.array(row, np.int32) for row in ids]
             bar.update(len(chunk))

@@ -53,7 +53,7 @@ def keep_file(job: Job, path: Path) -> dict:
                 what = f"{key} was {found.get(key)}, now it is {expected}"
                 raise InputError(f"{target}: from another run: {what}; choose another --out, or delete it")
         return found
-    record |= {"counts": Counter(), "personal": Counter(), "hits": []}
+    record |= {"counts": Counter(), "hits": []}
     write_parquet(target, kept_documents(job, path, record), KEPT, {})
     try:
         write_json(target.with_suffix(".json"), record)

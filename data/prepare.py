@@ -37,7 +37,7 @@ from nanomed import InputError, bins, run_script
 from nanomed.files import lock, sha256
 from nanomed.prompts import chat_template
 from nanomed.tokenizer import bos_id, separator_id, tokenizer_config, tokenizer_sha256
-from reading import SUFFIXES
+from reading import SUFFIXES, check_size
 from resuming import committed_part, remove_leftovers
 
 SLICE_BYTES = 256 << 20  # text of a shard
@@ -90,8 +90,7 @@ def describe_input(path: Path, job: Job, slice_bytes: int, progress) -> dict:
         digest, size = sha256(path, progress), path.stat().st_size
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}; expected a file") from None
-    if size == 0 and path.suffix in (".gz", ".zst"):
-        raise InputError(f"{path}: has 0 bytes, which no compressed file has; fetch it again")
+    check_size(path)  # of all inputs, before the first is written
     source = {"name": path.name, "size": size, "sha256": digest, "hold_out": job.hold_out, "held_out": job.held_out}
     return source | {"messages_key" if job.messages else "text_key": job.key, "slice_bytes": slice_bytes}
 

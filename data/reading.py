@@ -24,6 +24,7 @@ def read_rows(path: Path, key: str, nested: bool = False) -> Iterator[tuple[byte
 
     nested: the Parquet column holds lists (chat messages), and each comes as a line of JSON with this one key.
     """
+    check_size(path)
     with path.open("rb") as raw:
         if path.suffix == ".parquet":
             yield from read_parquet(path, key, nested)
@@ -37,12 +38,19 @@ def read_rows(path: Path, key: str, nested: bool = False) -> Iterator[tuple[byte
             yield line if number else line.removeprefix(codecs.BOM_UTF8), raw.tell()
 
 
+def check_size(path: Path) -> None:
+    """InputError for a compressed file of 0 bytes, a failed download, which gzip and zstd would read as an empty text."""
+    if path.suffix in (".gz", ".zst") and path.stat().st_size == 0:
+        raise InputError(f"{path}: has 0 bytes, which no compressed file has; fetch it again")
+
+
 def read_parquet(path: Path, key: str, nested: bool) -> Iterator[tuple[bytes | None, int]]:
-    """read_rows for Parquet: one column, 256 rows at a time, so that memory does not grow with row groups."""
+    """read_rows for Parquet: one column, 256 rows at a time, so that memory grows neither with row groups nor with the file."""
     pa = pyarrow()
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path, buffer_size=1 << 20) as file:  # buffered: else a whole column chunk is in memory
+    # buffered: else a whole column chunk is in memory; pre_buffer, which is the default, would keep all that was read
+    with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
         names = file.schema_arrow.names
         flag, expected = ("--messages-key", "list of messages") if nested else ("--text-key", "string")
         if key not in names:

@@ -9,8 +9,9 @@ and its first n documents are the sample of n.
 First pass: ids only (of a Parquet file that column alone, some 2 % of its bytes). Second pass: the texts, from the row
 groups that hold a chosen row. Threads are enough, since reading and decompressing release Python's lock.
 Both passes are recorded in OUT.partial.sqlite as they go: a killed run resumes with the file it was reading, and so does
-the same command after an error (the hub was away, the disk full); a corrected command begins anew. Memory: 16 bytes per
-candidate and 256 rows per worker, however large the input is.
+the same command after an error (the hub was away, the disk full); a corrected command begins anew. Memory, however large
+the input is: 256 rows per worker and 16 bytes per candidate, 2 N + 10,000 of them at most, then some hundred bytes per
+document drawn.
 
 A duplicate id is an error if it is drawn (its lot appears twice). Texts are taken as they are, empty ones too:
 annotate.py labels those `invalid`.
@@ -22,7 +23,8 @@ import hashlib
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -114,7 +116,7 @@ class Draw:
             self._execute("BEGIN")
             self._execute(
                 "INSERT INTO lots VALUES (?, ?, ?)",
-                [(x, file, r) for x, r in zip(lots.tolist(), rows.tolist(), strict=True)],
+                ((x, file, r) for x, r in zip(lots.tolist(), rows.tolist(), strict=True)),
             )
             self._execute("INSERT INTO files VALUES (?, ?)", [(file, n_documents)])
             self._execute("COMMIT")
@@ -127,7 +129,7 @@ class Draw:
             self._execute("INSERT OR REPLACE INTO documents VALUES (?, ?)", documents)
             self._execute("COMMIT")
 
-    def _execute(self, sql: str, rows: list | None = None) -> None:
+    def _execute(self, sql: str, rows: Iterable | None = None) -> None:
         try:
             self.db.execute(sql) if rows is None else self.db.executemany(sql, rows)
         except sqlite3.Error as error:
@@ -139,7 +141,7 @@ class Draw:
 
     def chosen(self) -> np.ndarray:
         """(n, 3) of lot, file, row, the n lowest lots in ascending order."""
-        return np.array(self.db.execute("SELECT * FROM lots ORDER BY lot LIMIT ?", (self.n,)).fetchall(), np.int64)
+        return np.array(self.db.execute("SELECT * FROM lots ORDER BY lot, file, row LIMIT ?", (self.n,)).fetchall(), np.int64)
 
     def documents(self) -> Iterator[dict]:
         """The chosen documents by lot."""
@@ -148,13 +150,16 @@ class Draw:
 
 def draw_lots(draw: Draw, file: int, path: Path, id_key: str, seed: int) -> int:
     """First pass over a file: keep the lots that may be among the n lowest; how many documents it has."""
-    lots, rows, n_documents = [], [], 0
+    lots, rows, n_documents = array("q"), array("q"), 0
     for row, document in read_numbered(path, (id_key,)):
         n_documents += 1
         drawn = lot(document[id_key], seed)
         if drawn <= draw.limit:
             lots.append(drawn)
             rows.append(row)
+            if len(lots) > 2 * draw.n + 10_000:  # one file may be the whole crawl
+                lowest = np.argsort(lots, kind="stable")[: draw.n]  # of equal lots the first rows, as in `chosen`
+                lots, rows = (array("q", np.array(column)[lowest].tobytes()) for column in (lots, rows))
         if n_documents % 256 == 0 and draw.failed.is_set():
             return n_documents
     draw.keep_lots(file, np.array(lots, np.int64), np.array(rows, np.int64), n_documents)

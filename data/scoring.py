@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from documents import find_files, read_about, read_documents, write_parquet
+from documents import find_files, first_twice, read_about, read_documents, write_parquet
 from nanomed import InputError, first_line
 from nanomed.files import sha256_of
 from nanomed.prefetch import Prefetch
@@ -75,6 +75,14 @@ def score_path(path: Path, out: Path) -> Path:
     """Where the scores of an input go: under its name without .parquet, .jsonl.gz and so on."""
     stem = next((path.name.removesuffix(suffix) for suffix in SUFFIXES if path.name.endswith(suffix)), path.name)
     return out / "scores" / f"{stem}.parquet"
+
+
+def find_inputs(inputs: list[str], out: Path) -> list[Path]:
+    """`find_files`; InputError where two inputs would share a file of scores."""
+    files = find_files(inputs)
+    if twice := first_twice(score_path(path, out).name for path in files):
+        raise InputError(f"two inputs would share scores/{twice}; give each once, rename one, or take them separately")
+    return files
 
 
 def is_committed(path: Path, out: Path, identity: str) -> bool:

@@ -21,14 +21,15 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from documents import find_files, read_record
+from documents import read_record
 from nanomed import InputError, run_script
 from nanomed.files import lock, write_json
-from scoring import Scoring, classifier_identity, is_committed, score_path
+from scoring import Scoring, classifier_identity, find_inputs, is_committed, score_path
 
 FINISHED = "sweep.json"
 
@@ -39,19 +40,12 @@ def read_classifier(folder: Path) -> dict:
     for key, kind in (("threshold", (int, float)), ("max_chars", int), ("max_tokens", int)):
         if not isinstance(about.get(key), kind):
             raise InputError(f"{folder / 'threshold.json'}: {key} is {about.get(key)!r}, expected a number")
-    for key in about.keys() & {"precision", "recall"}:  # of nothing: null; older files have NaN, which is no JSON
-        about[key] = [None if x != x else x for x in about[key]]
-    if about.get("positive_label", 1) != 1:
-        raise InputError(f"{folder / 'threshold.json'}: positive_label is {about['positive_label']}, expected 1")
     return about
 
 
 def plan(inputs: list[str], classifier: Path, out: Path, args: argparse.Namespace) -> tuple[Scoring, list[Path]]:
     """The step that every task runs, and the inputs; InputError if scores of another configuration lie in `out`."""
-    files, about = find_files(inputs), read_classifier(classifier)
-    names = [score_path(path, out).name for path in files]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise InputError(f"two inputs would write scores/{twice}; rename one, or sweep them separately")
+    files, about = find_inputs(inputs, out), read_classifier(classifier)
     identity = {"classifier_sha256": classifier_identity(classifier)}
     identity |= {key: about[key] for key in ("max_chars", "max_tokens")}
     identity |= {"dtype": args.dtype, "text_key": args.text_key, "id_key": args.id_key}
@@ -170,6 +164,7 @@ def score_missing(step: Scoring, files: list[Path], threshold: float, args: argp
     started, out = time.perf_counter(), Path(step.out)
     missing = [path for path in files if not score_path(path, out).exists()]
     if missing:
+        step = replace(step, files=tuple(map(str, missing)))  # a task each
         executor = make_executor(step, args)
         if args.executor == "slurm":
             executor.run()

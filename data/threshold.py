@@ -79,13 +79,18 @@ def read_held_out(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             for part, rows in parts.items()}  # fmt: skip
 
 
-def set_threshold(folder: Path, target_precision: float, about: dict) -> dict:
-    """Choose, measure, draw, and write FOLDER/threshold.json last; returns its content. about: what else goes into it."""
+def check_target(target_precision: float) -> None:
+    """InputError for what is no precision."""
     if not 0 < target_precision <= 1:
         raise InputError(f"--target-precision is {target_precision}, expected above 0 and at most 1")
+
+
+def set_threshold(folder: Path, target_precision: float, about: dict) -> dict:
+    """Choose, measure, draw, and write FOLDER/threshold.json last; returns its content. about: what else goes into it."""
+    check_target(target_precision)
     parts = read_held_out(folder / "held_out.parquet")
     threshold = choose(*parts["choose"], target_precision)
-    result = {"threshold": threshold, "positive_label": 1, "target_precision": target_precision}
+    result = {"threshold": threshold, "target_precision": target_precision}
     result |= measure(*parts["report"], threshold) | about
     draw_curve(folder / "precision_recall.svg", parts, threshold, result)
     draw_histogram(folder / "scores.svg", parts["report"], threshold)
@@ -147,7 +152,7 @@ def main() -> None:
     parser.add_argument("--target-precision", type=float, required=True, metavar="P", help="precision to reach, 0 to 1")
     args = parser.parse_args()
     about = read_record(args.classifier / "threshold.json", "data/classify.py")
-    chosen = ("threshold", "positive_label", "target_precision", *measure(np.ones(1), np.ones(1), 0.5))
+    chosen = ("threshold", "target_precision", *measure(np.ones(1), np.ones(1), 0.5))
     about = {key: value for key, value in about.items() if key not in chosen}
     print(summary(set_threshold(args.classifier, args.target_precision, about)))
 

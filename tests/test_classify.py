@@ -13,10 +13,10 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 import sweep
-from classify import classify, part_of, read_labels
+from classify import classify, part_of, read_labels, start
 from conftest import ROOT
 from documents import write_parquet
-from encoder import batches, schedule
+from encoder import Settings, batches, schedule
 from nanomed import InputError
 from scoring import score_file, score_path
 from test_sweep import MAX_TOKENS, make_classifier, text_of
@@ -139,6 +139,21 @@ def test_what_cannot_be_an_encoder_is_refused(base, tmp_path):
     with pytest.raises(InputError, match=f"--max-tokens 999: .* takes {MAX_TOKENS} at most"):
         classify(labels, tmp_path / "clf", str(base), 0.9, **(KNOBS | {"max_tokens": 999}))
     assert not (tmp_path / "clf").exists()
+
+
+def test_a_precision_that_cannot_be_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(InputError, match="--target-precision is 95, expected above 0 and at most 1"):
+        classify(tmp_path / "none.parquet", tmp_path / "clf", "none", 95, **KNOBS)
+
+
+def test_settings_are_there_whole_and_damage_is_one_line(tmp_path):
+    settings = Settings("a", "b", max_chars=1, **KNOBS)
+    start(tmp_path / "p", settings)
+    start(tmp_path / "p", settings)
+    assert [path.name for path in (tmp_path / "p").iterdir()] == ["settings.json"]
+    (tmp_path / "p/settings.json").write_text("")
+    with pytest.raises(InputError, match=r"p/settings\.json: cannot be read as JSON"):
+        start(tmp_path / "p", settings)
 
 
 def test_every_document_is_in_one_batch_and_neighbours_are_of_one_length():

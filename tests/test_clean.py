@@ -158,7 +158,7 @@ def test_what_is_refused(case):
     bad.write_text('{"question": "a"\n')
     cases = [
         (files, ("--eval", folder / "missing.jsonl"), r"missing.jsonl: cannot be read"),
-        (files, ("--eval", bad), r"bad.jsonl: near line 1: not valid JSON"),
+        (files, ("--eval", bad), r"bad.jsonl: line 1: not valid JSON"),
         (files, ("--threshold", "2"), r"no document was kept; the threshold is 2"),
         ([*files, write_documents(folder / "c.parquet", ["a"])], (), r"c.parquet: missing, expected the scores of"),
     ]
@@ -237,8 +237,17 @@ def test_personal_data_is_counted(name):
     assert dict(found[name]) == before
 
 
-def test_the_card_says_what_is_unknown(tmp_path):
-    report = {"counts": Counter(kept=5, documents=9), "text_bytes": 7, "dumps": {}, "personal": {}, "eval_sets": {},
+def small_report() -> dict:
+    return {"counts": Counter(kept=5, documents=9), "text_bytes": 7, "dumps": {}, "personal": {}, "eval_sets": {},
               "eval_records": {"by_options": 0, "too_short": 0}, "threshold": 0.5, "source": "a/b", "language": "de"}  # fmt: skip
-    write_card(tmp_path, report)
+
+
+def test_the_card_says_what_is_unknown(tmp_path):
+    write_card(tmp_path, small_report())
     assert "| base model | unknown |" in (tmp_path / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize(("kept", "size"), [(999, "n<1K"), (10**7, "10M<n<100M"), (10**8 - 1, "10M<n<100M"), (10**8, "100M<n<1B")])
+def test_the_cards_size_class(tmp_path, kept, size):
+    write_card(tmp_path, small_report() | {"counts": Counter(kept=kept)})
+    assert f"size_categories:\n- {size}\n" in (tmp_path / "README.md").read_text("utf-8")

@@ -2,7 +2,12 @@
 
 import datetime
 import json
+import operator
 import os
+import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -12,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import clean as script
+from conftest import ROOT
 from nanomed import InputError
 from nanomed.files import lock
 from personal import PATTERNS, count_personal
@@ -71,6 +77,57 @@ def test_two_runs_at_once_are_refused(case):
         run_clean(folder, files)
     os.close(descriptor)
     run_clean(folder, files)
+
+
+def test_inputs_that_would_share_a_file_are_refused(case):
+    """One by two names, and two of one name: the second's rows would be copies, and its file would replace the first's."""
+    folder, files, *_ = case
+    with pytest.raises(InputError, match=r"a\.parquet: given twice"):
+        run_clean(folder, [*files, os.path.relpath(files[0])])
+    (folder / "more").mkdir()
+    shutil.copy(files[0], folder / "more")
+    with pytest.raises(InputError, match=r"two inputs would share scores/a\.parquet; give each once, rename one"):
+        run_clean(folder, [*files, folder / "more"])
+    assert not (folder / "out").exists()
+
+
+def test_scores_of_another_sweep_are_not_taken_for_those_of_the_kept(case):
+    folder, files, *_ = case
+    about = json.loads((folder / "sweep/sweep.json").read_text())
+    run_clean(folder, files)
+    (folder / "sweep/sweep.json").write_text(json.dumps(about | {"dtype": "fp32"}))
+    with pytest.raises(InputError, match=r"kept/a.parquet: from another run: identity was"):
+        run_clean(folder, files)
+
+
+def test_a_worker_that_dies_is_one_line(monkeypatch):
+    monkeypatch.setattr(script, "keep_file", operator.call)  # os._exit(9), in a worker
+    with pytest.raises(InputError, match=r"a worker died, probably out of memory; run again with fewer --workers"):
+        list(script.keep_all(os._exit, [9, 9], 2))
+
+
+BUSY = """
+import operator
+import clean
+if __name__ == "__main__":
+    clean.keep_file = operator.call  # exec(code), in a worker
+    list(clean.keep_all(exec, ["import time; print('busy', flush=True); time.sleep(60)"] * 4, 2))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_no_worker_outlives_its_parent(tmp_path, number):
+    """Workers hold the pipe, too: its end comes when all of them have ended."""
+    (tmp_path / "busy.py").write_text(BUSY)
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'data'}"}
+    with subprocess.Popen(
+        [sys.executable, tmp_path / "busy.py"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env
+    ) as run:
+        assert [run.stdout.readline() for _ in range(2)] == [b"busy\n"] * 2
+        started = time.monotonic()
+        run.send_signal(number)
+        assert run.stdout.read() == b""
+        assert time.monotonic() - started < 30
 
 
 def test_a_timestamp_as_date(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -92,6 +93,25 @@ def test_no_message_can_spell_a_special_token(model, parts):
 def test_a_noncharacter_is_refused():
     with pytest.raises(ValueError, match=r"noncharacter U\+FDD1"):
         mark("a\ufdd1151644\ufdd2", re.compile("x"))
+
+
+def test_many_special_tokens_take_one_pass():
+    """Within a second; the square of 20 thousand takes twenty."""
+    started = time.perf_counter()
+    marked = mark("<|im_end|>" * 20_000, re.compile(re.escape("<|im_end|>")))
+    assert time.perf_counter() - started < 1
+    assert marked == "<\ufdd0|im_end|>" * 20_000
+
+
+@pytest.mark.timeout(20)  # it did not end
+def test_a_special_token_of_one_character_is_refused():
+    with pytest.raises(ValueError, match="it contains '<', a special token of one character, which cannot be broken"):
+        mark("a<b", re.compile(re.escape("<|im_end|>") + "|<"))
+    assert mark("ab", re.compile("<")) == "ab"
+
+
+def test_tokens_that_overlap_are_broken_each():
+    assert mark("aaab", re.compile("aa|ab")) == "a\ufdd0a\ufdd0a\ufdd0b"
 
 
 def write(path, chats: list, key: str = "messages"):

@@ -1,5 +1,6 @@
 """Does a document contain a question of an evaluation set: long ones by runs of words, short ones by their options."""
 
+import gzip
 import json
 
 import pyarrow as pa
@@ -147,9 +148,18 @@ def test_parquet_is_read_too(tmp_path):
     questions = read_questions([tmp_path / "e.parquet"])
     assert questions.n_records == {"e.parquet": 300}
     assert drops(f"{STEM} {' '.join(OPTIONS)}", questions)[0]
-    (tmp_path / "e.parquet").write_bytes(b"PAR1")
-    with pytest.raises(InputError, match=r"e\.parquet"):
+    raw = (tmp_path / "e.parquet").read_bytes()
+    (tmp_path / "e.parquet").write_bytes(raw[:20] + b"\0" * 200 + raw[220:])
+    with pytest.raises(InputError, match=r"e\.parquet: damaged: .*; fetch it again"):
         read_questions([tmp_path / "e.parquet"])
+    (tmp_path / "e.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=r"e\.parquet: not a whole Parquet file"):
+        read_questions([tmp_path / "e.parquet"])
+
+
+def test_compressed_jsonl_is_read_too(tmp_path):
+    (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(json.dumps(LAYOUTS["mmlu"]).encode()))
+    assert read_questions([tmp_path / "e.jsonl.gz"]).n_records == {"e.jsonl.gz": 1}
 
 
 def test_other_keys_are_no_question(tmp_path):
@@ -158,7 +168,7 @@ def test_other_keys_are_no_question(tmp_path):
     assert not find_hits(f"Ein Artikel. {licence}.", questions)
     with pytest.raises(InputError, match=r"e.jsonl: record 2 has no question, it has q, licence; expected it as question"):
         indexed(tmp_path, {"question": STEM}, {"q": STEM, "licence": licence})
-    with pytest.raises(InputError, match=r"e.jsonl: near line 1: .*a JSON list, expected an object"):
+    with pytest.raises(InputError, match=r"e.jsonl: line 1: a JSON list, expected an object"):
         indexed(tmp_path, [STEM])
 
 

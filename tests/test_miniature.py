@@ -177,6 +177,13 @@ def test_a_failing_stage_is_one_line_with_its_reason(tmp_path):
     assert not (tmp_path / "stages" / "corpus.json").exists()
 
 
+def test_a_stage_notes_how_large_its_scripts_were(tmp_path):
+    """A run that only reports has no children to ask."""
+    miniature.claim(tmp_path, FAST, True, 0)
+    miniature.run_stage(Stage("corpus", 1, lambda: [["data/personal.py"]]), tmp_path, miniature.tqdm(total=1, disable=True))
+    assert json.loads((tmp_path / "stages" / "corpus.json").read_text())["peak_gb"] > 0.005
+
+
 @pytest.mark.timeout(900)  # three minutes alone on two cores; here every core has a worker's test already
 def test_a_fast_run_shows_the_order_and_goes_on_where_it_was_killed(tmp_path):
     """Every stage by its own script: continued above base, a merge between, no leak; killed once on the way."""
@@ -195,6 +202,8 @@ def test_a_fast_run_shows_the_order_and_goes_on_where_it_was_killed(tmp_path):
     assert whole == (out / "stages" / "base.json").read_bytes()  # not run again
     assert results["models"]["continued"]["accuracy"] > results["models"]["base"]["accuracy"]
     assert results["corpus"]["leaks"] > 0 == results["corpus"]["leaks_kept"]
+    stages = [json.loads(path.read_text()) for path in (out / "stages").iterdir()]
+    assert results["peak_gb"] == max(stage["peak_gb"] for stage in stages)
     page = (out / "report.html").read_text()
     assert "<svg" in page
     assert "stand-in" in page

@@ -3,6 +3,7 @@
 import datetime
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,6 +15,25 @@ from reading import read_batches
 from texts import fixture_tok, text_of, write_jsonl  # noqa: F401
 
 TEXTS = [text_of(i) for i in range(20)]
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst"])
+def test_a_compressed_file_of_no_bytes_is_no_empty_text(tmp_path, ending):
+    (tmp_path / f"a.jsonl.{ending}").touch()
+    with pytest.raises(InputError, match=rf"a\.jsonl\.{ending}: has 0 bytes, which no compressed file has; fetch it again"):
+        list(read_documents(tmp_path / f"a.jsonl.{ending}", ("id",)))
+
+
+@pytest.mark.parametrize("group", [1_000, 17_000])
+def test_memory_grows_neither_with_the_file_nor_with_row_groups(tmp_path, group):
+    """Of 51 MB Arrow holds a few pages at a time; it held all of it."""
+    texts = np.random.default_rng(0).bytes(17_000 * 1_500).hex()
+    table = pa.table({"id": range(17_000), "text": [texts[i : i + 3_000] for i in range(0, len(texts), 3_000)]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=group, compression="none", use_dictionary=False)
+    for read in (lambda path: read_batches(path, "text"), lambda path: read_documents(path, ("id", "text"))):
+        before = pa.total_allocated_bytes()
+        peak = max(pa.total_allocated_bytes() for _ in read(tmp_path / "a.parquet"))
+        assert peak - before < 20e6
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"])

@@ -61,6 +61,27 @@ def test_the_file_is_the_same_byte_for_byte_for_any_number_of_workers(tmp_path):
     assert made[0] == made[1] == made[2]
 
 
+def test_a_file_keeps_few_candidates_and_the_sample_is_the_same(tmp_path, monkeypatch):
+    """However long the file is: lots that cannot be drawn are dropped as it is read, and which are drawn does not change."""
+    documents = [{"id": str(i), "text": str(i), "url": None, "dump": None, "date": None} for i in range(40_000)]
+    path, sizes, plain = write(tmp_path / "a.jsonl", documents), [], script.Draw.keep_lots
+    monkeypatch.setattr(script.Draw, "keep_lots", lambda self, *rest: sizes.append(len(rest[1])) or plain(self, *rest))
+    for n in (1, 7, 6_000):
+        assert sample([path], tmp_path / f"{n}.parquet", n) == 40_000
+        assert pq.read_table(tmp_path / f"{n}.parquet").to_pylist() == obvious(documents, n)
+        assert sizes.pop() <= 2 * n + 10_000
+
+
+def test_of_equal_lots_the_first_rows_are_drawn(tmp_path, monkeypatch):
+    """Where one may stay and one may not, the first file's and the first row's does, for any number of workers."""
+    monkeypatch.setattr(script, "lot", lambda identity, seed: 5 if int(identity) % 3 else 5 + int(identity))
+    for name, first in (("a", 1), ("b", 12_004)):
+        write(tmp_path / f"{name}.jsonl", [{"id": str(i), "text": "x"} for i in range(first, first + 12_003)])
+    for workers in (1, 2):
+        sample([tmp_path / "*.jsonl"], tmp_path / f"{workers}.parquet", 1, workers=workers)
+        assert ids(tmp_path / f"{workers}.parquet") == ["1"]
+
+
 def test_a_smaller_sample_is_the_beginning_of_a_larger_one_and_a_seed_another(tmp_path):
     write(tmp_path / "a.jsonl", make(200))
     for name, n, seed in (("large", 100, 0), ("small", 20, 0), ("other", 20, 1)):

@@ -1,8 +1,6 @@
 """A worker of the sweep: damage that would pass for empty texts, tasks that must fail, GPUs that must not be shared."""
 
 import hashlib
-import json
-import math
 import os
 from types import SimpleNamespace
 
@@ -87,11 +85,3 @@ def test_a_classifier_is_known_by_the_bytes_of_its_files(clf):
     """Of all, one behind the other: another way to hash would make every sweep so far another classifier's."""
     content = b"".join((clf / name).read_bytes() for name in ("config.json", "tokenizer.json", "model.safetensors"))
     assert scoring.classifier_identity(clf) == hashlib.sha256(content).hexdigest()
-
-
-def test_a_precision_of_nothing_reads_as_null(tmp_path, clf):
-    folder = tmp_path / "old"
-    folder.mkdir()
-    about = json.loads((clf / "threshold.json").read_text()) | {"precision": [math.nan, 0.0, 1.0]}
-    (folder / "threshold.json").write_text(json.dumps(about))
-    assert script.read_classifier(folder)["precision"] == [None, 0.0, 1.0]

@@ -55,7 +55,7 @@ def make_classifier(folder: Path, seed: int = 0) -> Path:
             torch.nn.init.normal_(param, 0.0, 0.5)  # large: the scores must depend on the text
     model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
-    threshold = {"threshold": 0.5, "max_chars": MAX_CHARS, "max_tokens": MAX_TOKENS, "positive_label": 1,
+    threshold = {"threshold": 0.5, "max_chars": MAX_CHARS, "max_tokens": MAX_TOKENS,
                  "precision": [0.95, 0.93, 0.97], "recall": [0.8, 0.76, 0.84], "target_precision": 0.95,
                  "prompt_sha256": "0" * 64, "base_model": "test"}  # fmt: skip
     (folder / "threshold.json").write_text(json.dumps(threshold))
@@ -178,13 +178,17 @@ def test_the_command_line(tmp_path, clf, documents, capsys):
     assert json.loads((out / "sweep.json").read_text())["documents"] == 510
 
 
-def test_again_scores_only_what_is_missing(tmp_path, clf, documents, capsys):
+def test_again_scores_only_what_is_missing(tmp_path, clf, documents, capsys, monkeypatch):
     arguments = (documents, "--classifier", clf, "--out", tmp_path / "out", "--workers", 1, "--threads", 1)
     sweep(*arguments)
+    tasks: list = []
     a, b = (tmp_path / f"out/scores/{name}.parquet" for name in "ab")
     stamp, whole = a.stat().st_mtime_ns, b.read_bytes()
     b.unlink()
+    make = script.make_executor
+    monkeypatch.setattr(script, "make_executor", lambda step, args: tasks.append(step.files) or make(step, args))
     sweep(*arguments)
+    assert tasks == [(str(documents / "b.jsonl"),)]  # on Slurm each is a job
     assert (a.stat().st_mtime_ns, b.read_bytes()) == (stamp, whole)
     assert "for 1 files" in capsys.readouterr().out
     sweep(*arguments)
@@ -261,7 +265,7 @@ def test_other_wrong_arguments(tmp_path, clf):
     write_documents(tmp_path / "a.parquet", ["a"])
     (tmp_path / "clf").mkdir()
     for inputs, classifier, message in (
-        ([path, tmp_path / "a.parquet"], clf, r"two inputs would write scores/a.parquet"),
+        ([path, tmp_path / "a.parquet"], clf, r"two inputs would share scores/a.parquet"),
         ([tmp_path / "missing.parquet"], clf, r"missing.parquet: no such input"),
         ([path], tmp_path / "clf", r"clf/threshold.json: no such file; expected a folder of data/classify.py"),
     ):

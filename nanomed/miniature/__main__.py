@@ -72,6 +72,7 @@ def run_stage(stage: Stage, out: Path, bar: tqdm) -> None:
                 raise InputError(f"{stage.name}: {command[0]} failed: {last_line(log)}; all of it is in {log}")
     bar.n = start + stage.seconds
     done = {"seconds": time.perf_counter() - begun, "commands": [["python", *command] for command in commands]}
+    done["peak_gb"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * KIB / 1e9  # of the largest script so far
     write_json(out / "stages" / f"{stage.name}.json", done)
 
 
@@ -119,7 +120,7 @@ def run(out: Path, fast: bool, seed: int) -> bool:
                 else:
                     run_stage(stage, out, bar)
     results = outcome.measure(out, recipe.ts, [stage.name for stage in stages])
-    results |= {"fast": fast, "peak_gb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * KIB / 1e9}
+    results["fast"] = fast
     expected = outcome.expectations(results, fast)
     results["expectations"] = [asdict(e) for e in expected]
     write_json(out / "results.json", results)

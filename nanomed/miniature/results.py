@@ -61,9 +61,8 @@ def kept(found: dict[str, dict], name: str) -> tuple[float, float]:
     return share, found[name]["following"] / base["following"] if base["following"] else 0.0
 
 
-def best_merge(out: Path, ts: tuple[float, ...]) -> float:
-    """The t whose merge keeps most of both: the largest sum of the two shares, each counted up to 1."""
-    found = models(out, ts)
+def best_merge(found: dict[str, dict], ts: tuple[float, ...]) -> float:
+    """The t whose merge keeps most of both: the largest sum of the two shares, each counted up to 1. found: of `models`."""
     return max(ts, key=lambda t: sum(min(1.0, share) for share in kept(found, name_of(t))))
 
 
@@ -99,11 +98,13 @@ def measure(out: Path, ts: tuple[float, ...], stages: list[str]) -> dict:
     judged = [{key: value for key, value in j.items() if key != "points"} for j in judged]  # every prompt: the folder has it
     failures = [read_json(path) for path in sorted((out / "eval").glob("failures-*/results.json"))]
     check = checks.losses(out) | {"way": {name_of(t): checks.way_gone(out, name_of(t)) for t in ts}}
-    seconds = {stage: read_json(out / "stages" / f"{stage}.json")["seconds"] for stage in stages}
+    done, found = {stage: read_json(out / "stages" / f"{stage}.json") for stage in stages}, models(out, ts)
     forgotten, ci = paired_bootstrap(*(followed(*read_answers(out, name)) for name in ("base", "continued")))
-    return {"models": models(out, ts), "best": name_of(best_merge(out, ts)), "corpus": corpus(out), "meter": meter(out),
+    return {"models": found, "best": name_of(best_merge(found, ts)), "corpus": corpus(out), "meter": meter(out),
             "forgotten": {"share": forgotten, "ci": ci},
-            "judged": judged, "failures": failures, "check": check, "seconds": seconds}  # fmt: skip
+            "judged": judged, "failures": failures, "check": check,
+            "seconds": {stage: about["seconds"] for stage, about in done.items()},
+            "peak_gb": max(about["peak_gb"] for about in done.values())}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -78,9 +78,9 @@ def plan(out: Path, recipe: Recipe, fast: bool, seed: int, judge_url: Callable[[
         return f"{out}/answers/{name}.jsonl"
 
     def comparisons() -> list[list[str]]:
-        from nanomed.miniature.results import best_merge
+        from nanomed.miniature import results
 
-        best, url, commands = name_of(best_merge(out, recipe.ts)), judge_url(), []
+        best, url, commands = name_of(results.best_merge(results.models(out, recipe.ts), recipe.ts)), judge_url(), []
         for a, b in (("continued", "base"), (best, "base"), (best, "continued")):
             commands.append(["eval.py", "judge", answers(a), answers(b), "--url", url, "--judge", "stand-in",
                              "--out", f"{out}/eval/judge-{a}-{b}"])  # fmt: skip

@@ -38,7 +38,7 @@ def score(batch):
 data = load_dataset("json", data_files=path, split="train", cache_dir=out + "-cache")
 np.save(out + ".npy", np.array(data.map(score, batched=True, batch_size=batch_size)["score"]))
 """
-THRESHOLD = {"threshold": 0.5, "max_chars": 6 * 512, "max_tokens": 512, "positive_label": 1}
+THRESHOLD = {"threshold": 0.5, "max_chars": 6 * 512, "max_tokens": 512}
 
 
 def make_classifier(folder: Path, texts: list[str], hidden_size: int = 384, n_layers: int = 6) -> Path:
