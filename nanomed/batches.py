@@ -126,15 +126,9 @@ def documents(stream: Stream, seq_len: int, step: int, windows: int) -> dict[str
     found = {doc for doc, _, _ in stream.pieces(step * windows * seq_len, (step + 1) * windows * seq_len)}
     numbers = {}
     for doc in sorted(found):
-        folder, number = origin(stream, doc)
-        numbers.setdefault(folder, []).append(number)
+        bins, number = stream.origin(doc)
+        numbers.setdefault(str(bins.folder), []).append(number)
     return numbers
-
-
-def origin(stream: Stream, doc: int) -> tuple[str, int]:
-    """The folder of the bins that a document of the stream comes from, and its number in them."""
-    source = int(np.searchsorted(stream.first_doc, doc, "right")) - 1
-    return str(stream.bins[source].folder), int(doc - stream.first_doc[source])
 
 
 def val_rounds(stream: Stream, shape: Shape, world: int) -> int:
@@ -171,8 +165,8 @@ def show(run: Path, step: int) -> None:
     for w in range((step - 1) * windows, step * windows):
         print(f"=== step {step}, window {w}: tokens [{w * length:,}, {(w + 1) * length:,}) of the stream")
         for doc, a, b in stream.pieces(w * length, (w + 1) * length):
-            folder, number = origin(stream, doc)
-            print(f"--- {folder} document {number}, tokens [{a:,}, {b:,}) of {stream.lengths[doc]:,}")
+            bins, number = stream.origin(doc)
+            print(f"--- {bins.folder} document {number}, tokens [{a:,}, {b:,}) of {stream.lengths[doc]:,}")
             print(tokenizer.decode(stream.read(doc, a, b).tolist(), skip_special_tokens=False))
 
 

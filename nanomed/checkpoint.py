@@ -1,10 +1,10 @@
 """Atomic, asynchronous checkpoints: written beside the training, marked DONE last, the newest K kept.
 
-`save` copies weights and AdamW's moments to the CPU (training waits for that, and for a checkpoint still being written), and threads of torch's distributed
-checkpoint, of the lowest priority, write every rank's own rows to disk. When all ranks have finished and synced, such a
-thread of rank 0 writes DONE, whatever may have become of the training. Only a folder with DONE counts; older ones are
-removed only after it. So a kill at any moment costs the steps since the newest DONE and nothing else. The rows are cut anew
-on loading: any number of ranks may resume.
+`save` copies weights and AdamW's moments to the CPU (training waits for that, and for a checkpoint still being written), and
+threads of torch's distributed checkpoint, of the lowest priority, write every rank's own rows to disk. When all ranks have
+finished and synced, such a thread of rank 0 writes DONE, whatever may have become of the training. Only a folder with DONE
+counts; older ones are removed only after it. So a kill at any moment costs the steps since the newest DONE and nothing else.
+The rows are cut anew on loading: any number of ranks may resume.
 
 DONE lists the SHA-256 of every file, which each rank takes of its own ones, beside the training (a second for 1 to 2
 GB): torch would load a flipped bit without a word. A checkpoint that is damaged is passed over for the one before. A

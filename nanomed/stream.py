@@ -90,15 +90,19 @@ class Stream:
             count += int(hi - lo)
         return count
 
+    def origin(self, doc: int) -> tuple[Bins, int]:
+        """The bins that a document of the stream comes from, and its number in them."""
+        source = int(np.searchsorted(self.first_doc, doc, "right")) - 1
+        return self.bins[source], int(doc - self.first_doc[source])
+
     def read(self, doc: int, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of a document, fewer at its end, as on disk. InputError if the model has not one of them."""
-        source = int(np.searchsorted(self.first_doc, doc, "right")) - 1
-        stop = min(stop, int(self.lengths[doc]))
-        tokens = self.bins[source].tokens(doc - int(self.first_doc[source]), start, stop)
+        bins, number = self.origin(doc)
+        tokens = bins.tokens(number, start, min(stop, int(self.lengths[doc])))
         if (largest := tokens.max()) >= self.vocab_size:  # on a GPU it would read foreign memory, or wait for an assert
             raise InputError(
-                f"{self.bins[source].folder}: document {doc - self.first_doc[source]} has token id {largest}, the "
-                f"model's vocabulary {self.vocab_size} entries; check the bins with data/verify.py"
+                f"{bins.folder}: document {number} has token id {largest}, the model's vocabulary {self.vocab_size} entries; "
+                "check the bins with data/verify.py"
             )
         return tokens
 
