@@ -10,7 +10,7 @@ First pass: ids only (of a Parquet file that column alone, some 2 % of its bytes
 groups that hold a chosen row. Threads are enough, since reading and decompressing release Python's lock.
 Both passes are recorded in OUT.partial.sqlite as they go: a killed run resumes with the file it was reading, and so does
 the same command after an error (the hub was away, the disk full); a corrected command begins anew. Memory, however large
-the input is: 256 rows per worker and 16 bytes per candidate, 2 N + 10,000 of them at most, then some hundred bytes per
+the input is: 256 rows and 16 bytes per candidate, 2 N + 10,000 of them at most, per worker, then some hundred bytes per
 document drawn.
 
 A duplicate id is an error if it is drawn (its lot appears twice). Texts are taken as they are, empty ones too:

@@ -116,7 +116,9 @@ class Checkpointer:
 
     def _verify(self, path: Path) -> None:
         """ValueError if a file is not the one that was written; each rank looks at its share of them."""
-        digests = json.loads((path / "DONE").read_text())
+        if not (text := (path / "DONE").read_text()):
+            raise ValueError("its DONE is empty")
+        digests = json.loads(text)
         for name in sorted(digests)[self.world.rank :: self.world.size]:
             if sha256(path / name) != digests[name]:
                 raise ValueError(f"{name} is not what was written")

@@ -216,7 +216,9 @@ def _sinks(out: Path, config: Config, step: int) -> list:
     if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(out / "tensorboard", purge_step=step + 1)  # what a killed run wrote beyond is not shown
+        writer = SummaryWriter(
+            out / "tensorboard", purge_step=step + 1 if step else 0
+        )  # what a killed run wrote beyond is not shown
         sinks.append(lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items() if v is not None])
     if config.wandb:
         import wandb

@@ -71,7 +71,7 @@ def check_run(out: Path, config: Config, identity: dict) -> None:
 
 
 def create_run(out: Path, config: Config, identity: dict, device: torch.device) -> int:
-    """Write config.json and run.json of a new run; those of one that resumes stay as they are. The folder's lock.
+    """Write config.json and run.json of a new run; one that resumes only adds its new validation sets. The folder's lock.
 
     InputError where another process holds it, or where nothing can be written.
     """
@@ -81,6 +81,10 @@ def create_run(out: Path, config: Config, identity: dict, device: torch.device) 
         check_run(out, config, identity)  # again: another run may have written here meanwhile
         if not (out / "run.json").exists() or gives_way(out):
             _describe(out, config, identity, device)
+        else:
+            about = _read(out / "run.json")
+            about["identity"]["val"] = identity["val"] | about["identity"].get("val", {})
+            write_durably(out / "run.json", json.dumps(about, indent=1))
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror}); choose another") from None
     return held

@@ -7,13 +7,15 @@ import shutil
 import sys
 
 import pytest
+import torch
 import torch.distributed.checkpoint.filesystem as filesystem
 from transformers import AutoModelForCausalLM
 
 import train
 from conftest import ROOT, read_losses, run_train, write_bins
-from nanomed import runs
+from nanomed import InputError, runs
 from nanomed.checkpoint import whole
+from nanomed.config import Config
 from nanomed.files import lock
 from refusals import contents, fixture_refused, hash_of, only_error  # noqa: F401
 
@@ -54,6 +56,17 @@ def test_the_name_of_another_validation_set(tiny, finished, refused, monkeypatch
     refused(tiny.flags(finished, val=f"med={tiny.train}"), finished, "--val med", "another name")
     trained(monkeypatch, [*tiny.flags(finished), "--val", f"new={tiny.train}"])
     assert "this run is finished" in capsys.readouterr().err
+
+
+def test_the_name_of_a_validation_set_that_came_later(tmp_path):
+    identity = {"data": [], "tokenizer_sha256": "t", "val": {"med": "1"}}
+    config, cpu = Config(), torch.device("cpu")
+    os.close(runs.create_run(tmp_path, config, identity, cpu))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')  # so that it does not give way
+    os.close(runs.create_run(tmp_path, config, identity | {"val": {"new": "2"}}, cpu))
+    runs.check_run(tmp_path, config, identity | {"val": {"med": "1", "new": "2"}})
+    with pytest.raises(InputError, match="--val new was another set"):
+        runs.check_run(tmp_path, config, identity | {"val": {"new": "3"}})
 
 
 def test_the_same_data_elsewhere_is_the_same_run(tiny, finished, tmp_path, monkeypatch, capsys):

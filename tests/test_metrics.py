@@ -136,12 +136,12 @@ def test_tensorboard_and_wandb_get_numbers_only(world, tmp_path, monkeypatch):
 
 def test_each_log_gets_what_there_is_of_a_row(tmp_path, monkeypatch):
     """W&B's id is the folder's: a run that goes on is one run there, another of the same name another."""
-    seen, begun = [], []
+    seen, begun, begun_at = [], [], []
     writer = SimpleNamespace(add_scalar=lambda *call: seen.append(call))
     monkeypatch.setitem(
         sys.modules,
         "torch.utils.tensorboard",
-        SimpleNamespace(SummaryWriter=lambda folder, purge_step: begun.append(purge_step) or writer),
+        SimpleNamespace(SummaryWriter=lambda folder, purge_step: begun_at.append(purge_step) or writer),
     )
     run = SimpleNamespace(log=lambda row, step: seen.append((row, step)))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **how: begun.append(how) or run))
@@ -149,12 +149,13 @@ def test_each_log_gets_what_there_is_of_a_row(tmp_path, monkeypatch):
     for folder in ("a/run", "b/run", "a/run"):
         for sink in metrics._sinks(tmp_path / folder, Config(tensorboard=True, wandb="project"), 2):
             sink(row)
-    assert begun[::2] == [3, 3, 3]  # a resumed run's TensorBoard goes on there
-    begun = begun[1::2]
+    assert begun_at == [3, 3, 3]  # a resumed run's TensorBoard goes on there
     assert seen[:3] == [("step", 3, 3), ("loss", 2.0, 3), (row, 3)]
     assert [(how["project"], how["name"], how["resume"]) for how in begun] == [("project", "run", "allow")] * 3
     assert begun[0]["id"] == begun[2]["id"] != begun[1]["id"]
     assert metrics._sinks(tmp_path, Config(), 0) == []
+    metrics._sinks(tmp_path, Config(tensorboard=True), 0)
+    assert begun_at[-1] == 0  # its validation comes anew, too
 
 
 def test_an_unknown_device_has_no_mfu(world, tmp_path):

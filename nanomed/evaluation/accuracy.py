@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nanomed import InputError
 from nanomed.evaluation import stats
 from nanomed.evaluation.tasks import Group, Task
 
@@ -49,6 +50,8 @@ def per_question(samples: Samples) -> np.ndarray:
     """(n,) The value of every question, in order. Samples are seed after seed, the same questions in each; not found by their
     ids, which in a foreign data set may repeat."""
     n_seeds = len({sample["seed"] for sample in samples})
+    if len(samples) % n_seeds:
+        raise InputError("the samples of a task are not the same questions for every seed; delete the run's samples/ and repeat it")
     return np.reshape([sample["correct"] for sample in samples], (n_seeds, -1)).mean(0)
 
 

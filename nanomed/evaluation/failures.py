@@ -23,6 +23,7 @@ from nanomed.evaluation import language, verbosity
 from nanomed.evaluation.answers import Sample, model_name, read_answers, read_pair, thoughts_left_out
 from nanomed.evaluation.record import finish_run, open_run
 from nanomed.evaluation.win_rate import geometric_ratio, mean, ratio_of_sums, share
+from nanomed.files import sha256_of
 
 LABELS = {
     "line_pass_rate": "line pass rate", "english_per_100": "English function words per 100 words",
@@ -55,8 +56,8 @@ def run(args: argparse.Namespace) -> None:
     for line in (line for samples in sides.values() for line in thoughts_left_out(samples)):
         print(f"warning: {line}", file=sys.stderr)
     out = args.out or Path("runs/eval") / f"failures-{args.a.stem}"
-    data = [args.a, *([args.ref] if args.ref else []), *files, *sorted(language.WORDS.glob("*.txt"))]
-    if open_run(out, "failures", {"tokenizer": args.tokenizer}, data):
+    config = {"tokenizer": args.tokenizer, "word_lists": sha256_of(sorted(language.WORDS.glob("*.txt")))}
+    if open_run(out, "failures", config, [args.a, *([args.ref] if args.ref else []), *files]):
         print(f"{out}: already finished")
         return print_results(json.loads((out / "results.json").read_text(encoding="utf-8")))
     found = {side: [(s, language.examine(s.answer), verbosity.examine(s, length)) for s in samples]

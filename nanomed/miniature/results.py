@@ -104,7 +104,7 @@ def measure(out: Path, ts: tuple[float, ...], stages: list[str]) -> dict:
             "forgotten": {"share": forgotten, "ci": ci},
             "judged": judged, "failures": failures, "check": check,
             "seconds": {stage: about["seconds"] for stage, about in done.items()},
-            "peak_gb": max(about["peak_gb"] for about in done.values())}  # fmt: skip
+            "peak_gb": max(about.get("peak_gb", 0.0) for about in done.values())}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Does training in less memory lose anything? Loss curves of lean regimes against float32's, same data, same steps.
 
     python tests/bench/parity.py miniature                      the built-in corpus, recipe miniature
-    python tests/bench/parity.py NAME --init MODEL --data BINS --val med=BINS --lr 1e-5 2e-5 --steps 40 ...
+    python tests/bench/parity.py NAME --recipe smollm2-135m --init MODEL --data BINS --val med=BINS --lr 1e-5 2e-5 --steps 40 ...
     python tests/bench/parity.py --plot                         the picture of all results
 
 Four regimes: `fp32`; `fp32, int8 states`; `lean` (bf16 weights and gradient sums, stochastic rounding, int8 states); and
@@ -121,7 +121,7 @@ def plot() -> Path:
 def main() -> None:
     """Run, write the JSON, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="?", default="miniature", help="recipe of that name, or of smollm2-135m with --init")
+    parser.add_argument("name", nargs="?", default="miniature", help="of the result (default: miniature)")
     parser.add_argument("--lr", type=float, nargs="+", default=[3e-3])
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=[*REGIMES], help="fp32 first")
     parser.add_argument("--work", type=Path, default=Path("runs/parity"))
