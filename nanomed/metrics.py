@@ -216,9 +216,8 @@ def _sinks(out: Path, config: Config, step: int) -> list:
     if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(
-            out / "tensorboard", purge_step=step + 1 if step else 0
-        )  # what a killed run wrote beyond is not shown
+        # What a killed run wrote beyond is not shown; before the first step that is all.
+        writer = SummaryWriter(out / "tensorboard", purge_step=step + 1 if step else 0)
         sinks.append(lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items() if v is not None])
     if config.wandb:
         import wandb
