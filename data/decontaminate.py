@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from documents import json_records, open_parquet
-from nanomed import InputError, first_line
+from documents import json_records, parquet_batches
+from nanomed import InputError
 
 LONG, SHORT, COVERAGE = 13, 8, 0.5
 LEAST = 3  # words of a stem that is looked for beside its options
@@ -106,12 +106,8 @@ def read_records(path: Path) -> Iterator[dict]:
     if path.suffix != ".parquet":
         yield from (record for _, record in json_records(path))
         return
-    with open_parquet(path) as file:
-        try:
-            for batch in file.iter_batches(batch_size=256):
-                yield from batch.to_pylist()
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: damaged: {first_line(error)}; fetch it again") from None
+    for batch in parquet_batches(path, 256):
+        yield from batch.to_pylist()
 
 
 def parts_of(value, role: str | None = None) -> Iterator[tuple[str, str]]:

@@ -82,6 +82,15 @@ def open_parquet(path: Path):
         raise InputError(f"{path}: not a whole Parquet file: {first_line(error)}; fetch it again") from None
 
 
+def parquet_batches(path: Path, n: int, columns: list[str] | None = None) -> Iterator:
+    """pyarrow RecordBatches of up to n rows; InputError where there is no such file, or it is damaged."""
+    with open_parquet(path) as file:
+        try:
+            yield from file.iter_batches(batch_size=n, columns=columns, use_threads=False)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: damaged: {first_line(error)}; delete it, and fetch or make it again") from None
+
+
 def read_documents(path: Path, needed: tuple[str, ...], extra: tuple[str, ...] = ()) -> Iterator[dict]:
     """The documents of a file, in order: {column: value}; `needed` ones are strings, `extra` ones what is there or None.
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from decontaminate import Questions, find_hits, read_questions
-from documents import EXTRA, open_parquet, read_documents, write_parquet
+from documents import EXTRA, parquet_batches, read_documents, write_parquet
 from nanomed import InputError
 from nanomed.files import read_json, write_json
 from scoring import score_path
@@ -87,19 +87,17 @@ def scored_documents(job: Job, path: Path) -> Iterator[tuple[dict, float | None]
         raise InputError(f"{source}: missing, expected the scores of {path}; run data/sweep.py on it")
     documents = read_documents(path, (job.id_key, job.text_key), EXTRA)
     row = 0
-    with open_parquet(source) as file:
-        for batch in file.iter_batches(batch_size=1024, columns=["id", "score"], use_threads=False):
-            pairs = zip(batch["id"].to_pylist(), batch["score"].to_pylist(), strict=True)
-            for identifier, score in pairs:
-                document = next(documents, None)
-                found = document and document[job.id_key]
-                if found != identifier:
-                    what = f"document {row + 1} has the id {found!r}, its score is for {identifier!r}"
-                    raise InputError(f"{path}: {what}; sweep this file again")
-                if score is not None and math.isnan(score):
-                    raise InputError(f"{source}: the score of {identifier!r} is not a number; delete it and sweep again")
-                yield document, score
-                row += 1
+    for batch in parquet_batches(source, 1024, ["id", "score"]):
+        for identifier, score in zip(batch["id"].to_pylist(), batch["score"].to_pylist(), strict=True):
+            document = next(documents, None)
+            found = document and document[job.id_key]
+            if found != identifier:
+                what = f"document {row + 1} has the id {found!r}, its score is for {identifier!r}"
+                raise InputError(f"{path}: {what}; sweep this file again")
+            if score is not None and math.isnan(score):
+                raise InputError(f"{source}: the score of {identifier!r} is not a number; delete it and sweep again")
+            yield document, score
+            row += 1
     if next(documents, None):
         raise InputError(f"{path}: has more than the {row} documents that {source} has scores for; sweep it again")
 

@@ -100,6 +100,15 @@ def test_scores_of_another_sweep_are_not_taken_for_those_of_the_kept(case):
         run_clean(folder, files)
 
 
+def test_a_damaged_file_of_scores_is_named(case):
+    folder, files, *_ = case
+    path = folder / "sweep/scores/a.parquet"
+    raw = path.read_bytes()
+    path.write_bytes(raw[:10] + b"\xff" * 30 + raw[40:])
+    with pytest.raises(InputError, match=r"scores/a\.parquet: damaged: .*; delete it"):
+        run_clean(folder, files)
+
+
 def test_a_worker_that_dies_is_one_line(monkeypatch):
     monkeypatch.setattr(script, "keep_file", operator.call)  # os._exit(9), in a worker
     with pytest.raises(InputError, match=r"a worker died, probably out of memory; run again with fewer --workers"):

@@ -150,7 +150,7 @@ def test_parquet_is_read_too(tmp_path):
     assert drops(f"{STEM} {' '.join(OPTIONS)}", questions)[0]
     raw = (tmp_path / "e.parquet").read_bytes()
     (tmp_path / "e.parquet").write_bytes(raw[:20] + b"\0" * 200 + raw[220:])
-    with pytest.raises(InputError, match=r"e\.parquet: damaged: .*; fetch it again"):
+    with pytest.raises(InputError, match=r"e\.parquet: damaged: .*; delete it"):
         read_questions([tmp_path / "e.parquet"])
     (tmp_path / "e.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match=r"e\.parquet: not a whole Parquet file"):
