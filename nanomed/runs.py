@@ -66,7 +66,7 @@ def check_run(out: Path, config: Config, identity: dict) -> None:
         if key in ("data", "tokenizer_sha256") and old != json.loads(json.dumps(identity))[key]:
             raise InputError(f"--out {out}: the run began on other data ({key} differs); a run cannot change its data")
     for name, old in about.get("identity", {}).get("val", {}).items():  # its curve would be of two sets
-        if identity["val"].get(name, old) != json.loads(json.dumps(old)):
+        if identity["val"].get(name, old) != old:
             raise InputError(f"--out {out}: --val {name} was another set when the run began; give the new one another name")
 
 

@@ -174,7 +174,7 @@ def measure(side: str, name: str, args, result: dict) -> None:
             process.join()
             answer = f"the process ended with status {process.exitcode}"
         if i == args.steps:
-            row["kernels_of_a_step"] = answer
+            row["not_profiled" if isinstance(answer, str) else "kernels_of_a_step"] = answer
         elif isinstance(answer, str):
             row["absent"] = answer
         else:
