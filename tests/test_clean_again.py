@@ -120,13 +120,13 @@ import operator
 import clean
 if __name__ == "__main__":
     clean.keep_file = operator.call  # exec(code), in a worker
-    list(clean.keep_all(exec, ["import time; print('busy', flush=True); time.sleep(60)"] * 4, 2))
+    list(clean.keep_all(exec, ["import os, time; os.write(1, b'busy\\\\n'); time.sleep(60)"] * 4, 2))
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_no_worker_outlives_its_parent(tmp_path, number):
-    """Workers hold the pipe, too: its end comes when all of them have ended."""
+    """Workers hold the pipe, too: its end comes when all of them have ended. They write a line at once: it is not torn."""
     (tmp_path / "busy.py").write_text(BUSY)
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'data'}"}
     with subprocess.Popen(
