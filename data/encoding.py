@@ -10,12 +10,12 @@ Workers are spawned: a fork would copy the held locks of the tokenizer's threads
 
 import functools
 import hashlib
-import json
 import multiprocessing
 import os
 import re
 import signal
 import threading
+import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from chat_records import Conversation, read_conversation
 from conversations import FORGED, conversation_engine, renderer
 from engines import (
     FIRST_DOCS,
@@ -39,7 +40,7 @@ from engines import (
 )
 from nanomed import InputError, first_line
 from nanomed.files import read_json
-from reading import parse_row, read_batches
+from reading import is_blank, parse_record, parse_row, read_batches
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Job:
     engine: str  # "tokenizers" or "gigatoken"
     hold_out: float | None = None  # leave out this share of the documents,
     held_out: float | None = None  # or take exactly what that leaves out
+    normal_forms: tuple[str, ...] = ()  # Unicode forms that the tokenizer gives a text; bytes are counted in the last one
 
 
 @dataclass
@@ -80,7 +82,8 @@ def find_tokenizer(model: str | Path) -> Path:
     if not path.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model)):
         from huggingface_hub import snapshot_download  # slow to import
 
-        names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+        names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+                 "additional_chat_templates/*"]  # fmt: skip
         try:
             path = Path(snapshot_download(str(model), allow_patterns=names))
         except (OSError, ValueError) as error:
@@ -109,8 +112,8 @@ def load_reference(job: Job) -> Encode:
 
 
 @functools.lru_cache(maxsize=1)
-def load_renderer(job: Job) -> Callable[[list], tuple[str, str]]:
-    """The function messages → (text with aliases, text as it reads)."""
+def load_renderer(job: Job) -> Callable[..., tuple[str, str]]:
+    """The function (messages, tools, settings) → (text with aliases, text as it reads)."""
     path = Path(job.tokenizer)
     return renderer(path.parent, read_json(path), (job.separator, job.bos))
 
@@ -130,17 +133,35 @@ def describe_row(path: Path, row: int) -> str:
     return f"{path}: {'row' if path.suffix == '.parquet' else 'line'} {row + 1}"
 
 
-def is_wanted(job: Job, value: str | list) -> bool:
-    """Does a document belong in these bins? Its text decides (of a conversation, the messages' JSON) by a hash.
+def is_wanted(job: Job, value: str | Conversation) -> bool:
+    """Does a document belong in these bins? A hash of its text decides; of a conversation, of its messages.
 
-    So equal texts are on one side, in any order of the inputs, and for any tokenizer.
+    So equal texts are on one side, in any order and format of the inputs, and for any tokenizer.
     """
     share = job.hold_out or job.held_out
     if share is None:
         return True
-    content = json.dumps(value, sort_keys=True) if job.messages else value
+    content = value.text() if isinstance(value, Conversation) else value
     digest = hashlib.blake2b(content.encode("utf-8"), digest_size=8, person=b"hold-out").digest()
     return (int.from_bytes(digest, "big") < share * 2**64) == bool(job.held_out)
+
+
+def read_value(job: Job, row: bytes | None, is_json: bool) -> str | Conversation | None:
+    """What a raw row holds, "" where that is nothing to read; None for a blank line. ValueError: what is wrong."""
+    if not job.messages:
+        text = parse_row(row, job.key, is_json)
+        return "" if text is not None and is_blank(text) else text
+    record = parse_record(row, job.key, list)
+    if record is None:
+        return None
+    return read_conversation(record, job.key) if record[job.key] else ""
+
+
+def count_bytes(text: str, normal_forms: tuple[str, ...]) -> int:
+    """UTF-8 bytes of a text in the Unicode form that the tokenizer sees; bits per byte must not depend on the file's."""
+    for form in normal_forms:
+        text = unicodedata.normalize(form, text)
+    return len(text.encode("utf-8"))
 
 
 def parse_rows(job: Job, path: Path, first_row: int, rows: list[bytes | None]) -> Parsed:
@@ -148,26 +169,24 @@ def parse_rows(job: Job, path: Path, first_row: int, rows: list[bytes | None]) -
     is_json, parsed = job.messages or path.suffix != ".parquet", Parsed([], [], [], [])
     for number, row in enumerate(rows, first_row):
         try:
-            value = parse_row(row, job.key, is_json, list if job.messages else str)
-            if isinstance(value, str) and value.isspace():
-                value = ""
-            if value and not is_wanted(job, value):
+            value = read_value(job, row, is_json)
+            if value is None or (value and not is_wanted(job, value)):
                 continue
-            text, visible = load_renderer(job)(value) if job.messages and value else (value, value)
-            size = len(visible.encode("utf-8")) if visible else 0  # fails for half a surrogate pair: JSON can spell it
+            text = visible = value
+            if isinstance(value, Conversation):
+                text, visible = load_renderer(job)(value.messages, value.tools, value.settings)
+            size = count_bytes(visible, job.normal_forms)  # fails for half a surrogate pair: JSON can spell it
+        except RecursionError:
+            raise InputError(f"{describe_row(path, number)}: JSON nested too deeply") from None
         except ValueError as error:
-            what = str(error)
-            if isinstance(error, UnicodeError):
-                what = f"not valid UTF-8: {error}; expected UTF-8 text"
-            elif isinstance(error, json.JSONDecodeError):
-                what = f"not valid JSON: {error}; expected one object per line"
+            what = f"not valid UTF-8: {error}; expected UTF-8 text" if isinstance(error, UnicodeError) else str(error)
             raise InputError(f"{describe_row(path, number)}: {what}") from None
-        if text and not visible.isspace():
-            parsed.texts.append(text)
-            parsed.n_bytes.append(size)
-            parsed.rows.append(number)
-        elif text is not None:
+        if is_blank(visible):
             parsed.empty.append(number)
+            continue
+        parsed.texts.append(text)
+        parsed.n_bytes.append(size)
+        parsed.rows.append(number)
     return parsed
 
 

@@ -1,7 +1,8 @@
 """Prepare: text → token bins (format: nanomed/bins.py). Run it once per corpus and tokenizer; training only reads bins.
 
     python data/prepare.py corpus.jsonl more.parquet --tokenizer Qwen/Qwen2.5-7B-Instruct --out bins/medical
-    python data/prepare.py ... --hold-out 0.01 --out bins/medical && python data/prepare.py ... --held-out 0.01 --out bins/val
+    python data/prepare.py ... --hold-out 0.01 --out bins/medical
+    python data/prepare.py ... --hold-out 0.01 --part held-out --out bins/val
 
 One process reads the inputs in order and cuts them into batches of 1 MiB of raw rows; workers parse and encode them;
 the first process takes the results back in order, cuts shards and writes. So order and slices cannot depend on the
@@ -19,6 +20,7 @@ Costs: the first process can read and write about 190 MB/s, enough for 70 worker
 """
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -34,11 +36,12 @@ from tqdm import tqdm
 from encoding import Encoded, Job, encode_file, find_tokenizer, worker_pool
 from engines import Unproven, engine_version, load_tokenizer
 from nanomed import InputError, bins, run_script
-from nanomed.files import lock, sha256
+from nanomed.files import lock, read_json
 from nanomed.prompts import chat_template
-from nanomed.tokenizer import bos_id, separator_id, tokenizer_config, tokenizer_sha256
-from reading import SUFFIXES, check_size
-from resuming import committed_part, remove_leftovers
+from nanomed.tokenizer import bos_id, normal_forms, separator_id, tokenizer_config, tokenizer_sha256
+from reading import SUFFIXES
+from resuming import committed_part, remove_leftovers, remove_traces, side
+from sources import describe_inputs, find_inputs, list_names
 
 SLICE_BYTES = 256 << 20  # text of a shard
 
@@ -82,19 +85,6 @@ def slice_of(row: int, end: int, empty: list[int]) -> dict:
     return {"first_row": row, "n_rows": end - row, "n_empty": sum(number < end for number in empty)}
 
 
-def describe_input(path: Path, job: Job, slice_bytes: int, progress) -> dict:
-    """What identifies an input and how it is cut, as it goes into each shard's JSON."""
-    if not path.name.endswith(SUFFIXES):
-        raise InputError(f"{path}: unknown file type, expected {', '.join(SUFFIXES)}")
-    try:
-        digest, size = sha256(path, progress), path.stat().st_size
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}; expected a file") from None
-    check_size(path)  # of all inputs, before the first is written
-    source = {"name": path.name, "size": size, "sha256": digest, "hold_out": job.hold_out, "held_out": job.held_out}
-    return source | {"messages_key" if job.messages else "text_key": job.key, "slice_bytes": slice_bytes}
-
-
 # ---- the whole ----
 
 
@@ -132,19 +122,14 @@ def prepare(
     see `is_wanted`; at most one of them. Run again after an interruption, it keeps the committed shards. InputError if
     anything is wrong with what it was given.
     """
-    inputs, out = [Path(path) for path in inputs], Path(out)
-    if not inputs:
-        raise InputError("0 inputs, expected one or more")
-    places = [os.path.realpath(path) for path in inputs]
-    if twice := [path for number, path in enumerate(inputs) if places[number] in places[:number]]:
-        raise InputError(f"{twice[0]}: given twice, expected each input once")
+    inputs, out = find_inputs(inputs), Path(out)
     if workers < 1:
         raise InputError(f"--workers is {workers}, expected 1 or more")
-    for flag, share in (("--hold-out", hold_out), ("--held-out", held_out)):
-        if share is not None and not 0 < share < 1:
-            raise InputError(f"{flag} is {share}, expected a share between 0 and 1, such as 0.02")
+    share = hold_out if held_out is None else held_out
+    if share is not None and not 0 < share < 1:
+        raise InputError(f"--hold-out is {share}, expected a share between 0 and 1, such as 0.02")
     if hold_out and held_out:
-        raise InputError("--hold-out and --held-out exclude each other; give one")
+        raise InputError("hold_out and held_out exclude each other; give one")
     if text_key and messages_key:
         raise InputError("--text-key and --messages-key exclude each other; give one")
     path = find_tokenizer(tokenizer_dir)
@@ -155,16 +140,10 @@ def prepare(
         return write_bins(run, job, engine)
 
 
-def describe_inputs(inputs: list[Path], job: Job, slice_bytes: int) -> list[dict]:
-    """`describe_input` of each, under a bar."""
-    n_bytes = sum(path.stat().st_size for path in inputs if path.is_file())
-    with tqdm(total=n_bytes, unit="B", unit_scale=True, desc="hash", disable=None) as bar:
-        return [describe_input(path, job, slice_bytes, bar.update) for path in inputs]
-
-
 def write_bins(run: Run, job: Job, engine: str) -> bins.Bins:
-    """Write what the folder lacks, under its lock; returns the bins opened."""
+    """Write what the folder lacks, under its lock; returns the bins opened. Where it fails, only whole shards stay."""
     out = run.out
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -179,11 +158,16 @@ def write_bins(run: Run, job: Job, engine: str) -> bins.Bins:
             return done
         write_all(run, job, place, engine)
         finish(out, run.inputs, job)
+        return bins.Bins(out)
     except OSError as error:
-        raise InputError(f"{out}: cannot be written: {error.strerror or error}; free space, then run again") from None
+        remove_traces(out, made)
+        hint = "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "put that right"
+        raise InputError(f"{out}: cannot be written: {error.strerror or error}; {hint}, then run again") from None
+    except (Exception, KeyboardInterrupt):
+        remove_traces(out, made)
+        raise
     finally:
         os.close(descriptor)
-    return bins.Bins(out)
 
 
 def plan(path: Path, text_key: str, messages_key: str | None, eos: str | None, bos: str) -> tuple[Job, dict]:
@@ -195,7 +179,8 @@ def plan(path: Path, text_key: str, messages_key: str | None, eos: str | None, b
         if bos == "yes":
             raise InputError("--bos yes: with --messages-key the chat template says where BOS goes; omit --bos")
     begin = None if messages_key else bos_id(tokenizer, config, bos)
-    job = Job(str(path), identity, separator, begin, messages_key or text_key, bool(messages_key), "tokenizers")
+    job = Job(str(path), identity, separator, begin, messages_key or text_key, bool(messages_key), "tokenizers",
+              normal_forms=normal_forms(read_json(path)))  # fmt: skip
     n_ids = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())  # a vocabulary may have holes: do not count
     return job, bins.settings_of(n_ids, separator, begin, identity)
 
@@ -228,13 +213,13 @@ def write_inputs(run: Run, job: Job, place: tuple[int, int, int]) -> None:
     engine = engine_version(job.engine)
     try:
         with tqdm(total=sum(source["size"] for source in run.sources), unit="B", unit_scale=True, disable=None) as bar:
+            before = sum(source["size"] for source in run.sources[:n_done])
             for i in range(n_done, len(run.inputs)):
-                before = sum(source["size"] for source in run.sources[:i])
                 encoded = encode_file(job, run.inputs[i], row, run.pool, run.workers)
                 progress = lambda position, before=before: bar.update(before + position - bar.n)  # noqa: E731
                 shard_writer = lambda index: bins.ShardWriter(run.out, index, run.settings, engine, job.messages)  # noqa: E731
                 index = write_file(encoded, shard_writer, run.sources[i], index, row, progress)
-                row = 0
+                row, before = 0, before + run.sources[i]["size"]
     except BrokenProcessPool:
         raise InputError("a worker died, probably out of memory; run again with fewer --workers (it resumes)") from None
     n_bytes = sum(shard["n_bytes"] for shard in bins.committed_shards(run.out)) - n_before
@@ -249,9 +234,8 @@ def finish(out: Path, inputs: list[Path], job: Job) -> None:
         remove_leftovers(out)
         what = "no text in any of the documents; nothing to write"
         if (job.hold_out or job.held_out) and any(s["source"]["n_rows"] > s["source"]["n_empty"] for s in shards):
-            flag = "--hold-out" if job.hold_out else "--held-out"
-            what = f"{flag} {job.hold_out or job.held_out} leaves no documents; give another share"
-        raise InputError(f"{', '.join(map(str, inputs))}: {what}")
+            what = f"{side(job.hold_out, job.held_out)} leaves no documents; give another share"
+        raise InputError(f"{list_names([str(path) for path in inputs])}: {what}")
     bins.write_manifest(out)
     done = bins.Bins(out)
     sizes = f"{done.n_docs:,} documents, {done.n_tokens:,} tokens, {done.n_bytes:,} bytes of text"
@@ -267,29 +251,34 @@ def main() -> None:
         epilog="example: python data/prepare.py corpus.jsonl --tokenizer Qwen/Qwen2.5-7B-Instruct --out bins/medical",
     )
     add = parser.add_argument
-    add("inputs", nargs="+", type=Path, metavar="FILE", help=f"texts: {', '.join(SUFFIXES)}; kept in this order")
-    add(
-        "--tokenizer",
-        required=True,
-        metavar="MODEL",
-        help="tokenizer of the model to train: folder, tokenizer.json or hub id",
-    )
+    inputs_help = f"texts: {', '.join(SUFFIXES)}; kept in this order; a folder means all of them in and below it"
+    add("inputs", nargs="+", type=Path, metavar="FILE", help=inputs_help)
+    tokenizer_help = "tokenizer of the model to train: folder, tokenizer.json or hub id"
+    add("--tokenizer", required=True, metavar="MODEL", help=tokenizer_help)
     add("--out", required=True, type=Path, metavar="FOLDER", help="where the bins go")
     add("--text-key", metavar="KEY", help="key or column that holds the text (default: text)")
     add("--messages-key", metavar="KEY", help="instead: key or column of chat messages, for the model's chat template")
     add("--eos", metavar="TOKEN", help="token that ends documents (default: <|endoftext|>, <|end_of_text|> or the eos)")
     bos_help = "begin documents with BOS? auto: if the tokenizer itself does, so that training looks like inference"
     add("--bos", choices=("auto", "yes", "no"), default="auto", help=bos_help)
-    hold_out_help = "leave out this share of the documents, for validation; a hash of the text decides which"
+    hold_out_help = "set this share of the documents aside for validation; a hash of the text decides which"
     add("--hold-out", type=float, metavar="SHARE", help=hold_out_help)
-    add("--held-out", type=float, metavar="SHARE", help="exactly the documents that --hold-out SHARE leaves out")
+    part_help = "with --hold-out: what goes into these bins, the documents to train on or those set aside (default: train)"
+    add("--part", choices=("train", "held-out"), help=part_help)
+    add("--held-out", type=float, metavar="SHARE", help=argparse.SUPPRESS)  # the old spelling of --part held-out
     workers_help = "processes that encode; the bins do not depend on it (default: the CPUs, %(default)s)"
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help=workers_help)
     engine_help = "auto: gigatoken if it is installed and gives the ids of tokenizers (default: %(default)s)"
     add("--engine", choices=("auto", "gigatoken", "tokenizers"), default="auto", help=engine_help)
     args = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # --workers says how many cores
-    options = {name: value for name, value in vars(args).items() if name not in ("inputs", "tokenizer", "out")}
+    options = {name: value for name, value in vars(args).items() if name not in ("inputs", "tokenizer", "out", "part")}
+    if args.hold_out is not None and args.held_out is not None:
+        raise InputError("--hold-out and --held-out exclude each other; give --hold-out SHARE --part held-out")
+    if args.part and args.hold_out is None:
+        raise InputError(f"--part {args.part} needs the share that is set aside: --hold-out SHARE")
+    if args.part == "held-out":
+        options |= {"hold_out": None, "held_out": args.hold_out}
     prepare(args.inputs, args.tokenizer, args.out, **options)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from conversations import template_sha256
 from encoding import Job, describe_row, find_tokenizer, load_engine, parse_rows, strip_separator
 from engines import load_tokenizer
 from nanomed import InputError, run_script
@@ -26,6 +27,7 @@ from nanomed.bins import Bins, verify
 from nanomed.files import sha256
 from nanomed.tokenizer import tokenizer_sha256
 from reading import read_batches
+from sources import find_inputs, list_names
 
 SAMPLE = 1000  # documents
 
@@ -91,7 +93,7 @@ def compare_text(bins: Bins, tokenizer: Path, inputs: list[Path], n_sample: int,
     """Compare documents of the inputs with the bins; how many were. InputError names the first that differs."""
     expected = sources(bins)
     if len(inputs) != len(expected):
-        names = ", ".join(source["name"] for source in expected)
+        names = list_names([source["name"] for source in expected])
         raise InputError(f"{bins.folder}: made of {len(expected)} inputs, {names}; {len(inputs)} were given")
     rng = np.random.default_rng(seed)
     chosen = np.zeros(bins.n_docs, bool)
@@ -110,9 +112,11 @@ def compare_text(bins: Bins, tokenizer: Path, inputs: list[Path], n_sample: int,
 def compare_input(bins: Bins, tokenizer: Path, path: Path, source: dict, chosen: np.ndarray, start: int):
     """Compare one input, whose first document is `start`; yields the bytes of it read so far."""
     messages = "messages_key" in source
+    if messages and source.get("chat_template_sha256") not in (None, template_sha256(tokenizer.parent)):
+        raise InputError(f"{tokenizer.parent}: its chat template is not the one that {bins.folder} was made with; prepare again")
     key = source["messages_key" if messages else "text_key"]
     job = Job(str(tokenizer), bins.tokenizer_sha256, bins.separator, bins.bos, key, messages, "tokenizers",
-              source.get("hold_out"), source.get("held_out"))  # fmt: skip
+              source.get("hold_out"), source.get("held_out"), tuple(source.get("normal_forms", ())))  # fmt: skip
     n_front, n_bytes, doc = 0 if bins.bos is None else 1, 0, start
     for first_row, rows, position in read_batches(path, key, nested=messages):
         parsed = parse_rows(job, path, first_row, rows)
@@ -140,20 +144,21 @@ def main() -> None:
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="also compare with the text: the same files in the same order",
+        help="also compare with the text: the same files or folders in the same order",
     )
     parser.add_argument("--deep", action="store_true", help=f"compare every document, not a sample of {SAMPLE}")
     args = parser.parse_args()
     if (args.inputs or args.deep) and not (args.inputs and args.tokenizer):
         parser.error("comparing with the text needs --tokenizer and --inputs")
+    inputs = find_inputs(args.inputs) if args.inputs else []
     n_bytes = sum(path.stat().st_size for path in args.bins.glob("shard-*.bin"))
     with tqdm(total=n_bytes, unit="B", unit_scale=True, desc="verify", disable=None) as bar:
         bins = verify(args.bins, deep=True, progress=bar.update)
     print(table(bins))
     if args.tokenizer:
         path = check_tokenizer(bins, args.tokenizer)
-        if args.inputs:
-            n_compared = compare_text(bins, path, args.inputs, bins.n_docs if args.deep else SAMPLE)
+        if inputs:
+            n_compared = compare_text(bins, path, inputs, bins.n_docs if args.deep else SAMPLE)
             print(f"{'compared':12} {n_compared:,} documents re-encoded from the text, with the same ids")
         show_documents(bins, path)
     print(f"{args.bins}: whole")

@@ -39,33 +39,53 @@ def is_conversation(messages: object) -> bool:
     )  # fmt: skip
 
 
+def chat_templates(folder: Path) -> dict[str, str]:
+    """name → text of the model's chat templates: "default", and "tool_use" where it has one. InputError if it has none."""
+    found = tokenizer_config(folder).get("chat_template")
+    if isinstance(found, list):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...}]
+        templates = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+    else:
+        templates = {"default": found}
+    files = {path.stem: path for path in (folder / "additional_chat_templates").glob("*.jinja")}
+    if (folder / "chat_template.jinja").is_file():
+        files["default"] = folder / "chat_template.jinja"
+    templates |= {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    templates = {name: text for name, text in templates.items() if isinstance(name, str) and isinstance(text, str) and text}
+    if "default" not in templates:
+        raise InputError(f"{folder}: has no chat template; give an instruct model, or a merge with one")
+    return templates
+
+
 def chat_template(folder: Path) -> str:
     """The model's chat template, of several the default one. InputError if it has none."""
-    file = folder / "chat_template.jinja"
-    template = file.read_text(encoding="utf-8") if file.is_file() else tokenizer_config(folder).get("chat_template")
-    if isinstance(template, list):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...}]
-        template = next((e.get("template") for e in template if isinstance(e, dict) and e.get("name") == "default"), None)
-    if not isinstance(template, str) or not template:
-        raise InputError(f"{folder}: has no chat template; give an instruct model, or a merge with one")
-    return template
+    return chat_templates(folder)["default"]
 
 
-def template_renderer(folder: Path, **settings) -> Callable[[list[dict]], str]:
-    """The function messages → text by the model's template, which may name the settings and the model's special tokens.
+def special_tokens(folder: Path) -> dict[str, str]:
+    """The model's special tokens by the names that its template knows them by: bos_token, eos_token, ..."""
+    config = tokenizer_config(folder)
+    names = {key: token_content(config, key) for key in config if key.endswith("_token")}
+    return {key: token for key, token in names.items() if isinstance(token, str)}
 
-    It raises ValueError for messages that the template rejects. InputError if there is no template, or no transformers.
+
+def template_renderer(folder: Path, templates: dict[str, str] | None = None, **settings) -> Callable[..., str]:
+    """The function (messages, tools=None, **more settings) → text by the model's template.
+
+    The template may name the settings and the model's special tokens. With tools it is the model's template "tool_use", if
+    it has one. templates: those of `chat_templates`, if they are to be changed. The function raises ValueError for
+    messages that the template rejects. InputError if there is no template, or no transformers.
     """
-    template, config = chat_template(folder), tokenizer_config(folder)
+    templates = templates or chat_templates(folder)
     try:
         from transformers.utils.chat_template_utils import render_jinja_template
     except ImportError:
         raise InputError("chat templates need transformers and jinja2: pip install transformers jinja2") from None
-    names = {key: token_content(config, key) for key in config if key.endswith("_token")}
-    settings |= {key: token for key, token in names.items() if isinstance(token, str)}
+    settings |= special_tokens(folder)
 
-    def render(messages: list[dict]) -> str:
+    def render(messages: list[dict], tools: list[dict] | None = None, **more) -> str:
+        template = templates.get("tool_use", templates["default"]) if tools else templates["default"]
         try:
-            [[text], _] = render_jinja_template([messages], chat_template=template, **settings)
+            [[text], _] = render_jinja_template([messages], tools=tools, chat_template=template, **settings | more)
         except Exception as error:  # jinja's own, and whatever a template's raise_exception says
             raise ValueError(f"the chat template refuses it: {first_line(error)}") from None
         return text

@@ -47,6 +47,13 @@ def tokenizer_sha256(tokenizer_json: dict | Path) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def normal_forms(spec: dict) -> tuple[str, ...]:
+    """The Unicode normal forms that a tokenizer gives a text, one after the other; spec: contents of tokenizer.json."""
+    normalizer = spec.get("normalizer") or {}
+    steps = normalizer.get("normalizers", []) if normalizer.get("type") == "Sequence" else [normalizer]
+    return tuple(step["type"] for step in steps if step.get("type") in ("NFC", "NFD", "NFKC", "NFKD"))
+
+
 def separator_id(tokenizer: Tokenizer, config: dict, eos: str | None = None) -> int:
     """The id that ends every document: `eos` if given, else that of the first of ENDS there is, else config's eos_token.
 

@@ -74,7 +74,7 @@ def test_what_is_left_out_is_not_tokenised(tmp_path, tok, monkeypatch):
     monkeypatch.undo()
     (tmp_path / "tokenizer.json").write_bytes((tok / "tokenizer.json").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-    orders = [lambda text: {"role": "user", "content": text}, lambda text: {"content": text, "role": "user"}]
+    orders = [lambda text: {"role": "assistant", "content": text}, lambda text: {"content": text, "role": "assistant"}]
     paths = []
     for name, turn in zip("bc", orders, strict=True):
         paths.append(tmp_path / f"{name}.jsonl")
@@ -93,10 +93,10 @@ def test_another_share_or_side_is_refused_in_the_same_folder(tmp_path, tok):
     whole = prepare([path], tok, tmp_path / "whole")
     (left.folder / "manifest.json").unlink()  # interrupted
     for bins, options, message in (
-        (left, {"hold_out": 0.5}, r"hold_out is 0\.25, expected 0\.5"),
-        (left, {"held_out": SHARE}, r"hold_out is 0\.25, expected None"),
-        (held, {}, r"held_out is 0\.25, expected None"),
-        (whole, {"hold_out": SHARE}, r"hold_out is None, expected 0\.25; choose another --out"),
+        (left, {"hold_out": 0.5}, r"prepared with --hold-out 0\.25, this command has --hold-out 0\.5"),
+        (left, {"held_out": SHARE}, r"with --hold-out 0\.25, this command has --hold-out 0\.25 --part held-out"),
+        (held, {}, r"with --hold-out 0\.25 --part held-out, this command has no --hold-out"),
+        (whole, {"hold_out": SHARE}, r"with no --hold-out, this command has --hold-out 0\.25; .* choose another --out"),
     ):
         with pytest.raises(InputError, match=message):
             prepare([path], tok, bins.folder, **options)
@@ -108,9 +108,11 @@ def test_what_cannot_be_is_one_line(tmp_path, tok, monkeypatch, capsys):
     arguments = ["prepare.py", str(path), "--tokenizer", str(tok), "--out", str(tmp_path / "out"), "--workers", "1"]
     for flags, message in (
         (["--hold-out", "1"], r"^--hold-out is 1\.0, expected a share between 0 and 1"),
-        (["--held-out", "nan"], r"^--held-out is nan, expected a share"),
-        (["--hold-out", "0.1", "--held-out", "0.1"], r"exclude each other; give one"),
-        (["--held-out", "1e-9"], r"a\.jsonl: --held-out 1e-09 leaves no documents; give another share"),
+        (["--held-out", "nan"], r"^--hold-out is nan, expected a share"),
+        (["--hold-out", "nan", "--part", "held-out"], r"^--hold-out is nan, expected a share"),
+        (["--part", "held-out"], r"^--part held-out needs the share that is set aside: --hold-out SHARE"),
+        (["--hold-out", "0.1", "--held-out", "0.1"], r"exclude each other; give --hold-out SHARE --part held-out"),
+        (["--held-out", "1e-9"], r"a\.jsonl: --hold-out 1e-09 --part held-out leaves no documents; give another share"),
     ):
         monkeypatch.setattr(sys, "argv", [*arguments, *flags])
         with pytest.raises(InputError, match=message) as error:

@@ -21,11 +21,12 @@ from conftest import ROOT
 from nanomed import InputError
 from nanomed.bins import Bins, verify
 from prepare import prepare
+from reading import is_blank
 from texts import contents, fixture_corpus, fixture_small_batches, fixture_tok, text_of, write_jsonl  # noqa: F401
 
 
 def has_text(texts: list[str]) -> bool:
-    return any(text.strip() for text in texts)
+    return not all(map(is_blank, texts))
 
 
 def documents(bins: Bins) -> list[list[int]]:
@@ -41,7 +42,7 @@ def test_round_trip(tmp_path_factory, tok, texts, slice_bytes):
     folder = tmp_path_factory.mktemp("trip")
     bins = prepare([write_jsonl(folder / "a.jsonl", texts)], tok, folder / "bins", slice_bytes=slice_bytes)
     tokenizer = Tokenizer.from_file(str(tok / "tokenizer.json"))
-    texts = [text for text in texts if text.strip()]
+    texts = [text for text in texts if not is_blank(text)]
     assert [tokenizer.decode(ids[:-1], skip_special_tokens=False) for ids in documents(bins)] == texts
     assert all(ids[-1] == tokenizer.token_to_id("<|endoftext|>") for ids in documents(bins))
     assert bins.n_bytes == sum(len(text.encode()) for text in texts)
@@ -76,22 +77,22 @@ def test_a_shard_is_a_slice_of_one_input(tmp_path, tok, corpus, small_batches):
 
 
 def test_white_space_alone_is_no_document(tmp_path, tok):
-    texts = ["", " ", "\n\t\u00a0\u2003", "eins", " zwei\n"]
+    texts = ["", " ", "\n\t\u00a0\u2003", "\u200b", "\ufeff\n\u00ad\u2060", "\x00\ufe0f\u3164", "eins", " zwei\n"]
     path = write_jsonl(tmp_path / "a.jsonl", texts)
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
     for source in (path, tmp_path / "a.parquet"):
         bins = prepare([source], tok, tmp_path / source.suffix)
-        assert (bins.n_docs, bins.n_bytes, bins.shards[0]["source"]["n_empty"]) == (2, len("eins zwei\n"), 3)
+        assert (bins.n_docs, bins.n_bytes, bins.shards[0]["source"]["n_empty"]) == (2, len("eins zwei\n"), 6)
     path = write_jsonl(tmp_path / "b.jsonl", [*texts, *map(str, range(20))])
     sides = [prepare([path], tok, tmp_path / side, **{side: 0.5}) for side in ("hold_out", "held_out")]
     assert sum(bins.n_docs for bins in sides) == 22
-    assert [bins.shards[0]["source"]["n_empty"] for bins in sides] == [3, 3]  # like "", on both
+    assert [bins.shards[0]["source"]["n_empty"] for bins in sides] == [6, 6]  # like "", on both
 
 
 def test_a_template_that_renders_white_space_makes_no_document(monkeypatch):
-    monkeypatch.setattr(encoding, "load_renderer", lambda job: lambda messages: ("\n", "\n"))
+    monkeypatch.setattr(encoding, "load_renderer", lambda job: lambda messages, tools, settings: ("\n", "\n"))
     job = encoding.Job("", "", 0, None, "messages", True, "tokenizers")
-    parsed = encoding.parse_rows(job, Path("a.jsonl"), 0, [b'{"messages": [{"role": "user"}]}'])
+    parsed = encoding.parse_rows(job, Path("a.jsonl"), 0, [b'{"messages": [{"role": "assistant", "content": ""}]}'])
     assert (parsed.texts, parsed.empty) == ([], [0])
 
 

@@ -39,7 +39,7 @@ def test_inputs_without_text_do_not_stand_in_the_way(tmp_path, tok, corpus):
         with pytest.raises(InputError, match=message):
             prepare(inputs, tok, out)
         if inputs == [empty]:
-            assert not list(out.iterdir())
+            assert not out.exists()
     assert verify(prepare(corpus, tok, out).folder).n_docs == 540
 
 
@@ -138,13 +138,13 @@ def test_a_folder_made_otherwise_is_refused(tmp_path, tok, corpus, finished):
     changed = tmp_path / corpus[0].name
     changed.write_text(corpus[0].read_text("utf-8").replace("Der", "Die", 1), "utf-8")
     cases = [
-        (corpus, tmp_path, {}, r"shard-00000.json: vocab_size is 319, expected 309"),
-        (corpus, tok, {"eos": "<|im_end|>"}, r"shard-00000.json: separator is 316, expected 318"),
-        (corpus, tok, {"text_key": "id"}, r"shard-00000.json: text_key is text, expected id"),
-        (corpus, tok, {"slice_bytes": 30_000}, r"slice_bytes is 20000, expected 30000"),
-        ([changed, corpus[1]], tok, {}, r"shard-00000.json: sha256 is"),
-        (corpus[::-1], tok, {}, r"shard-00000.json: name is one.jsonl, expected two.jsonl"),
-        (corpus[:1], tok, {}, r"name is two.jsonl, expected no further input"),
+        (corpus, tmp_path, {}, r"vocabulary has a size of 319, this command has .* 309"),
+        (corpus, tok, {"eos": "<|im_end|>"}, r"separator \(--eos\) of id 316, this command has .* 318"),
+        (corpus, tok, {"text_key": "id"}, r"a: was prepared with --text-key text, this command has --text-key id; give the same"),
+        (corpus, tok, {"slice_bytes": 30_000}, r"slice_bytes 20000, this command has slice_bytes 30000"),
+        ([changed, corpus[1]], tok, {}, r"one.jsonl .* as input 1, this command has one.jsonl .* as input 1"),
+        (corpus[::-1], tok, {}, r"one.jsonl .* as input 1, this command has two.jsonl .* as input 1"),
+        (corpus[:1], tok, {}, r"holds two.jsonl as input 2, this command has 1 inputs"),
     ]
     if finished:
         third = write_jsonl(tmp_path / "three.jsonl", ["neu"])

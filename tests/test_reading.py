@@ -1,8 +1,5 @@
 """What prepare.py takes although it is unusual: a byte order mark, Arrow's other kinds of string and list, timestamps."""
 
-import datetime
-import json
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -55,18 +52,3 @@ def test_every_kind_of_string(tmp_path, tok, kind):
     expected = prepare([write_jsonl(tmp_path / "a.jsonl", TEXTS)], tok, tmp_path / "expected").fingerprint
     pq.write_table(pa.table({"text": pa.array(TEXTS, kind)}), tmp_path / "a.parquet")
     assert prepare([tmp_path / "a.parquet"], tok, tmp_path / "bins").fingerprint == expected
-
-
-@pytest.mark.parametrize("kind", [pa.list_, pa.large_list])
-def test_messages_with_a_timestamp(tmp_path, kind):
-    messages = [{"role": "user", "content": "a", "at": datetime.datetime(2024, 3, 1)}]
-    of = pa.struct([("role", pa.string()), ("content", pa.string()), ("at", pa.timestamp("us"))])
-    pq.write_table(pa.table({"messages": pa.array([messages], kind(of))}), tmp_path / "a.parquet")
-    [(_, [row], _)] = read_batches(tmp_path / "a.parquet", "messages", nested=True)
-    assert json.loads(row) == {"messages": [{"role": "user", "content": "a", "at": "2024-03-01 00:00:00"}]}
-
-
-def test_bytes_in_messages_are_one_line(tmp_path):
-    pq.write_table(pa.table({"messages": [[{"role": "user", "content": b"a"}]]}), tmp_path / "a.parquet")
-    with pytest.raises(InputError, match=r"a.parquet: unreadable after row 0, .*: bytes in the messages"):
-        list(read_batches(tmp_path / "a.parquet", "messages", nested=True))
