@@ -40,7 +40,7 @@ from engines import (
 )
 from nanomed import InputError, first_line
 from nanomed.files import read_json
-from reading import is_blank, parse_record, parse_row, read_batches
+from reading import is_blank, parse_record, parse_row, read_batches, suggestion
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,12 @@ def find_tokenizer(model: str | Path) -> Path:
         try:
             path = Path(snapshot_download(str(model), allow_patterns=names))
         except (OSError, ValueError) as error:
-            what = f"no such folder, and the hub does not provide it: {first_line(error)}"
+            what = f"no such folder{suggestion(path)}, and the hub does not provide it: {first_line(error)}"
             raise InputError(f"{model}: {what}") from None
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
-        raise InputError(f"{path}: no such file; expected a folder with tokenizer.json, that file or a hub id")
+        meant = suggestion(path) or "; expected a folder with tokenizer.json, that file or a hub id"
+        raise InputError(f"{path}: no such file{meant}")
     return path
 
 

@@ -6,9 +6,11 @@ on it.
 """
 
 import codecs
+import difflib
 import gzip
 import io
 import json
+import os
 import unicodedata
 import zlib
 from collections.abc import Iterator
@@ -41,6 +43,17 @@ def read_rows(path: Path, key: str, nested: bool = False) -> Iterator[tuple[byte
             lines = io.BufferedReader(pyarrow().CompressedInputStream(pyarrow().PythonFile(raw), "zstd"), 1 << 20)
         for number, line in enumerate(lines):
             yield line if number else line.removeprefix(codecs.BOM_UTF8), raw.tell()
+
+
+def suggestion(path: Path) -> str:
+    """The end of a message about a path that does not exist: a name like it that does; "" where there is none."""
+    missing = next((part for part in (*reversed(path.parents), path) if not part.exists()), path)
+    try:
+        names = os.listdir(missing.parent)
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(missing.name, names, n=1)
+    return f"; did you mean {missing.parent / close[0] / path.relative_to(missing)}?" if close else ""
 
 
 def check_size(path: Path) -> None:
@@ -157,7 +170,7 @@ def parse_record(row: bytes, key: str, kind: type = str) -> dict | None:
 
 def json_fault(error: json.JSONDecodeError) -> str:
     """What is wrong with one line of JSON, without the number of a line, which would always be 1."""
-    return f"{error.msg} at column {error.colno}"
+    return f"{error.msg} at column {error.pos + 1}"
 
 
 def is_blank(text: str) -> bool:

@@ -1,6 +1,5 @@
 """Sources: which files the inputs of a command are, and what identifies them in the bins made of them."""
 
-import difflib
 import glob
 import os
 import sys
@@ -12,7 +11,7 @@ from conversations import template_sha256
 from encoding import Job
 from nanomed import InputError
 from nanomed.files import sha256
-from reading import SUFFIXES, check_size
+from reading import SUFFIXES, check_size, suggestion
 
 
 def find_inputs(names: list[Path]) -> list[Path]:
@@ -70,17 +69,6 @@ def files_below(folder: Path) -> list[Path]:
         more = ", ..." if len(others) > 5 else ""
         print(f"{folder}: {len(found):,} files are read, {len(others):,} others are not: {names}{more}", file=sys.stderr)
     return sorted(found)
-
-
-def suggestion(path: Path) -> str:
-    """The end of a message about a path that does not exist: a name like it that does; "" where there is none."""
-    missing = next((part for part in (*reversed(path.parents), path) if not part.exists()), path)
-    try:
-        names = os.listdir(missing.parent)
-    except OSError:
-        return ""
-    close = difflib.get_close_matches(missing.name, names, n=1)
-    return f"; did you mean {missing.parent / close[0] / path.relative_to(missing)}?" if close else ""
 
 
 def describe_inputs(inputs: list[Path], job: Job, slice_bytes: int) -> list[dict]:

@@ -62,8 +62,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
         if line.strip():
             try:
                 record = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{path}: line {number} is not JSON ({error})") from None
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path}: line {number} is not JSON ({error.msg} at column {error.colno})") from None
             if not isinstance(record, dict):
                 raise InputError(f"{path}: line {number} is not a JSON object")
             yield number, record

@@ -103,6 +103,19 @@ def test_another_share_or_side_is_refused_in_the_same_folder(tmp_path, tok):
     assert prepare([path], tok, left.folder, hold_out=SHARE).fingerprint == left.fingerprint
 
 
+def test_the_flags_name_the_side(tmp_path, tok, monkeypatch):
+    """--part, and --held-out, which it replaces."""
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS[:40])
+    expected = [bins.fingerprint for bins in both([path], tok, tmp_path)]
+    command = ["prepare.py", str(path), "--tokenizer", str(tok), "--workers", "1", "--out"]
+    for number, flags in enumerate(
+        (["--hold-out"], ["--part", "train", "--hold-out"], ["--part", "held-out", "--hold-out"], ["--held-out"])
+    ):
+        monkeypatch.setattr(sys, "argv", [*command, str(tmp_path / str(number)), *flags, str(SHARE)])
+        script.main()
+        assert Bins(tmp_path / str(number)).fingerprint == expected[number // 2]
+
+
 def test_what_cannot_be_is_one_line(tmp_path, tok, monkeypatch, capsys):
     path = write_jsonl(tmp_path / "a.jsonl", ["eins", "zwei"])
     arguments = ["prepare.py", str(path), "--tokenizer", str(tok), "--out", str(tmp_path / "out"), "--workers", "1"]

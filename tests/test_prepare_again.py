@@ -1,5 +1,6 @@
 """prepare.py again, and after an interruption: half a set is never taken for whole, nothing is made twice."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tokenizers import normalizers
 
 import prepare as script
 from bpe import byte_level
@@ -41,6 +43,22 @@ def test_inputs_without_text_do_not_stand_in_the_way(tmp_path, tok, corpus):
         if inputs == [empty]:
             assert not out.exists()
     assert verify(prepare(corpus, tok, out).folder).n_docs == 540
+
+
+def test_a_finished_set_of_an_earlier_version_is_finished(tmp_path, corpus):
+    """Its shards do not say in which form their bytes were counted; an unfinished one would mix both ways."""
+    tokenizer = byte_level()
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    bins = prepare(corpus, tmp_path, tmp_path / "a")
+    for path in bins.folder.glob("shard-*.json"):
+        record = json.loads(path.read_text())
+        assert record["source"].pop("normal_forms") == ["NFC"]
+        path.write_text(json.dumps(record))
+    assert prepare(corpus, tmp_path, tmp_path / "a").fingerprint == bins.fingerprint
+    (bins.folder / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"bytes counted in the normal forms None, this command has .*NFC"):
+        prepare(corpus, tmp_path, tmp_path / "a")
 
 
 def test_where_all_shards_are_there_nothing_is_said_of_an_engine(tmp_path, tok, corpus, capsys):

@@ -62,6 +62,11 @@ BAD = {
     "cut parquet": ("a.parquet", parquet_bytes(pa.table({"text": ["a"] * 99}))[:-50], r"unreadable after row 0"),
     "empty parquet": ("a.parquet", b"", r"unreadable after row 0"),
     "other column": ("a.parquet", parquet_bytes(pa.table({"id": [1], "t": ["a"]})), r"no column 'text', it has id, t"),
+    "two columns": (
+        "a.parquet",
+        parquet_bytes(pa.Table.from_arrays([pa.array(["a"])] * 2, names=["text", "text"])),
+        r"has 2 columns named 'text', expected one",
+    ),
     "number column": ("a.parquet", parquet_bytes(pa.table({"text": [1]})), r"column 'text' is int64, expected string"),
     "null row": (
         "a.parquet",
