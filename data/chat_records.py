@@ -1,10 +1,11 @@
 """Chat records: the canonical form of a conversation, so that a record is the same whatever file it comes from.
 
-JSON and Arrow write one record in different ways. Arrow gives every struct of a column the union of the keys, with null
-where a record has no such key; it has one order of the keys for all records; and beside a fraction it turns whole numbers
-into floats. So keys that are null are dropped, keys are sorted (KEY_ORDER first, then by the alphabet), and floats
-without a fraction become integers. Datasets write tool calls in several ways, too: they become what transformers'
-templates expect, `{"type": "function", "function": {"name": ..., "arguments": {...}}}`, the arguments as an object.
+JSON and Arrow write one record in different ways. Arrow gives every struct of a column the union of the keys,
+with null where a record has no such key; it has one order of the keys for all records; and beside a fraction
+it turns whole numbers into floats. So keys that are null are dropped, keys are sorted (KEY_ORDER first, then
+by the alphabet), and floats without a fraction become integers. Datasets write tool calls in several ways,
+too: they become what transformers' templates expect, `{"type": "function", "function": {"name": ...,
+"arguments": {...}}}`, the arguments as an object.
 
 What no template could be given is refused with a ValueError that names the place in the record.
 """
@@ -115,7 +116,7 @@ def read_call(call: object, where: str) -> dict:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         raise ValueError(f"{where} names no function; expected {{'function': {{'name': ..., 'arguments': ...}}}}")
     arguments = read_object(function.get("arguments") or {}, f"{where}: arguments")
-    return canonical(call | {"function": function | {"arguments": arguments}})
+    return canonical({"type": "function"} | call | {"function": function | {"arguments": arguments}})
 
 
 def read_object(value: object, where: str) -> dict:

@@ -7,12 +7,13 @@ alias, a spelling that no message can contain, and the marks are removed. The id
 tokens renamed likewise, so splitting, stripping and prefixes around them are its own, and for messages without special
 tokens the ids are those of transformers' `apply_chat_template`.
 
-The three characters of mark and alias are Unicode noncharacters, which no text may interchange: a record that contains
-one is refused.
+The three characters of mark and alias are Unicode noncharacters, which no text may interchange: a record that
+contains one is refused.
 
-A template says nothing where it leaves something out, so each shape of conversation is rendered once more with a label
-at the end of each content, tool and called function: if a label is missing, so would be what stands before it, and the
-record is refused. Templates that write today's date get TEMPLATE_DATE: the same input must give the same bytes.
+A template says nothing where it leaves something out, so each shape of conversation is rendered once more
+with a label at the end of each content, tool and called function: if a label is missing, so would be what
+stands before it, and the record is refused. Templates that write today's date get TEMPLATE_DATE: the same
+input must give the same bytes.
 
 Costs: 0.1 ms per record on top of the encoding (the template, in jinja's sandbox).
 """
@@ -106,8 +107,9 @@ def is_named(key: str, template: str) -> bool:
 
 def shape_of(message: dict) -> tuple:
     """What of a message may decide whether a template leaves it out."""
-    calls = message.get("tool_calls", [])
-    return (message["role"], *sorted(message), bool(message["content"]), *(bool(call["function"]["arguments"]) for call in calls))
+    content = message["content"]
+    with_arguments = [bool(call["function"]["arguments"]) for call in message.get("tool_calls", [])]
+    return (message["role"], *sorted(message), bool(content), "</think>" in content, *with_arguments)
 
 
 def check_labels(messages: list[dict], tools: list[dict] | None, settings: dict, render_template: Callable[..., str]) -> None:
@@ -120,10 +122,13 @@ def check_labels(messages: list[dict], tools: list[dict] | None, settings: dict,
         return string + end
 
     labelled, arguments = [], []
+    last_question = max((i for i, message in enumerate(messages, 1) if message["role"] == "user"), default=0)
     for number, message in enumerate(messages, 1):
         where, more = f"message {number} ({message['role']})", {}
         if message["content"]:
             more["content"] = label(message["content"], f"the content of {where}")
+        if number > last_question:
+            more |= label_thoughts(message | more, lambda text, where=where: label(text, f"the thoughts in {where}"))
         if "tool_calls" in message:
             functions = [call["function"] for call in message["tool_calls"]]
             arguments += [function["arguments"] for function in functions if function["arguments"]]
@@ -135,6 +140,17 @@ def check_labels(messages: list[dict], tools: list[dict] | None, settings: dict,
         raise ValueError(f"the chat template leaves out {missing[0]}; remove it from the record, or use another template")
     if any(repr(value) in text for value in arguments):
         raise ValueError("the chat template writes a call's arguments as Python, not as JSON; use another template")
+
+
+def label_thoughts(message: dict, label: Callable[[str], str]) -> dict:
+    """What changes in a message whose thoughts get a label. In earlier turns templates leave them out with good reason."""
+    changed = {}
+    before, end, after = message["content"].partition("</think>")
+    if message["role"] == "assistant" and end and before.strip().removeprefix("<think>").strip():
+        changed["content"] = label(before.rstrip()) + end + after
+    if reasoning := message.get("reasoning_content"):
+        changed |= dict.fromkeys(REASONING_KEYS, label(reasoning))
+    return changed
 
 
 def label_tools(tools: list[dict] | None, label: Callable[[str, str], str]) -> list[dict] | None:

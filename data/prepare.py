@@ -13,8 +13,10 @@ A shard is a slice of one input: it ends with the document that brings it to 256
 (one more read, at disk speed), so a second run knows what the committed shards contain: it resumes after them, or stops
 with one line if tokenizer, settings or inputs differ. Each input has a shard, if only an empty one.
 
-Texts of nothing but white space are skipped and counted, blank lines of .jsonl skipped. Whatever else is not text is an
-error that names file and line (row, for Parquet; from 1): better to know of damage than to train on it.
+Texts without anything to read (white space, zero-width and control characters) are skipped and counted, blank
+lines of .jsonl skipped. Whatever else is not text is an error that names file and line (row, for Parquet;
+from 1): better to know of damage than to train on it. A run that fails removes what it has not committed, and
+the folders it made, if empty.
 
 Costs: the first process can read and write about 190 MB/s, enough for 70 workers; see encoding.py for theirs.
 """

@@ -54,6 +54,16 @@ LEFT_OUT = {
     "reasoning": (BARE, {"messages": [ASK, ANSWER | {"reasoning": "hm"}]}, "leaves out 'reasoning_content'"),
     "Python": (BARE.replace("<|im_end|>", "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments }}{% endfor %}"),
                {"messages": [ASK, calling({"mg": 5})]}, "writes a call's arguments as Python"),
+    "thoughts": (
+        BARE.replace("m.content", "m.content.split('</think>')[-1]"),
+        {"messages": [ASK, ANSWER | {"content": "<think>hm</think>Das."}]},
+        r"leaves out the thoughts in message 2 \(assistant\)",
+    ),
+    "named, not written": (
+        "{# m.reasoning_content #}" + BARE,
+        {"messages": [ASK, ANSWER | {"reasoning": "hm"}]},
+        r"leaves out the thoughts in message 2 \(assistant\)",
+    ),
     "a role": ("{% for m in messages %}{% if m.role == 'user' or m.role == 'assistant' %}{{ m.content }}{% endif %}{% endfor %}",
                {"messages": [{"role": "tool", "content": "a"}, ANSWER]}, r"leaves out the content of message 1 \(tool\)"),
 }  # fmt: skip
@@ -66,3 +76,19 @@ def test_a_template_that_leaves_something_out_is_refused(tmp_path, model, name):
     (tmp_path / "chat_template.jinja").write_text(template)
     with pytest.raises(InputError, match=rf"line 1: .*{message}"):
         prepare([write(tmp_path / "a.jsonl", [record])], tmp_path, tmp_path / "bins", messages_key="messages")
+
+
+def test_thoughts_of_earlier_turns_may_be_left_out(tmp_path, model):
+    """Templates do so on purpose: the model never sees them again."""
+    (tmp_path / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes())
+    last = "m.content if loop.last else m.content.split('</think>')[-1]"
+    (tmp_path / "chat_template.jinja").write_text(BARE.replace("m.content", last))
+    thinking = ANSWER | {"content": "<think>hm</think>Das."}
+    bins = prepare(
+        [write(tmp_path / "a.jsonl", [{"messages": [ASK, thinking, ASK, thinking]}])], tmp_path, tmp_path / "bins",
+        messages_key="messages",
+    )  # fmt: skip
+    assert bins.n_bytes == len(
+        "<|im_start|>user\nWas?<|im_end|>\n<|im_start|>assistant\nDas.<|im_end|>\n"
+        "<|im_start|>user\nWas?<|im_end|>\n<|im_start|>assistant\n<think>hm</think>Das.<|im_end|>\n"
+    )
