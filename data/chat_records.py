@@ -11,6 +11,7 @@ What no template could be given is refused with a ValueError that names the plac
 """
 
 import json
+import unicodedata
 from dataclasses import dataclass
 
 # As in OpenAI's and transformers' own examples, since templates write tools and calls as JSON in this order.
@@ -34,8 +35,10 @@ class Conversation:
     settings: dict  # of the template, from the record's chat_template_kwargs
 
     def text(self) -> str:
-        """The messages as JSON: equal for equal conversations, whatever else the record holds."""
-        return json.dumps([{key: m[key] for key in m if key in TEXT_KEYS} for m in self.messages], sort_keys=True)
+        """The messages as JSON, in NFC: equal for equal conversations, whatever else the record holds."""
+        messages = [{key: message[key] for key in message if key in TEXT_KEYS} for message in self.messages]
+        spelled = unicodedata.normalize("NFC", json.dumps(messages, ensure_ascii=False))
+        return json.dumps(json.loads(spelled), sort_keys=True)
 
 
 def columns_of(key: str) -> tuple[str, ...]:

@@ -143,6 +143,7 @@ def is_wanted(job: Job, value: str | Conversation) -> bool:
     if share is None:
         return True
     content = value.text() if isinstance(value, Conversation) else value
+    content = unicodedata.normalize("NFC", content)  # equal texts, however their umlauts are spelled
     digest = hashlib.blake2b(content.encode("utf-8"), digest_size=8, person=b"hold-out").digest()
     return (int.from_bytes(digest, "big") < share * 2**64) == bool(job.held_out)
 

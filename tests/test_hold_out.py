@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+import unicodedata
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -63,6 +64,16 @@ def test_equal_texts_are_on_one_side(tmp_path, tok):
     left, held = (texts_in(bins, tok) for bins in both(inputs, tok, tmp_path))
     assert {*left}.isdisjoint(held)
     assert len(left) + len(held) == 800
+
+
+def test_equal_texts_are_on_one_side_however_their_umlauts_are_spelled(tmp_path, tok):
+    texts = [f"Übelkeit und Ärger {i}" for i in range(40)]
+    sides = []
+    for form in ("NFC", "NFD"):
+        path = write_jsonl(tmp_path / f"{form}.jsonl", [unicodedata.normalize(form, text) for text in texts])
+        held = both([path], tok, tmp_path / form)[1]
+        sides.append([unicodedata.normalize("NFC", text) for text in texts_in(held, tok)])
+    assert sides[0] == sides[1]
 
 
 def test_what_is_left_out_is_not_tokenised(tmp_path, tok, monkeypatch):
