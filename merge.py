@@ -16,11 +16,12 @@ import sys
 from pathlib import Path
 
 from nanomed import InputError, run_script
+from nanomed.files import staging
 from nanomed.merging import checks, mergekit_yaml, report
 from nanomed.merging.mergekit_yaml import DTYPES
 from nanomed.merging.schedule import PRESETS, Rule, evaluate, read_rules
 from nanomed.merging.source import Checkpoint, open_checkpoint
-from nanomed.merging.write import all_stats, staging, write_linear, write_merges
+from nanomed.merging.write import all_stats, write_linear, write_merges
 
 
 def merge_pair(args: argparse.Namespace) -> None:
@@ -118,7 +119,7 @@ def merge_yaml(path: Path, out: Path, check: bool) -> None:
 
 
 def run_mergekit(path: Path, out: Path, why: str, check: bool) -> None:
-    """The whole merge by mergekit, its result renamed last as ours is."""
+    """Let mergekit do the whole merge, in a staging folder as ours."""
     if check:
         raise InputError(f"--verify: {path} has {why}, which mergekit itself runs; only slerp and linear can be verified")
     names = mergekit_yaml.models_of(path)

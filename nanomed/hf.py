@@ -14,12 +14,8 @@ from typing import NamedTuple
 
 from nanomed import InputError, first_line
 from nanomed.files import read_json
+from nanomed.model_files import CARRIED, CARRIED_PATTERNS, INDEX, LEGAL_PATTERNS, SINGLE, check_one_place, find_weights
 from nanomed.shards import open_safetensors, same_tensor
-
-CARRIED = (  # to the export as they are, whichever are there
-    "config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
-    "vocab.json merges.txt tokenizer.model tekken.json chat_template.jinja"
-).split()
 
 READ_DTYPES = ("F32", "BF16", "F16")  # of a safetensors file
 
@@ -170,8 +166,8 @@ def _sliding_windows(model_type: str, fields: dict, n_layers: int, refuse: Calla
 
 
 def fetch(init: str, flag: str = "--init") -> Path:
-    """A local folder as it is, a run folder's hf/, or a hub id downloaded: JSON and tokenizer files, then only the weights
-    that the index names.
+    """A local folder as it is, a run folder's hf/, or a hub id (owner/name or owner/name@revision) downloaded: JSON, tokenizer
+    files and licence, then only the weights that the index names.
 
     flag: what the command line calls it, for the errors.
     """
@@ -180,21 +176,41 @@ def fetch(init: str, flag: str = "--init") -> Path:
         if not (folder / "config.json").is_file():
             raise InputError(f"{flag} {init}: the folder has no config.json")
         return folder
-    if init.startswith((".", "/")) or init.count("/") != 1:
-        raise InputError(f"{flag} {init}: neither a local folder nor a hub id (owner/name)")
+    name, _, revision = init.partition("@")
+    if init.startswith((".", "/")) or name.count("/") != 1:
+        raise InputError(f"{flag} {init}: neither a local folder nor a hub id (owner/name, or owner/name@revision)")
     from huggingface_hub import snapshot_download  # slow to import, and a local folder does without
     from huggingface_hub.errors import HFValidationError
 
+    at = {"revision": revision} if revision else {}
     try:
-        folder = Path(snapshot_download(init, allow_patterns=[*CARRIED, "model.safetensors.index.json"]))
-        index = folder / "model.safetensors.index.json"
-        names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
-        snapshot_download(init, allow_patterns=names)
+        folder = Path(snapshot_download(name, allow_patterns=[*CARRIED, *CARRIED_PATTERNS, *LEGAL_PATTERNS, INDEX], **at))
+        if folder.parent.name == "snapshots":  # both downloads from one commit, though the branch may move meanwhile
+            at = {"revision": folder.name}
+        index = folder / INDEX
+        names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [SINGLE]
+        if SINGLE not in names and _on_the_hub(name, SINGLE, at):
+            raise InputError(
+                f"{flag} {init}: the repository has {SINGLE}, which transformers reads, and {INDEX}, which names {names[0]}; "
+                "download it, and remove whichever of the two is old"
+            )
+        snapshot_download(name, allow_patterns=names, **at)
     except (OSError, HFValidationError, ValueError) as error:
         raise InputError(f"{flag} {init}: no such local folder, and the hub says: {first_line(error)}") from error
-    if not find_weights(folder):
-        raise InputError(f"{flag} {init}: the repository has no model.safetensors; only safetensors are read")
+    if not ((folder / INDEX).exists() or (folder / SINGLE).exists()):
+        raise InputError(f"{flag} {init}: the repository has no {SINGLE}; only safetensors are read")
     return folder
+
+
+def _on_the_hub(name: str, file: str, at: dict) -> bool:
+    """Whether the repository has the file; False without a network, where nobody can tell."""
+    from huggingface_hub import file_exists
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    try:
+        return file_exists(name, file, **at)
+    except OfflineModeIsEnabled:
+        return False
 
 
 def exported(folder: Path, flag: str = "--init") -> Path:
@@ -206,23 +222,6 @@ def exported(folder: Path, flag: str = "--init") -> Path:
     if not (folder / "hf" / "config.json").is_file():
         raise InputError(f"{flag} {folder}: this run has not written its model yet; let it finish")
     return folder / "hf"
-
-
-def find_weights(folder: Path) -> dict[str, Path]:
-    """Tensor name → the file that holds it: what the index names, or the one model.safetensors; empty where neither is.
-
-    Never a glob: repositories hold the same weights under other names too (Mistral's consolidated.safetensors).
-    """
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.exists():
-        if not isinstance(weight_map := read_json(index).get("weight_map"), dict):
-            raise InputError(f"{index}: has no weight_map; fetch it again")
-        return {name: folder / file for name, file in weight_map.items()}
-    if not single.exists():
-        if others := sorted(p.name for kind in ("*.safetensors", "pytorch_model*", "*.gguf", "*.pth") for p in folder.glob(kind)):
-            raise InputError(f"{folder}: has {others[0]} but neither model.safetensors nor its index; only those are read")
-        return {}
-    return dict.fromkeys(open_safetensors(single, "np").keys(), single)
 
 
 def check_weights(model, folder: Path) -> dict[str, Path]:
@@ -254,6 +253,7 @@ def check_weights(model, folder: Path) -> dict[str, Path]:
             )
         if found.get_dtype() not in READ_DTYPES:
             raise InputError(f"{file}: tensor {name} has dtype {found.get_dtype()}; {', '.join(READ_DTYPES)} are read")
+    check_one_place(files, held)
     if "lm_head.weight" in files.keys() - params.keys():
         check_copied_head(folder, files)
     return {name: files[name] for name in params}

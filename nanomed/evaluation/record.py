@@ -19,7 +19,7 @@ from pathlib import Path
 
 from nanomed import InputError
 from nanomed.files import read_json, sha256, write_json
-from nanomed.hf import CARRIED, find_weights
+from nanomed.model_files import carried_files, find_weights
 from nanomed.versions import git_commit, versions
 
 PACKAGES = ("torch", "lm_eval", "tokenizers", "transformers", "numpy")
@@ -78,9 +78,8 @@ def fingerprint(folder: Path) -> str:
     """sha256 over config, tokenizer, chat template, and the size and 17 samples of every weights file: tells checkpoints
     apart in milliseconds, so that a run is not resumed with another model at the same path."""
     digest = hashlib.sha256()
-    for path in (folder / name for name in CARRIED):
-        if path.exists():
-            digest.update(f"{path.name} {sha256(path)}".encode())
+    for name in carried_files(folder, legal=False):
+        digest.update(f"{name} {sha256(folder / name)}".encode())
     for path in sorted(set(find_weights(folder).values())):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from nanomed import InputError, hf
 from nanomed.files import read_json
-from nanomed.hf import check_copied_head, fetch, find_weights
+from nanomed.hf import check_copied_head, fetch
+from nanomed.model_files import check_one_place, find_weights
 from nanomed.shards import ITEM_BYTES, has_entries, n_elements, read_header
 from nanomed.tokenizer import tokenizer_sha256
 
@@ -105,9 +106,8 @@ def safetensors_in(folder: Path, role: str) -> dict[str, Tensor]:
     where = find_weights(folder)
     if not where:
         raise InputError(f"{role} {folder}: has neither model.safetensors nor an index of shards; only safetensors are read")
-    tensors = {}
-    for path in sorted(set(where.values())):
-        entries, start = read_header(path)
+    tensors, headers = {}, {path: read_header(path) for path in sorted(set(where.values()))}
+    for path, (entries, start) in headers.items():
         names = [name for name, file in where.items() if file == path]
         has_entries(path, entries, names)
         for name in names:
@@ -116,6 +116,7 @@ def safetensors_in(folder: Path, role: str) -> dict[str, Tensor]:
                 raise InputError(f"{path}: tensor {name} has dtype {dtype}; {', '.join(ITEM_BYTES)} are merged")
             part = Part(path, start + entries[name]["data_offsets"][0], n_elements(shape))
             tensors[name] = Tensor(dtype, shape, (part,))
+    check_one_place(where, {path: entries.keys() for path, (entries, _) in headers.items()})
     return dict(sorted(tensors.items(), key=lambda item: (item[1].parts[0].path, item[1].parts[0].offset)))
 
 

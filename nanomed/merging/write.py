@@ -1,7 +1,8 @@
 """Writing a merge: OUT whole or not at all, with BASE's config, tokenizer and chat template beside the weights.
 
-Everything is written to OUT.tmp and renamed last, so OUT appears at once, and not at all after a kill. Nothing is synced:
-that would take longer than the merge itself, and a power cut within half a minute costs a merge that can be repeated.
+Everything is written to a staging folder beside OUT (nanomed/files.py) and renamed last, so OUT appears at once, and not at
+all after a kill. Nothing is synced: that would take longer than the merge itself, and a power cut within half a minute
+costs a merge that can be repeated.
 """
 
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanomed import InputError, shards
-from nanomed.hf import CARRIED
+from nanomed.files import staging
 from nanomed.merging import checks, report
 from nanomed.merging.mergekit_yaml import DTYPES, Recipe
 from nanomed.merging.schedule import Rule, evaluate
@@ -23,6 +24,7 @@ from nanomed.merging.slerp import Stats, factors
 from nanomed.merging.source import Checkpoint
 from nanomed.merging.stream import Streamer, groups
 from nanomed.merging.verify import slerp_factors, verify
+from nanomed.model_files import copy_carried
 
 N_THREADS = min(8, os.cpu_count() or 1)
 
@@ -83,25 +85,10 @@ def merged(
     print(f"merged: {', '.join(str(out / name) for name in names)}")
 
 
-@contextmanager
-def staging(out: Path) -> Iterator[Path]:
-    """OUT.tmp: becomes OUT if the block ends well, and is removed if it does not."""
-    tmp = out.with_name(out.name + ".tmp")
-    shutil.rmtree(tmp, ignore_errors=True)  # of a merge that was killed
-    tmp.mkdir(parents=True)
-    try:
-        yield tmp
-        os.replace(tmp, out)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-
-
 def create(folder: Path, base: Checkpoint, plan: dict, dtypes: dict[str, str]) -> None:
     """A checkpoint's folder without the tensors' data: BASE's config, tokenizer and chat template, headers, index."""
     folder.mkdir(exist_ok=True)
-    for name in CARRIED:
-        if (base.folder / name).exists():
-            shutil.copyfile(base.folder / name, folder / name)
+    copy_carried(base.folder, folder)
     name_dtype(folder / "config.json", base.config(), set(dtypes.values()))
     for file, tensors in plan.items():
         shards.write_header(folder / file, tensors)
