@@ -19,6 +19,7 @@ from nanomed.files import read_json
 from nanomed.shards import open_safetensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TEMPLATES = "additional_chat_templates"  # of a model with several templates: tool_use.jinja, ...
 
 CARRIED = (  # copied verbatim to what is made of a model, where present
@@ -64,8 +65,10 @@ def find_weights(folder: Path) -> dict[str, Path]:
     if index.exists():
         weight_map = _weight_map(index)
         if single.exists() and (others := sorted(set(weight_map.values()) - {SINGLE})):
+            missing = [file for file in others if not (folder / file).exists()]
+            named = f"{missing[0]}, which is missing" if missing else others[0]
             raise InputError(
-                f"{folder}: has {SINGLE}, which transformers reads, and {INDEX}, which names {others[0]}; "
+                f"{folder}: has {SINGLE}, which transformers reads, and {INDEX}, which names {named}; "
                 "remove whichever of the two is old"
             )
         if single.exists():  # all of its tensors, as transformers reads them
@@ -77,6 +80,11 @@ def find_weights(folder: Path) -> dict[str, Path]:
             raise InputError(f"{folder}: has {min(others)} but neither {SINGLE} nor its index; only those are read")
         return {}
     return dict.fromkeys(open_safetensors(single, "np").keys(), single)
+
+
+def stored_name(name: str, stored: Iterable[str]) -> str:
+    """The name under which a file holds a tensor: some files of tied models store the embedding only as lm_head.weight."""
+    return HEAD if name == EMBEDDING and EMBEDDING not in stored and HEAD in stored else name
 
 
 def _weight_map(index: Path) -> dict[str, str]:

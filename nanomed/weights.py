@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from nanomed import InputError, shards
 from nanomed.files import read_json, staging, staging_path
-from nanomed.model_files import copy_carried, find_weights
+from nanomed.model_files import EMBEDDING, HEAD, copy_carried, find_weights, stored_name
 from nanomed.parallel import World
 
 EXPORT_SHARD_BYTES = shards.SHARD_BYTES
@@ -50,7 +50,8 @@ def load_weights(model: nn.Module, files: dict[str, Path]) -> None:
     for name, param in model.named_parameters():
         start, stop = my_rows(param)
         if start < stop:
-            local(param).copy_(handles[files[name]].get_slice(name)[start:stop])
+            handle = handles[files[name]]
+            local(param).copy_(handle.get_slice(stored_name(name, handle.keys()))[start:stop])
 
 
 @torch.no_grad()
@@ -98,7 +99,8 @@ def source_dtypes(model: nn.Module, source: Path) -> dict[str, torch.dtype]:
             raise InputError(f"{source / 'config.json'}: dtype {named}, expected one of {', '.join(map(str, DTYPE_NAMES))}")
         return dict.fromkeys(dict(model.named_parameters()), dtype)
     handles = {file: shards.open_safetensors(file) for file in set(files.values())}
-    return {name: DTYPES[handles[file].get_slice(name).get_dtype()] for name, file in files.items()}
+    dtypes = {name: DTYPES[handles[file].get_slice(name).get_dtype()] for name, file in files.items()}
+    return {EMBEDDING: dtypes.get(HEAD)} | dtypes  # where only a tied head is stored
 
 
 def _export_plan(model: nn.Module, dtypes: dict) -> dict[str, dict[str, dict]]:

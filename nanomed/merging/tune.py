@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import json
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,13 +28,13 @@ from nanomed.config import has_bf16_hardware
 from nanomed.figures import canvas, save
 from nanomed.files import staging
 from nanomed.hf import check_weights, model_config
-from nanomed.merging import checks
+from nanomed.merging import checks, report
 from nanomed.merging.losses import Chat, Text
 from nanomed.merging.schedule import Rule, evaluate, spell
 from nanomed.merging.slerp import Stats, factors
 from nanomed.merging.source import Checkpoint, open_checkpoint
 from nanomed.merging.stream import read_fully
-from nanomed.merging.write import all_stats
+from nanomed.merging.write import stats_of, warn
 from nanomed.model import Decoder
 from nanomed.weights import DTYPES
 
@@ -116,7 +115,7 @@ class Resident:
         self.pairs = {
             name: (load(base, name).to(device), load(cpt, name).to(device)) for name in tqdm(base.tensors, "load", delay=2)
         }
-        self.stats = all_stats(base, cpt)
+        self.stats = stats_of(base, cpt)
 
     @torch.no_grad()
     def set(self, rules: list[Rule]) -> None:
@@ -147,8 +146,7 @@ def load(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 def tune(args: argparse.Namespace) -> None:
     """Search, check, write OUT/t.yaml, trials.json, pareto.svg."""
     base, cpt = open_checkpoint(args.base, "BASE"), open_checkpoint(args.cpt, "CPT")
-    for line in checks.check_pair(base, cpt, "CPT"):
-        print(f"warning: {line}", file=sys.stderr)
+    warn(checks.check_pair(base, cpt, "CPT"))
     if "tokenizer.json" not in base.tokenizer:
         raise InputError(f"BASE {base.name}: has no tokenizer.json; tune needs it")
     checks.check_base(base)
@@ -168,6 +166,8 @@ def search_and_write(args: argparse.Namespace, base: Checkpoint, cpt: Checkpoint
     text = {flag: Text(getattr(args, flag), config.vocab_size, base.tokenizer["tokenizer.json"], seq_len, args.tokens, f"--{flag}")
             for flag in ("domain", "general")}  # fmt: skip
     resident = Resident(base, cpt, device)
+    shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+    warn(report.warnings(report.rows(resident.stats, dict.fromkeys(resident.stats, 0.0), shapes), f"CPT {cpt.name}"))
     resident.set([Rule("", (0.0,))])
     chat = Chat(args.chat, base.folder, resident.model, device)
 
