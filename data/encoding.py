@@ -81,6 +81,7 @@ def find_tokenizer(model: str | Path) -> Path:
         from huggingface_hub import snapshot_download  # slow to import
 
         names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+        names.append("additional_chat_templates/*.jinja")
         try:
             path = Path(snapshot_download(str(model), allow_patterns=names))
         except (OSError, ValueError) as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nanomed import InputError, first_line
 from nanomed.files import read_json, read_jsonl
+from nanomed.model_files import TEMPLATES
 from nanomed.tokenizer import token_content, tokenizer_config
 
 
@@ -39,12 +40,22 @@ def is_conversation(messages: object) -> bool:
     )  # fmt: skip
 
 
+def chat_templates(folder: Path) -> dict[str, str]:
+    """Name → chat template, read as transformers reads them: files come before tokenizer_config.json, whose templates count
+    only where there are no files; chat_template.json is a processor's, and not read."""
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {path.stem: path for path in sorted((folder / TEMPLATES).glob("*.jinja"))}
+    if found := {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}:
+        return found
+    template = tokenizer_config(folder).get("chat_template")
+    if isinstance(template, list):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...}]
+        return {e["name"]: e["template"] for e in template if isinstance(e, dict) and {"name", "template"} <= e.keys()}
+    return {"default": template}
+
+
 def chat_template(folder: Path) -> str:
     """The model's chat template, of several the default one. InputError if it has none."""
-    file = folder / "chat_template.jinja"
-    template = file.read_text(encoding="utf-8") if file.is_file() else tokenizer_config(folder).get("chat_template")
-    if isinstance(template, list):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...}]
-        template = next((e.get("template") for e in template if isinstance(e, dict) and e.get("name") == "default"), None)
+    template = chat_templates(folder).get("default")
     if not isinstance(template, str) or not template:
         raise InputError(f"{folder}: has no chat template; give an instruct model, or a merge with one")
     return template
