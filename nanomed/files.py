@@ -85,9 +85,8 @@ def staging(out: Path, flag: str = "OUT", durable: bool = False) -> Iterator[Pat
     """
     if os.path.lexists(out):
         raise InputError(f"{flag} {out}: exists already; choose another or remove it")
-    missing = [parent for parent in out.parents if not parent.exists()]
     tmp = staging_path(out)
-    with _locked_mark(tmp, f"{flag} {out}") as mark:
+    with new_folder(out.parent), _locked_mark(tmp, f"{flag} {out}") as mark:
         try:
             _remove_contents(tmp, mark)
             yield tmp
@@ -100,12 +99,23 @@ def staging(out: Path, flag: str = "OUT", durable: bool = False) -> Iterator[Pat
             os.replace(tmp, out)
         except BaseException:
             shutil.rmtree(tmp, ignore_errors=True)
-            for parent in missing:
-                with contextlib.suppress(OSError):  # not empty: somebody else writes there too
-                    parent.rmdir()
             raise
     if durable:
         sync(out.parent)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Make the folder and its parents; where the block fails, remove those that were made and are empty."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path in missing:
+            with contextlib.suppress(OSError):  # not empty: somebody else writes there too
+                path.rmdir()
+        raise
 
 
 def staging_path(out: Path) -> Path:
@@ -122,7 +132,7 @@ def _locked_mark(tmp: Path, what: str) -> Iterator[Path]:
     """
     mark, in_use = tmp / MARK, f"{what}: another process is writing it; wait for it, or choose another"
     try:
-        tmp.mkdir(parents=True)
+        tmp.mkdir()
         is_new = True
     except FileExistsError:
         is_new = False
