@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from nanomed import InputError
-from nanomed.files import read_json
+from nanomed.files import read_json, staging, write_json
 from nanomed.shards import open_safetensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -109,3 +109,26 @@ def check_one_place(files: dict[str, Path], held: dict[Path, Iterable[str]]) -> 
                 f"{path}: holds tensor {twice[0]}, which the index places in {files[twice[0]].name}; which is meant? "
                 "Fetch the checkpoint again"
             )
+
+
+# --- what a run keeps of the model it began with -------------------------------------------------------------------
+
+KEPT = "tensors.json"  # its presence tells RUN/source from a model's folder
+
+
+def kept_record(folder: Path) -> dict | None:
+    """{weights, dtypes} of a RUN/source: the weights' fingerprint and the dtype of every tensor; None of any other folder."""
+    return read_json(folder / KEPT) if (folder / KEPT).is_file() else None
+
+
+def keep_source(source: Path, out: Path, weights: str | None, dtypes: dict[str, str]) -> None:
+    """Write RUN/source: everything that an export needs of the source model, so that a run can end without it.
+
+    dtypes: tensor name → dtype as safetensors spells it.
+    """
+    if source.resolve() == out.resolve():
+        return
+    shutil.rmtree(out, ignore_errors=True)  # of an earlier run in this folder, which made no step
+    with staging(out, "--out", durable=True) as tmp:
+        copy_carried(source, tmp)
+        write_json(tmp / KEPT, {"weights": weights, "dtypes": dtypes})

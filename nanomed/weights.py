@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from nanomed import InputError, shards
 from nanomed.files import read_json, staging, staging_path
-from nanomed.model_files import EMBEDDING, HEAD, copy_carried, find_weights, stored_name
+from nanomed.model_files import EMBEDDING, HEAD, copy_carried, find_weights, kept_record, stored_name
 from nanomed.parallel import World
 
 EXPORT_SHARD_BYTES = shards.SHARD_BYTES
@@ -90,7 +90,9 @@ def export(model: nn.Module, source: Path, out: Path, world: World) -> None:
 
 
 def source_dtypes(model: nn.Module, source: Path) -> dict[str, torch.dtype]:
-    """Dtype of every tensor in the source checkpoint; config.json's where it has no weights."""
+    """Dtype of every tensor in the source checkpoint, or as a RUN/source records it; config.json's where it has no weights."""
+    if record := kept_record(source):
+        return {name: DTYPES[dtype] for name, dtype in record["dtypes"].items()}
     files = find_weights(source)
     if not files:
         raw = read_json(source / "config.json")
