@@ -7,8 +7,9 @@
     python merge.py tune BASE CPT OUT --domain BINS ...              search t (python merge.py tune --help)
 
 Continual pre-training degrades instruction following; interpolating back towards the instruct model restores it, at some
-cost in the domain. t is the share of CPT: 0 is BASE, 1 is CPT. Both are local folders or hub ids; CPT may be a run folder
-of train.py (then its float32 weights are merged). Memory does not grow with the model.
+cost in the domain. t is the share of CPT: 0 is BASE, 1 is CPT. Both are local folders or hub ids (owner/name, or
+owner/name@revision); CPT may be a run folder of train.py (then the weights of its newest checkpoint are merged, in the
+precision of the training). Memory does not grow with the model.
 """
 
 import argparse
@@ -16,11 +17,12 @@ import sys
 from pathlib import Path
 
 from nanomed import InputError, run_script
+from nanomed.files import staging
 from nanomed.merging import checks, mergekit_yaml, report
 from nanomed.merging.mergekit_yaml import DTYPES
 from nanomed.merging.schedule import PRESETS, Rule, evaluate, read_rules
 from nanomed.merging.source import Checkpoint, open_checkpoint
-from nanomed.merging.write import all_stats, staging, write_linear, write_merges
+from nanomed.merging.write import stats_of, warn, write_linear, write_merges
 
 
 def merge_pair(args: argparse.Namespace) -> None:
@@ -71,12 +73,6 @@ def number(text: str, flag: str) -> float:
     raise InputError(f"{flag}: {text!r} is not a number")
 
 
-def warn(lines: list[str]) -> None:
-    """Warnings to stderr."""
-    for line in lines:
-        print(f"warning: {line}", file=sys.stderr)
-
-
 def warn_outside(wanted: dict[str, list[Rule]]) -> None:
     """A t outside [0, 1] is allowed, with a warning."""
     values = {v for rules in wanted.values() for rule in rules for v in rule.values}
@@ -86,8 +82,9 @@ def warn_outside(wanted: dict[str, list[Rule]]) -> None:
 
 def print_stats(base: Checkpoint, cpt: Checkpoint) -> None:
     """--stats-only: how far CPT moved, per block and module."""
-    stats = all_stats(base, cpt)
+    stats = stats_of(base, cpt)
     table = report.rows(stats, dict.fromkeys(stats, 0.0), {name: t.shape for name, t in base.tensors.items()})
+    warn(report.warnings(table, f"CPT {cpt.name}"))
     n_arc = sum(row["branch"] == "slerp" for row in table)
     print("change: |CPT - BASE| / |BASE|\n" + report.block_table(table))
     print(f"all {report.total_change(table):.3%}; {n_arc} of {len(table)} tensors moved far enough for SLERP not to be LERP")
@@ -118,7 +115,7 @@ def merge_yaml(path: Path, out: Path, check: bool) -> None:
 
 
 def run_mergekit(path: Path, out: Path, why: str, check: bool) -> None:
-    """The whole merge by mergekit, its result renamed last as ours is."""
+    """Let mergekit do the whole merge, in a staging folder as ours."""
     if check:
         raise InputError(f"--verify: {path} has {why}, which mergekit itself runs; only slerp and linear can be verified")
     names = mergekit_yaml.models_of(path)

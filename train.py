@@ -23,13 +23,16 @@ from tqdm import tqdm
 
 from nanomed import InputError, batches, guard, hf, is_explained, optim, parallel, runs, weights
 from nanomed.batches import Batch, Shape
-from nanomed.checkpoint import Checkpointer
+from nanomed.checkpoint import Checkpointer, whole
 from nanomed.config import Config, parse
+from nanomed.files import read_json
 from nanomed.guard import Guard, Stopped, StopSignal
+from nanomed.identity import RanksDisagree, check_ranks_agree, data_identity, model_identity
 from nanomed.inputs import Inputs, open_inputs
 from nanomed.kernels.providers import kernels
 from nanomed.metrics import Metrics, print_start
 from nanomed.model import Decoder
+from nanomed.model_files import keep_source, kept_record
 from nanomed.parallel import World, print0
 from nanomed.plot import plot_curves
 from nanomed.stream import Stream
@@ -40,15 +43,21 @@ SHARED_FOLDER_S = 60.0
 def train(config: Config, world: World) -> None:
     """One run, from the command line's config to RUN/hf. InputError where it cannot be; then nothing was trained."""
     out, inputs = Path(config.out), open_inputs(config, world)
-    identity = runs.data_identity(inputs.stream, inputs.vals)
+    identity = data_identity(inputs.stream, inputs.vals)
+    identity["model"] = model_identity(inputs.source, inputs.model_config)
+    check_ranks_agree(config, identity, inputs.n_steps, world)
     runs.check_run(out, config, identity)
     if runs.is_finished(out):
         return print0(f"{out}: this run is finished; its model is in {out / 'hf'}")
     with torch.device("meta"):  # described on no device; then cut over the ranks, then filled
         model = Decoder(inputs.model_config, config.dtype, kernels(config.kernels))
     files = hf.check_weights(model, inputs.source)
-    weights.source_dtypes(model, inputs.source)  # one that cannot be written would show after the training
+    dtypes = weights.source_dtypes(model, inputs.source)  # one that cannot be written would show after the training
     with claim_folder(out, config, identity, world):
+        if world.first() and not (kept_record(out / "source") and whole(out / "checkpoints")):
+            names = {name: weights.DTYPE_NAMES[dtype] for name, dtype in dtypes.items() if dtype}
+            keep_source(inputs.source, out / "source", identity["model"]["weights"], names)
+        world.barrier()
         run(config, world, inputs, model, files)
 
 
@@ -63,6 +72,8 @@ def run(config: Config, world: World, inputs: Inputs, model: Decoder, files: dic
     step = first_step = checkpoints.resume()
     if step == 0 and files:
         weights.load_weights(model, files)
+    elif step == 0 and kept_record(source):
+        raise InputError(f"{out / 'checkpoints'}: none can be read, and {source} holds no weights; give --init the model")
     elif step == 0:
         print0(f"{source} has no weights: starting from random ones")
         weights.random_weights(model, model_config.initializer_range, config.seed)
@@ -113,14 +124,14 @@ def run(config: Config, world: World, inputs: Inputs, model: Decoder, files: dic
             checkpoints.wait()  # or leaving would cut the one being written short, perhaps the newest sound one
             raise
     checkpoints.wait()
-    finish(model, source, out, world)
+    finish(model, out, world)
 
 
-def finish(model: Decoder, source: Path, out: Path, world: World) -> None:
-    """What comes out: the curves, and last the model, by whose folder a run counts as finished."""
+def finish(model: Decoder, out: Path, world: World) -> None:
+    """Plot curves.svg, then export to hf/, whose presence marks the run as finished."""
     if world.first():
         print0(f"curves: {plot_curves(out)}")
-    weights.export(model, source, out / "hf", world)
+    weights.export(model, out / "source", out / "hf", world)
     print0(f"model:  {out / 'hf'}")
 
 
@@ -131,15 +142,18 @@ def due(step: int, n_steps: int, *intervals: int) -> list[bool]:
 
 @contextmanager
 def claim_folder(out: Path, config: Config, identity: dict, world: World) -> Iterator[None]:
-    """A context that holds the run folder, made once every rank has found its input whole. InputError where a rank does not
-    see it: over NFS within a minute, for so long a machine may believe that it is not there."""
+    """Hold the run folder, created once every rank has found its input complete.
+
+    Raises InputError if some rank does not see the same folder after SHARED_FOLDER_S: NFS may cache a failed lookup that long.
+    """
     world.barrier()
-    held = runs.create_run(out, config, identity, world.device) if world.first() else None
+    held = runs.create_run(out, config, identity, world.device, world.size) if world.first() else None
     try:
-        world.barrier()
-        given_up = time.monotonic() + SHARED_FOLDER_S
-        while not (out / "run.json").exists():
-            if time.monotonic() > given_up:
+        run_id = [read_json(out / "run.json")["id"] if world.first() else None]
+        dist.broadcast_object_list(run_id, src=0, group=world.slow)
+        deadline = time.monotonic() + SHARED_FOLDER_S
+        while not ((out / "run.json").exists() and read_json(out / "run.json").get("id") == run_id[0]):
+            if time.monotonic() > deadline:
                 raise InputError(f"--out {out}: not the same folder on all machines; checkpoints need one that all of them see")
             time.sleep(1)
         yield
@@ -204,7 +218,10 @@ def main() -> None:
         if not is_explained(error):
             raise
         # print would put it behind the progress bar; in one piece, so that ranks do not mix theirs
-        tqdm.write(f"error: {error}\n", file=sys.stderr, end="")
+        if not isinstance(error, RanksDisagree) or dist.get_rank() == 0:
+            tqdm.write(f"error: {error}\n", file=sys.stderr, end="")
+        else:
+            time.sleep(1)  # torchrun ends all ranks when one exits: let the one that prints be the first
         leave(1)
     except KeyboardInterrupt:
         print0("stopped; the same command resumes from the newest whole checkpoint")

@@ -82,8 +82,8 @@ def find_tokenizer(model: str | Path) -> Path:
     if not path.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model)):
         from huggingface_hub import snapshot_download  # slow to import
 
-        names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-                 "additional_chat_templates/*"]  # fmt: skip
+        names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+        names.append("additional_chat_templates/*.jinja")
         try:
             path = Path(snapshot_download(str(model), allow_patterns=names))
         except (OSError, ValueError) as error:

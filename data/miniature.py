@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import json
 import random
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -46,7 +45,7 @@ from miniature_templates import (
     sheet,
 )
 from nanomed import InputError, run_script
-from nanomed.files import write_json
+from nanomed.files import staging, write_json
 
 SETS = ("med", "general", "val-med", "val-general")
 TABLES = {
@@ -163,25 +162,22 @@ def write_model(folder: Path, tokenizer: Tokenizer, shape: dict | None = None) -
 
 
 def build(out: Path, seed: int) -> None:
-    """Write everything under a temporary name beside `out`, and rename it when it is whole."""
+    """Write everything to a staging folder beside `out`."""
     from prepare import prepare  # it is slow to import, and --help does not need it
 
     engine = "auto" if find_spec("gigatoken") else "tokenizers"  # so small a corpus needs no warning that it is missing
-    partial = out.with_name(f".{out.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    texts = documents(seed)
-    write_model(partial / "model", train_tokenizer(texts["med"] + texts["general"]))
-    (partial / "text").mkdir()
-    for name in SETS:
-        path = partial / "text" / f"{name}.jsonl"
-        records = ({"id": f"{name}-{i:05d}", "text": text} for i, text in enumerate(texts[name]))
-        path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-        with contextlib.redirect_stdout(None):  # it would speak of the temporary name
-            bins = prepare([path], partial / "model", partial / name, engine=engine)
-        print(f"{name}: {bins.n_docs:,} documents, {bins.n_tokens:,} tokens")
-    write_json(partial / "miniature.json", {"seed": seed})
-    partial.rename(out)
+    with staging(out, "--out") as partial:
+        texts = documents(seed)
+        write_model(partial / "model", train_tokenizer(texts["med"] + texts["general"]))
+        (partial / "text").mkdir()
+        for name in SETS:
+            path = partial / "text" / f"{name}.jsonl"
+            records = ({"id": f"{name}-{i:05d}", "text": text} for i, text in enumerate(texts[name]))
+            path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+            with contextlib.redirect_stdout(None):  # it would speak of the temporary name
+                bins = prepare([path], partial / "model", partial / name, engine=engine)
+            print(f"{name}: {bins.n_docs:,} documents, {bins.n_tokens:,} tokens")
+        write_json(partial / "miniature.json", {"seed": seed})
 
 
 def check_existing(out: Path, seed: int) -> bool:

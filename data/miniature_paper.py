@@ -28,7 +28,6 @@ Cost: about 15 seconds on one core, half of it the import of transformers. The s
 import argparse
 import json
 import random
-import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -37,7 +36,7 @@ import miniature_exam as exam
 from documents import write_parquet
 from miniature_templates import Table, brief, entry, leaflet, sheet
 from nanomed import InputError, run_script
-from nanomed.files import write_json
+from nanomed.files import staging, write_json
 
 FACTS = ("name", "organ", "symptom", "cause", "therapy", "test")
 FORMS = (entry, brief, brief, sheet, leaflet)
@@ -174,9 +173,13 @@ def write_models(folder: Path, read: list[str], size: Size, seed: int) -> None:
 
 
 def build(out: Path, size: Size, seed: int) -> None:
-    """Write everything under a temporary name beside `out`, and rename it when it is whole."""
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    """Write everything to a staging folder beside `out`."""
+    with staging(out, "--out") as partial:
+        fill(partial, out, size, seed)
+
+
+def fill(partial: Path, out: Path, size: Size, seed: int) -> None:
+    """Write everything to the folder `partial`, which becomes `out`."""
     (known, new), general_tables = halves(tables("med", size)[0]), tables("general", size)
     questions, rng = exam.questions(seed, new, size.questions), random.Random(f"{seed}/build")
     following = list(exam.instructions(seed + 1, general_tables, size.following))
@@ -203,7 +206,6 @@ def build(out: Path, size: Size, seed: int) -> None:
     write_crawl(partial, rows, size, seed)
     write_models(partial, prose + medical + [f"{p} {a}" for p, a in chats], size, seed)
     write_json(partial / "truth.json", {"seed": seed, "size": asdict(size), "crawl": truth})
-    partial.rename(out)
 
 
 def main() -> None:
@@ -215,7 +217,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.out.exists():
         raise InputError(f"--out {args.out}: exists; choose another, or delete it")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     build(args.out, FAST if args.fast else FULL, args.seed)
     print(f"wrote {args.out}")
 

@@ -73,7 +73,7 @@ def remove_leftovers(out: Path) -> None:
     Those are of inputs that hold no text: there is nothing to lose, and they would refuse the right inputs.
     """
     for path in out.glob("*"):
-        own = re.fullmatch(r"(shard-\d{5,}\.(bin|idx|json)|manifest\.json)(\.tmp)?", path.name)
+        own = re.fullmatch(r"(shard-\d{5,}\.(bin|idx|json)|manifest\.json)((\.[0-9a-f]{8})?\.tmp)?", path.name)
         if own and (path.suffix == ".tmp" or not path.with_suffix(".json").exists()):
             path.unlink()
     shards = bins.committed_shards(out)

@@ -3,10 +3,11 @@
 The way of the data is the order of the files: bins → batches → model → train.py → hf. See the README's map.
 """
 
+import difflib
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,12 @@ class InputError(Exception):
 def first_line(error: BaseException) -> str:
     """What an error of a library says, short enough for a message of ours; its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def did_you_mean(wanted: str, names: Iterable[str]) -> str:
+    """`; did you mean X?` for the name closest to a misspelt one, to be put into an error; empty where none is close."""
+    close = difflib.get_close_matches(wanted, list(names), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def is_explained(error: Exception) -> bool:

@@ -161,7 +161,9 @@ def show(run: Path, step: int) -> None:
         raise InputError(f"--run {run}: not a run's folder; give the --out of train.py")
     length, windows = config["seq_len"], config["batch_tokens"] // config["seq_len"]
     stream = Stream(open_sources(config["data"]), config["seed"], vocab_size=2**32)
-    tokenizer = Tokenizer.from_file(str(hf.fetch(config["init"]) / "tokenizer.json"))
+    kept = run / "source" / "tokenizer.json"  # of the run itself: --init may be gone, or edited
+    path = kept if kept.is_file() else hf.fetch(config["init"]) / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
     for w in range((step - 1) * windows, step * windows):
         print(f"=== step {step}, window {w}: tokens [{w * length:,}, {(w + 1) * length:,}) of the stream")
         for doc, a, b in stream.pieces(w * length, (w + 1) * length):

@@ -35,7 +35,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanomed import InputError
+from nanomed import InputError, did_you_mean
 from nanomed.files import read_json, write_durably
 
 shard_name = "shard-{:05d}".format
@@ -144,7 +144,7 @@ class Bins:
         self.folder = Path(folder)
         path = self.folder / "manifest.json"
         if not path.exists():
-            raise InputError(f"{path}: missing, expected a finished set; run data/prepare.py (again: it goes on)")
+            raise InputError(_not_bins(self.folder))
         self.shards = committed_shards(self.folder)
         expected = _manifest(self.folder, self.shards)
         manifest = _read_record(path, tuple(expected))
@@ -186,6 +186,22 @@ def _map(bins: Bins, index: int) -> np.ndarray:
         return np.empty(0, "<" + shard["dtype"])
     path = bins.folder / f"{shard_name(index)}.bin"
     return np.asarray(np.memmap(path, "<" + shard["dtype"], "r"))  # asarray: slices of a plain array are made faster
+
+
+def _not_bins(folder: Path) -> str:
+    """What a path without manifest.json is, and what was probably meant, for an error."""
+    if folder.is_file():
+        return (
+            f"{folder}: is a file, expected a folder of bins; make one with data/prepare.py {folder} --tokenizer MODEL --out BINS"
+        )
+    if not folder.is_dir():
+        near = [str(path.parent) for path in folder.parent.glob("*/manifest.json")]
+        return f"{folder}: no such folder{did_you_mean(str(folder), near)}; data/prepare.py makes bins"
+    if any(folder.glob("shard-*")):
+        return f"{folder}: an unfinished set of bins (no manifest.json); run the same data/prepare.py command again, it goes on"
+    inside = sorted(str(path.parent) for path in folder.glob("*/manifest.json"))
+    hint = f"; did you mean {' or '.join(inside[:3])}?" if inside else ""
+    return f"{folder}: holds no bins (no manifest.json){hint}; data/prepare.py makes some"
 
 
 def verify(folder: str | Path, deep: bool = True, progress=None) -> Bins:

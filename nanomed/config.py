@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from nanomed import InputError
+from nanomed import InputError, did_you_mean
 from nanomed.kernels import providers
 
 MINIATURE = Path("bins/miniature")  # data/miniature.py writes it, train.py calls that where it is missing
@@ -28,9 +28,9 @@ MINIATURE = Path("bins/miniature")  # data/miniature.py writes it, train.py call
 class Config:
     """Continue the pre-training of a Hugging Face checkpoint on packed token bins."""
 
-    recipe: str = "miniature"
-    """The base that single flags override: qwen2.5-7b, mistral-7b, mistral-small-24b, llama-3.1-8b, qwen3-8b, smollm2-135m
-    or miniature."""
+    recipe: str = ""
+    """Defaults that single flags override: qwen2.5-7b, mistral-7b, mistral-small-24b, llama-3.1-8b, qwen3-8b, smollm2-135m
+    or miniature. Without it: miniature, or general defaults where --init or --data is given."""
 
     # --- what goes in and out
     init: str = ""
@@ -45,7 +45,8 @@ class Config:
     Repeat the flag: a set of the target domain beside a general one is the forgetting meter."""
     out: str = ""
     """Run folder: metrics, checkpoints, curves.svg and at the end hf/, which transformers and vLLM load.
-    The same command on the same folder resumes from its newest whole checkpoint. Default: runs/RECIPE."""
+    The same command on the same folder resumes from its newest whole checkpoint. Default: runs/RECIPE, or runs/ and the name
+    of the model."""
 
     # --- how long and how much at a time
     epochs: int = 2
@@ -174,8 +175,10 @@ RECIPES = {
         seq_len=2048,
         batch_tokens=65536,
         micro_batch=4,
+        precision="bf16" if has_bf16_hardware() else "fp32",
     ),
     "miniature": Config(
+        "miniature",
         init=str(MINIATURE / "model"),
         data=(str(MINIATURE / "med"), str(MINIATURE / "general@0.55")),
         val=(f"med={MINIATURE / 'val-med'}", f"general={MINIATURE / 'val-general'}"),
@@ -204,12 +207,7 @@ def parse(argv: list[str]) -> Config:
 
 def parse_without_data(argv: list[str]) -> Config:
     """As parse, for the planner: --data may be missing, and the machine be another."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default="miniature")
-    name = first.parse_known_args(argv)[0].recipe
-    if name not in RECIPES:
-        raise InputError(f"--recipe {name}: no such recipe; there are {', '.join(RECIPES)}")
-    base = RECIPES[name]
+    base = find_recipe(argv)
     # An appending flag extends its default; a --data on the command line must replace the recipe's.
     config = tyro.cli(
         Config,
@@ -217,19 +215,33 @@ def parse_without_data(argv: list[str]) -> Config:
         args=argv,
         prog="train.py",
     )
-    if config.init != base.init and not any(arg == "--recipe" or arg.startswith("--recipe=") for arg in argv):
-        raise InputError(
-            f"--init {config.init}: name the --recipe to start from, too ({', '.join(RECIPES)}); without one the settings are "
-            f"the miniature's, a learning rate of {base.lr:g} among them"
-        )
+    if not config.init:
+        raise InputError("--init: no model to start from given; name a folder, a hub id, or a --recipe")
     return validated(
         dataclasses.replace(
             config,
             data=config.data or base.data,
             val=config.val or (() if config.data else base.val),
-            out=config.out or f"runs/{name}",
+            out=config.out or f"runs/{base.recipe or Path(config.init).resolve().name}",
         )
     )
+
+
+def find_recipe(argv: list[str]) -> Config:
+    """The recipe that the command line names. Without one, miniature, or the plain defaults where it names a model or data."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe")
+    first.add_argument("--init")
+    first.add_argument("--data")
+    given = first.parse_known_args(argv)[0]
+    name = given.recipe
+    if name is None:
+        name = "" if given.init or given.data else "miniature"
+    if name == "":
+        return Config()
+    if name not in RECIPES:
+        raise InputError(f"--recipe {name}: no such recipe{did_you_mean(name, RECIPES)}; there are {', '.join(RECIPES)}")
+    return RECIPES[name]
 
 
 def validated(c: Config) -> Config:
@@ -238,8 +250,8 @@ def validated(c: Config) -> Config:
     for field in counts + ["steps"] * (c.steps is not None):
         if getattr(c, field) < 1:
             raise InputError(f"--{field.replace('_', '-')} {getattr(c, field)}: must be at least 1")
-    if not 0 < c.lr < math.inf or c.warmup_steps < 0:
-        raise InputError(f"--lr {c.lr}, --warmup-steps {c.warmup_steps}: need lr > 0 and warm-up >= 0")
+    if not 0 <= c.lr < math.inf or c.warmup_steps < 0:
+        raise InputError(f"--lr {c.lr}, --warmup-steps {c.warmup_steps}: both must be 0 or more, and finite")
     for field, low, high in (("beta1", 0, 1), ("beta2", 0, 1), ("weight_decay", 0, math.inf), ("seed", 0, math.inf)):
         if not low <= getattr(c, field) < high:
             what = "0 or more" if high == math.inf else "from 0 to below 1"

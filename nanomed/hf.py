@@ -14,21 +14,42 @@ from typing import NamedTuple
 
 from nanomed import InputError, first_line
 from nanomed.files import read_json
+from nanomed.model_files import (
+    CARRIED,
+    CARRIED_PATTERNS,
+    EMBEDDING,
+    HEAD,
+    INDEX,
+    LEGAL_PATTERNS,
+    SINGLE,
+    check_one_place,
+    find_weights,
+    stored_name,
+)
 from nanomed.shards import open_safetensors, same_tensor
-
-CARRIED = (  # to the export as they are, whichever are there
-    "config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
-    "vocab.json merges.txt tokenizer.model tekken.json chat_template.jinja"
-).split()
 
 READ_DTYPES = ("F32", "BF16", "F16")  # of a safetensors file
 
-# Fields of config.json that do not change what the trunk computes.
-_HARMLESS = set(
-    "architectures model_type transformers_version torch_dtype dtype _name_or_path use_cache max_position_embeddings "
-    "bos_token_id eos_token_id pad_token_id unk_token_id initializer_range pretraining_tp max_window_layers "
-    "is_llama_config transformers.js_config _attn_implementation_autoset unsloth_fixed".split()
+# Fields of config.json that do not change what the decoder computes: transformers' and other tools' bookkeeping, and
+# old defaults for generation and for other kinds of models.
+_BOOKKEEPING = set(
+    "architectures model_type transformers_version torch_dtype dtype _name_or_path _commit_hash use_cache "
+    "max_position_embeddings initializer_range pretraining_tp max_window_layers is_llama_config transformers.js_config "
+    "bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id tokenizer_class "
+    "attn_implementation _attn_implementation _attn_implementation_autoset _attn_implementation_internal "
+    "_experts_implementation _flash_attn_2_enabled gradient_checkpointing cache_implementation "
+    "return_dict output_attentions output_hidden_states id2label label2id num_labels problem_type finetuning_task "
+    "task_specific_params prefix is_decoder is_encoder_decoder chunk_size_feed_forward "
+    "max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups num_return_sequences temperature "
+    "top_k top_p typical_p repetition_penalty length_penalty diversity_penalty no_repeat_ngram_size "
+    "encoder_no_repeat_ngram_size bad_words_ids suppress_tokens begin_suppress_tokens forced_bos_token_id "
+    "forced_eos_token_id remove_invalid_values exponential_decay_length_penalty output_scores return_dict_in_generate".split()
 )
+
+
+def is_bookkeeping(field: str) -> bool:
+    """Whether a field of config.json leaves unchanged what the decoder computes."""
+    return field in _BOOKKEEPING or field.startswith("unsloth_")
 
 
 # --- config.json ---------------------------------------------------------------------------------------------------
@@ -111,7 +132,9 @@ def model_config(folder: Path) -> ModelConfig:
         max_position_embeddings=fields.get("max_position_embeddings"),
     )
     # Whatever is left and not empty, off or zero may change the maths: softcaps, multipliers, quantisation, ...
-    if unknown := sorted(name for name in fields.keys() - _HARMLESS if fields[name]):
+    if fields.get("partial_rotary_factor") == 1:  # RoPE over whole heads, as ours
+        fields.pop("partial_rotary_factor")
+    if unknown := sorted(name for name, value in fields.items() if value and not is_bookkeeping(name)):
         refuse(f"{unknown[0]} = {fields[unknown[0]]!r} is not supported")
     return config
 
@@ -170,8 +193,8 @@ def _sliding_windows(model_type: str, fields: dict, n_layers: int, refuse: Calla
 
 
 def fetch(init: str, flag: str = "--init") -> Path:
-    """A local folder as it is, a run folder's hf/, or a hub id downloaded: JSON and tokenizer files, then only the weights
-    that the index names.
+    """A local folder as it is, a run folder's hf/, or a hub id (owner/name or owner/name@revision) downloaded: JSON, tokenizer
+    files and licence, then only the weights that the index names.
 
     flag: what the command line calls it, for the errors.
     """
@@ -180,21 +203,41 @@ def fetch(init: str, flag: str = "--init") -> Path:
         if not (folder / "config.json").is_file():
             raise InputError(f"{flag} {init}: the folder has no config.json")
         return folder
-    if init.startswith((".", "/")) or init.count("/") != 1:
-        raise InputError(f"{flag} {init}: neither a local folder nor a hub id (owner/name)")
+    name, _, revision = init.partition("@")
+    if init.startswith((".", "/")) or name.count("/") != 1:
+        raise InputError(f"{flag} {init}: neither a local folder nor a hub id (owner/name, or owner/name@revision)")
     from huggingface_hub import snapshot_download  # slow to import, and a local folder does without
     from huggingface_hub.errors import HFValidationError
 
+    at = {"revision": revision} if revision else {}
     try:
-        folder = Path(snapshot_download(init, allow_patterns=[*CARRIED, "model.safetensors.index.json"]))
-        index = folder / "model.safetensors.index.json"
-        names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
-        snapshot_download(init, allow_patterns=names)
+        folder = Path(snapshot_download(name, allow_patterns=[*CARRIED, *CARRIED_PATTERNS, *LEGAL_PATTERNS, INDEX], **at))
+        if folder.parent.name == "snapshots":  # both downloads from one commit, though the branch may move meanwhile
+            at = {"revision": folder.name}
+        index = folder / INDEX
+        names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [SINGLE]
+        if SINGLE not in names and _on_the_hub(name, SINGLE, at):
+            raise InputError(
+                f"{flag} {init}: the repository has {SINGLE}, which transformers reads, and {INDEX}, which names {names[0]}; "
+                "download it, and remove whichever of the two is old"
+            )
+        snapshot_download(name, allow_patterns=names, **at)
     except (OSError, HFValidationError, ValueError) as error:
         raise InputError(f"{flag} {init}: no such local folder, and the hub says: {first_line(error)}") from error
-    if not find_weights(folder):
-        raise InputError(f"{flag} {init}: the repository has no model.safetensors; only safetensors are read")
+    if not ((folder / INDEX).exists() or (folder / SINGLE).exists()):
+        raise InputError(f"{flag} {init}: the repository has no {SINGLE}; only safetensors are read")
     return folder
+
+
+def _on_the_hub(name: str, file: str, at: dict) -> bool:
+    """Whether the repository has the file; False without a network, where nobody can tell."""
+    from huggingface_hub import file_exists
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    try:
+        return file_exists(name, file, **at)
+    except OfflineModeIsEnabled:
+        return False
 
 
 def exported(folder: Path, flag: str = "--init") -> Path:
@@ -208,23 +251,6 @@ def exported(folder: Path, flag: str = "--init") -> Path:
     return folder / "hf"
 
 
-def find_weights(folder: Path) -> dict[str, Path]:
-    """Tensor name → the file that holds it: what the index names, or the one model.safetensors; empty where neither is.
-
-    Never a glob: repositories hold the same weights under other names too (Mistral's consolidated.safetensors).
-    """
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.exists():
-        if not isinstance(weight_map := read_json(index).get("weight_map"), dict):
-            raise InputError(f"{index}: has no weight_map; fetch it again")
-        return {name: folder / file for name, file in weight_map.items()}
-    if not single.exists():
-        if others := sorted(p.name for kind in ("*.safetensors", "pytorch_model*", "*.gguf", "*.pth") for p in folder.glob(kind)):
-            raise InputError(f"{folder}: has {others[0]} but neither model.safetensors nor its index; only those are read")
-        return {}
-    return dict.fromkeys(open_safetensors(single, "np").keys(), single)
-
-
 def check_weights(model, folder: Path) -> dict[str, Path]:
     """find_weights for an nn.Module; InputError naming the first tensor that is missing, extra, misshapen or of an unknown dtype.
 
@@ -233,37 +259,40 @@ def check_weights(model, folder: Path) -> dict[str, Path]:
     files, params = find_weights(folder), dict(model.named_parameters())
     if not files:
         return {}
+    if model.config.tie_word_embeddings and HEAD in files and EMBEDDING not in files:
+        files[EMBEDDING] = files.pop(HEAD)  # under its other name: stored_name
     if missing := sorted(params.keys() - files.keys()):
         raise InputError(f"{folder}: tensor {missing[0]} is missing from its safetensors ({len(missing)} in all)")
     # Some files hold what is no parameter: a tied model's head once more (small Qwen3's), old Llamas' RoPE frequencies.
-    copies = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    copies = {HEAD} if model.config.tie_word_embeddings else set()
     copies |= {name for name in files if name.endswith(".rotary_emb.inv_freq")}
     if extra := sorted(files.keys() - params.keys() - copies):
         raise InputError(f"{folder}: tensor {extra[0]} has no place in the model that config.json describes ({len(extra)} in all)")
     handles = {file: open_safetensors(file) for file in set(files.values())}
     held = {file: set(handle.keys()) for file, handle in handles.items()}
     for name, file in files.items():
-        if name not in held[file]:
+        stored = stored_name(name, held[file])
+        if stored not in held[file]:
             raise InputError(f"{file}: tensor {name} is missing, though the index names it")
         if name not in params:
             continue
-        found = handles[file].get_slice(name)
+        found = handles[file].get_slice(stored)
         if list(found.get_shape()) != list(params[name].shape):
             raise InputError(
-                f"{file}: tensor {name} has shape {found.get_shape()}, config.json asks for {list(params[name].shape)}"
+                f"{file}: tensor {stored} has shape {found.get_shape()}, config.json asks for {list(params[name].shape)}"
             )
         if found.get_dtype() not in READ_DTYPES:
-            raise InputError(f"{file}: tensor {name} has dtype {found.get_dtype()}; {', '.join(READ_DTYPES)} are read")
-    if "lm_head.weight" in files.keys() - params.keys():
+            raise InputError(f"{file}: tensor {stored} has dtype {found.get_dtype()}; {', '.join(READ_DTYPES)} are read")
+    check_one_place(files, held)
+    if HEAD in files.keys() - params.keys():
         check_copied_head(folder, files)
     return {name: files[name] for name in params}
 
 
 def check_copied_head(folder: Path, files: dict[str, Path]) -> None:
     """InputError unless the head that a tied model's files hold all the same is the embedding, bit for bit."""
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if embedding not in files or not same_tensor((files[head], head), (files[embedding], embedding)):
+    if EMBEDDING not in files or not same_tensor((files[HEAD], HEAD), (files[EMBEDDING], EMBEDDING)):
         raise InputError(
-            f"{folder}: config.json has tie_word_embeddings, but its {head} is no copy of {embedding}; which is meant? "
+            f"{folder}: config.json has tie_word_embeddings, but its {HEAD} is no copy of {EMBEDDING}; which is meant? "
             "Set tie_word_embeddings to false there, or leave the tensor out"
         )

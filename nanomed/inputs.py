@@ -1,4 +1,4 @@
-"""What goes into a run, checked before anything is made: the model's folder, the data, the number of steps.
+"""Inputs of a run, checked before anything is written: the model's folder, the data, the number of steps.
 
 The tokens of the bins must be the model's: they are compared by the hash of tokenizer.json. The first process of all
 downloads, or makes the built-in corpus, then one process a machine; the others wait.
@@ -13,7 +13,8 @@ from nanomed import InputError, hf
 from nanomed.batches import Shape
 from nanomed.config import MINIATURE, Config
 from nanomed.hf import ModelConfig
-from nanomed.parallel import World
+from nanomed.model_files import kept_record
+from nanomed.parallel import World, print0
 from nanomed.stream import Stream, open_sources
 from nanomed.tokenizer import tokenizer_sha256
 
@@ -41,16 +42,32 @@ def open_inputs(config: Config, world: World) -> Inputs:
 
 
 def get_source(config: Config, world: World) -> Path:
-    """The folder of the model to start from, downloaded or made: by the first process of all, then by one a machine."""
+    """The folder of the model to start from, downloaded or made: by the first process of all, then by one per machine."""
     for my_turn in (world.first(), world.local_rank == 0):
         if my_turn and config.init == str(MINIATURE / "model") and not MINIATURE.exists():
             script = Path(__file__).resolve().parents[1] / "data" / "miniature.py"
             if subprocess.run([sys.executable, script, "--out", MINIATURE]).returncode:
                 raise InputError(f"{MINIATURE}: the built-in corpus could not be made, see above")
         if my_turn:
-            hf.fetch(config.init)
+            find_source(config)
         world.barrier()
-    return hf.fetch(config.init)
+    return find_source(config)
+
+
+def find_source(config: Config) -> Path:
+    """The folder of --init; RUN/source where that is gone and the run's own checkpoints have the weights."""
+    kept = Path(config.out) / "source"
+    can_do_without = kept_record(kept) is not None and any(kept.parent.glob("checkpoints/step-*/DONE"))
+    try:
+        source = hf.fetch(config.init)
+    except InputError as error:
+        if not can_do_without:
+            raise
+        print0(f"{error}; going on with {kept}")
+        return kept
+    if kept_record(source) and not (can_do_without and source.resolve() == kept.resolve()):
+        raise InputError(f"--init {config.init}: holds no weights, only what its run needs to go on; give a model's folder")
+    return source
 
 
 def open_data(config: Config, source: Path, vocab_size: int) -> tuple[Stream, dict[str, Stream]]:

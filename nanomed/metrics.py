@@ -11,7 +11,7 @@ are (causal attention: half of 12). Recomputation is not counted. MFU is that ra
 peak.
 """
 
-import hashlib
+import dataclasses
 import json
 import math
 import os
@@ -29,7 +29,7 @@ from nanomed import batches
 from nanomed.attention import takes_flash_attn_4
 from nanomed.config import Config, has_bf16_hardware
 from nanomed.devices import bf16_peak
-from nanomed.files import write_durably
+from nanomed.files import read_json, write_durably
 from nanomed.guard import Verdict, reason
 from nanomed.model import Decoder
 from nanomed.parallel import World, print0
@@ -143,8 +143,9 @@ class Metrics:
         self._rows, self._values, self._len2, self._wait_s = [], [], 0, wait_s
 
     def restart_clock(self) -> None:
-        """Leave out of the speed whatever happened since the last step (evaluation, checkpoint)."""
+        """Leave out of the speed, and of the bar's remaining time, what happened since the last step (evaluation, checkpoint)."""
         self._start = time.perf_counter()
+        self.bar.unpause()
 
     def validation(self, step: int, results: dict[str, float]) -> None:
         """One line with all validation figures of a step, to the file and above the bar."""
@@ -211,18 +212,23 @@ def _peak_memory_bytes(device: torch.device) -> int:
 
 
 def _sinks(out: Path, config: Config, step: int) -> list:
-    """TensorBoard and W&B as functions of a row, where they were asked for; step: the last that counts."""
-    sinks = []
+    """TensorBoard and W&B as functions of a row, where they were asked for; step: the last that counts.
+
+    Both get the flags as hyper-parameters. W&B's run is known by the random id in run.json, so that a new run in an old folder
+    starts a new curve.
+    """
+    sinks, flags = [], dataclasses.asdict(config)
     if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
         # What a killed run wrote beyond is not shown; before the first step that is all.
         writer = SummaryWriter(out / "tensorboard", purge_step=step + 1 if step else 0)
+        writer.add_text("config", "\n".join(f"- {name}: {value}" for name, value in flags.items()), step)
         sinks.append(lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items() if v is not None])
     if config.wandb:
         import wandb
 
-        unique = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:12]  # another folder's run may have this name
-        run = wandb.init(project=config.wandb, dir=out, name=out.name, id=unique, resume="allow")
+        run_id = read_json(out / "run.json")["id"]
+        run = wandb.init(project=config.wandb, dir=out, name=out.name, id=run_id, resume="allow", config=flags)
         sinks.append(lambda row: run.log(row, step=row["step"]))
     return sinks

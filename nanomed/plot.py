@@ -30,7 +30,8 @@ def plot_curves(run: Path) -> Path:
     skipped = [r["tokens"] / 1e6 for r in rows if r.get("skipped") is True]
     measured = [key for r in rows for key, value in r.items() if key.endswith("_bpb") and value is not None]  # null: not finite
     names = list(dict.fromkeys(key.removeprefix("val_").removesuffix("_bpb") for key in measured))
-    figure, (left, right) = canvas(11, 4, columns=2)
+    figure, panels = canvas(11, 4, columns=2) if names else canvas(6, 4)
+    left = panels[0]
     if train:
         tokens, loss = np.array([r["tokens"] / 1e6 for r in train]), np.array([r["loss"] for r in train])
         left.plot(tokens, loss, lw=0.6, color="0.85")
@@ -44,11 +45,12 @@ def plot_curves(run: Path) -> Path:
         ]
         tokens, loss, bpb = map(np.array, zip(*points, strict=True))
         left.plot(tokens, loss, marker="o", ms=3, label=name)
-        right.plot(tokens, 100 * (bpb / bpb[0] - 1), marker="o", ms=3, label=f"{name}: {bpb[0]:.3f} → {bpb[-1]:.3f}")
+        panels[1].plot(tokens, 100 * (bpb / bpb[0] - 1), marker="o", ms=3, label=f"{name}: {bpb[0]:.3f} → {bpb[-1]:.3f}")
     left.set(title="Loss", xlabel="million tokens", ylabel="nats per token")
-    right.axhline(0, color="0.8", lw=1, zorder=0)
-    right.set(title="Forgetting meter", xlabel="million tokens", ylabel="bits per byte, % from the start")
-    for axes in (left, right):
+    if names:
+        panels[1].axhline(0, color="0.8", lw=1, zorder=0)
+        panels[1].set(title="Forgetting meter", xlabel="million tokens", ylabel="bits per byte, % from the start")
+    for axes in panels:
         if axes.get_legend_handles_labels()[1]:
             axes.legend(frameon=False)
     path = run / "curves.svg"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nanomed import InputError, first_line
 from nanomed.files import read_json, read_jsonl
+from nanomed.model_files import TEMPLATES
 from nanomed.tokenizer import token_content, tokenizer_config
 
 
@@ -40,20 +41,24 @@ def is_conversation(messages: object) -> bool:
 
 
 def chat_templates(folder: Path) -> dict[str, str]:
-    """name → text of the model's chat templates: "default", and "tool_use" where it has one. InputError if it has none."""
-    found = tokenizer_config(folder).get("chat_template")
-    if isinstance(found, list):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...}]
-        templates = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-    else:
-        templates = {"default": found}
-    files = {path.stem: path for path in (folder / "additional_chat_templates").glob("*.jinja")}
-    if (folder / "chat_template.jinja").is_file():
-        files["default"] = folder / "chat_template.jinja"
-    templates |= {name: path.read_text(encoding="utf-8") for name, path in files.items()}
-    templates = {name: text for name, text in templates.items() if isinstance(name, str) and isinstance(text, str) and text}
-    if "default" not in templates:
+    """Name → text of the model's chat templates: "default", and "tool_use" where it has one. InputError if it has no default.
+
+    Read as transformers reads them: files come before tokenizer_config.json, whose templates count only where there are no
+    files; chat_template.json is a processor's, and not read.
+    """
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {path.stem: path for path in sorted((folder / TEMPLATES).glob("*.jinja"))}
+    found = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
+    if not found:
+        template = tokenizer_config(folder).get("chat_template")
+        if isinstance(template, list):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...}]
+            found = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        else:
+            found = {"default": template}
+    found = {name: text for name, text in found.items() if isinstance(name, str) and isinstance(text, str) and text}
+    if "default" not in found:
         raise InputError(f"{folder}: has no chat template; give an instruct model, or a merge with one")
-    return templates
+    return found
 
 
 def chat_template(folder: Path) -> str:

@@ -1,16 +1,20 @@
 """The run folder: what belongs to it, and whether this command may go on in it.
 
-    config.json     every knob, as given
-    run.json        what else decides the result, or tells it: data and tokenizer hashes, versions, git commit, device
+    config.json     every flag, as the run began
+    run.json        a random id, the identity (nanomed.identity), device, versions, git commit; the same again for every resume
+    source/         what export needs of the model the run began with: config, tokenizer, templates, dtypes
     metrics.jsonl   checkpoints/   curves.svg   hf/ (written last: a run with hf/ is finished)
 
-A run goes on only with the config and the data it began with; a field that moves its losses by rounding at most may
-change.
+A run goes on only with the flags, the data and the model that it began with. A flag that moves its losses by rounding at
+most may change; what changed is recorded.
 """
 
 import dataclasses
+import hashlib
 import json
 import platform
+import secrets
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -18,17 +22,8 @@ import torch
 from nanomed import InputError
 from nanomed.config import FREE_FIELDS, Config
 from nanomed.files import lock, read_json, write_durably
-from nanomed.stream import Stream
+from nanomed.identity import PACKAGES, first_difference
 from nanomed.versions import git_commit, versions
-
-
-def data_identity(train: Stream, vals: dict[str, Stream]) -> dict:
-    """What of the data decides the losses: the sets' contents and shares, wherever they lie."""
-    return {
-        "data": [[bins.fingerprint, share] for bins, share in train.sources],
-        "val": {name: stream.bins[0].fingerprint for name, stream in vals.items()},
-        "tokenizer_sha256": train.bins[0].tokenizer_sha256,
-    }
 
 
 def is_finished(out: Path) -> bool:
@@ -55,23 +50,20 @@ def check_run(out: Path, config: Config, identity: dict) -> None:
         raise InputError(f"--out {out}: the folder is not empty and not a run's; choose another")
     if gives_way(out):
         return
+    recorded, given = about.get("identity", {}), _flags(config)
+    free = FREE_FIELDS | ({"init"} if "model" in recorded else set())  # a model is known by its content, not its path
     for field, old in _read(out / "config.json").items():
-        new = json.loads(json.dumps(dataclasses.asdict(config))).get(field)
-        if field not in FREE_FIELDS and old != new:
+        if field not in free and old != given.get(field):
             raise InputError(
-                f"--out {out}: belongs to a run with --{field.replace('_', '-')} {old}, this one has {new}; "
+                f"--out {out}: belongs to a run with --{field.replace('_', '-')} {old}, this one has {given.get(field)}; "
                 "choose another --out, delete this one, or give the same flags"
             )
-    for key, old in about.get("identity", {}).items():
-        if key in ("data", "tokenizer_sha256") and old != json.loads(json.dumps(identity))[key]:
-            raise InputError(f"--out {out}: the run began on other data ({key} differs); a run cannot change its data")
-    for name, old in about.get("identity", {}).get("val", {}).items():  # its curve would be of two sets
-        if identity["val"].get(name, old) != old:
-            raise InputError(f"--out {out}: --val {name} was another set when the run began; give the new one another name")
+    if difference := first_difference(recorded, json.loads(json.dumps(identity))):
+        raise InputError(f"--out {out}: {difference}")
 
 
-def create_run(out: Path, config: Config, identity: dict, device: torch.device) -> int:
-    """Write config.json and run.json of a new run; one that resumes only adds its new validation sets. The folder's lock.
+def create_run(out: Path, config: Config, identity: dict, device: torch.device, n_ranks: int = 1) -> int:
+    """Write config.json and run.json of a new run, or add this resume to run.json. Returns the descriptor of the folder's lock.
 
     InputError where another process holds it, or where nothing can be written.
     """
@@ -80,26 +72,46 @@ def create_run(out: Path, config: Config, identity: dict, device: torch.device) 
         held = lock(out)
         check_run(out, config, identity)  # again: another run may have written here meanwhile
         if not (out / "run.json").exists() or gives_way(out):
-            _describe(out, config, identity, device)
+            write_durably(out / "config.json", json.dumps(_flags(config), indent=1))
+            about = {"id": secrets.token_hex(6), "identity": identity} | _circumstances(device, n_ranks) | {"resumes": []}
         else:
-            about = _read(out / "run.json")
-            about["identity"]["val"] = identity["val"] | about["identity"].get("val", {})
-            write_durably(out / "run.json", json.dumps(about, indent=1))
+            about = _with_resume(out, config, identity, device, n_ranks)
+        write_durably(out / "run.json", json.dumps(about, indent=1))
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror}); choose another") from None
     return held
 
 
-def _describe(out: Path, config: Config, identity: dict, device: torch.device) -> None:
-    run = {
-        "identity": identity,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "versions": versions("numpy", "triton", "torchao", "liger-kernel", "flash-attn-4")
-        | {"torch": torch.__version__},  # with its CUDA
+def _with_resume(out: Path, config: Config, identity: dict, device: torch.device, n_ranks: int) -> dict:
+    """run.json of a run that goes on: new validation sets, and an entry in `resumes` with what differs from the beginning."""
+    about, flags = _read(out / "run.json"), _flags(config)
+    about.setdefault("id", hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:12])  # as older versions computed it
+    about["identity"]["val"] = identity["val"] | about["identity"].get("val", {})
+    began = _read(out / "config.json")
+    steps = sorted(path.parent.name for path in (out / "checkpoints").glob("step-*/DONE"))
+    resume = {
+        "step": int(steps[-1].removeprefix("step-")) if steps else 0,
+        "changed_flags": {field: value for field, value in flags.items() if began.get(field) != value},
+    }
+    about["resumes"] = [*about.get("resumes", []), resume | _circumstances(device, n_ranks)]
+    return about
+
+
+def _flags(config: Config) -> dict:
+    """The config as JSON holds it: tuples as lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _circumstances(device: torch.device, n_ranks: int) -> dict:
+    """When, where and with what software a process group started."""
+    on_gpu = device.type == "cuda"
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or "cpu",
+        "n_ranks": n_ranks,
+        "versions": versions(*PACKAGES) | {"torch": torch.__version__},  # with its CUDA
         "git_commit": git_commit(),
     }
-    write_durably(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
-    write_durably(out / "run.json", json.dumps(run, indent=1))
 
 
 def _read(path: Path) -> dict:

@@ -31,6 +31,11 @@ def tokenizer_sha256(tokenizer_json: dict | Path) -> str:
     Not covered: truncation and padding (mere use changes them), post_processor (the bins record BOS), decoder. A file
     that was saved again compares equal, however it spells merges and what it does not use.
     """
+    return hashlib.sha256(json.dumps(tokenizer_parts(tokenizer_json), sort_keys=True).encode()).hexdigest()
+
+
+def tokenizer_parts(tokenizer_json: dict | Path) -> dict:
+    """What turns text into ids, of a tokenizer.json: model, normalizer, pre_tokenizer and added_tokens, spelled in one way."""
     spec = read_json(tokenizer_json) if isinstance(tokenizer_json, Path) else tokenizer_json
     if not isinstance(spec.get("model"), dict):
         where = tokenizer_json if isinstance(tokenizer_json, Path) else "tokenizer.json"
@@ -44,7 +49,7 @@ def tokenizer_sha256(tokenizer_json: dict | Path) -> str:
     parts = {"model": model, "normalizer": spec.get("normalizer")}
     parts["pre_tokenizer"] = json.loads(json.dumps(spec.get("pre_tokenizer")), object_hook=with_default)
     parts["added_tokens"] = sorted(spec.get("added_tokens") or [], key=lambda token: token["id"])
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return parts
 
 
 def normal_forms(spec: dict) -> tuple[str, ...]:

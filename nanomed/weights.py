@@ -8,16 +8,16 @@ is one seek and one write.) All ranks must see the same file system, as they mus
 """
 
 import os
-import shutil
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from nanomed import InputError, shards
-from nanomed.files import read_json, sync
-from nanomed.hf import CARRIED, find_weights
+from nanomed.files import read_json, staging, staging_path
+from nanomed.model_files import EMBEDDING, HEAD, copy_carried, find_weights, kept_record, stored_name
 from nanomed.parallel import World
 
 EXPORT_SHARD_BYTES = shards.SHARD_BYTES
@@ -50,7 +50,8 @@ def load_weights(model: nn.Module, files: dict[str, Path]) -> None:
     for name, param in model.named_parameters():
         start, stop = my_rows(param)
         if start < stop:
-            local(param).copy_(handles[files[name]].get_slice(name)[start:stop])
+            handle = handles[files[name]]
+            local(param).copy_(handle.get_slice(stored_name(name, handle.keys()))[start:stop])
 
 
 @torch.no_grad()
@@ -71,37 +72,27 @@ def random_weights(model: nn.Module, std: float, seed: int) -> None:
 def export(model: nn.Module, source: Path, out: Path, world: World) -> None:
     """Write the model as OUT: safetensors of the source's dtypes and at most 5 GB each, and the source's other files.
 
-    Called by all ranks. Everything is written in OUT.tmp, made durable and renamed last.
+    Called by all ranks. Everything is written in a staging folder beside OUT, made durable and renamed last.
     """
-    tmp, first = out.with_name(out.name + ".tmp"), world.first()
-    dtypes = source_dtypes(model, source)
-    plan = _export_plan(model, dtypes)
-    if first:
-        shutil.rmtree(tmp, ignore_errors=True)
-        tmp.mkdir(parents=True)
-        for name in CARRIED:
-            if (source / name).exists():
-                shutil.copyfile(source / name, tmp / name)
-                sync(tmp / name)
+    plan = _export_plan(model, source_dtypes(model, source))
+    if not world.first():
+        world.barrier()
+        _write_rows(staging_path(out), plan, model)
+        return world.barrier()
+    with staging(out, "the model's folder", durable=True) as tmp:
+        copy_carried(source, tmp)
         for file, tensors in plan.items():
             shards.write_header(tmp / file, tensors)
         shards.write_index(tmp, plan)
-        for path in tmp.glob("*.index.json"):
-            sync(path)
-    world.barrier()
-    params = dict(model.named_parameters())
-    for file, tensors in plan.items():
-        _write_rows(tmp / file, tensors, params)
-    world.barrier()
-    if first:
-        shutil.rmtree(out, ignore_errors=True)
-        sync(tmp)
-        os.replace(tmp, out)
-        sync(out.parent)
+        world.barrier()
+        _write_rows(tmp, plan, model)
+        world.barrier()
 
 
 def source_dtypes(model: nn.Module, source: Path) -> dict[str, torch.dtype]:
-    """Dtype of every tensor in the source checkpoint; config.json's where it has no weights."""
+    """Dtype of every tensor in the source checkpoint, or as a RUN/source records it; config.json's where it has no weights."""
+    if record := kept_record(source):
+        return {name: DTYPES[dtype] for name, dtype in record["dtypes"].items()}
     files = find_weights(source)
     if not files:
         raw = read_json(source / "config.json")
@@ -110,7 +101,8 @@ def source_dtypes(model: nn.Module, source: Path) -> dict[str, torch.dtype]:
             raise InputError(f"{source / 'config.json'}: dtype {named}, expected one of {', '.join(map(str, DTYPE_NAMES))}")
         return dict.fromkeys(dict(model.named_parameters()), dtype)
     handles = {file: shards.open_safetensors(file) for file in set(files.values())}
-    return {name: DTYPES[handles[file].get_slice(name).get_dtype()] for name, file in files.items()}
+    dtypes = {name: DTYPES[handles[file].get_slice(name).get_dtype()] for name, file in files.items()}
+    return {EMBEDDING: dtypes.get(HEAD)} | dtypes  # where only a tied head is stored
 
 
 def _export_plan(model: nn.Module, dtypes: dict) -> dict[str, dict[str, dict]]:
@@ -119,19 +111,25 @@ def _export_plan(model: nn.Module, dtypes: dict) -> dict[str, dict[str, dict]]:
     return shards.plan(tensors, EXPORT_SHARD_BYTES)
 
 
-def _write_rows(path: Path, tensors: dict[str, dict], params: dict[str, Tensor]) -> None:
-    """Put this rank's rows of every tensor where they belong. Of HSDP's replicas only the first writes."""
-    base = len(shards.header(tensors))
-    # Write-only: a file opened for reading too lets NFS fetch whole pages and write back what another rank changed.
-    with os.fdopen(os.open(path, os.O_WRONLY), "wb") as file:
-        for name, entry in tensors.items():
-            param = params[name]
-            start, stop = my_rows(param)
-            if start == stop or (isinstance(param, DTensor) and param.device_mesh.ndim > 1 and param.device_mesh.get_local_rank(0)):
-                continue
-            rows = local(param).detach().to(DTYPES[entry["dtype"]]).cpu().contiguous()
-            row_bytes = rows.element_size() * rows[0].numel()
-            file.seek(base + entry["data_offsets"][0] + start * row_bytes)
-            file.write(rows.view(torch.uint8).numpy())
-        file.flush()
-        os.fsync(file.fileno())
+def _write_rows(folder: Path, plan: dict[str, dict[str, dict]], model: nn.Module) -> None:
+    """Write this rank's rows of every tensor to the files of the plan. Of HSDP's replicas only the first writes."""
+    params = dict(model.named_parameters())
+    for name, tensors in plan.items():
+        base = len(shards.header(tensors))
+        # Write-only: a file opened for reading too lets NFS fetch whole pages and write back what another rank changed.
+        with os.fdopen(os.open(folder / name, os.O_WRONLY), "wb") as file:
+            for tensor, entry in tensors.items():
+                _write_tensor(file, params[tensor], entry, base)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _write_tensor(file: BinaryIO, param: Tensor, entry: dict, base: int) -> None:
+    """Write this rank's rows of one tensor. base: the byte of the file that the entry's offsets count from."""
+    start, stop = my_rows(param)
+    if start == stop or (isinstance(param, DTensor) and param.device_mesh.ndim > 1 and param.device_mesh.get_local_rank(0)):
+        return
+    rows = local(param).detach().to(DTYPES[entry["dtype"]]).cpu().contiguous()
+    row_bytes = rows.element_size() * rows[0].numel()
+    file.seek(base + entry["data_offsets"][0] + start * row_bytes)
+    file.write(rows.view(torch.uint8).numpy())

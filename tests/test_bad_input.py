@@ -20,11 +20,13 @@ from refusals import fixture_refused, hash_of  # noqa: F401
     ("changes", "named"),
     [
         ({"recipe": "gpt-5"}, ["--recipe gpt-5", "qwen2.5-7b"]),
+        ({"recipe": "qwen2.5-7"}, ["--recipe qwen2.5-7", "did you mean qwen2.5-7b?"]),
+        ({"recipe": None, "init": None}, ["--init", "no model to start from"]),
         ({"batch_tokens": 250}, ["--batch-tokens 250", "--seq-len 32", "--micro-batch 2"]),
         ({"seq_len": 0}, ["--seq-len 0"]),
         ({"seq_len": 8192, "batch_tokens": 8192, "micro_batch": 1}, ["--seq-len 8192", "made for 4096"]),
         ({"steps": 0}, ["--steps 0"]),
-        ({"lr": 0.0}, ["--lr 0.0"]),
+        ({"lr": -1.0}, ["--lr -1.0"]),
         ({"lr": "nan"}, ["--lr nan"]),
         ({"lr": "inf"}, ["--lr inf"]),
         ({"clip_norm": 0}, ["--clip-norm 0", "inf does not clip"]),
@@ -39,12 +41,11 @@ from refusals import fixture_refused, hash_of  # noqa: F401
         ({"val": "bins/val"}, ["--val bins/val", "NAME=BINS"]),
         ({"val": "two words=bins/val"}, ["--val two words=bins/val", "NAME=BINS"]),
         ({"val": "med=bins/val@0.1"}, ["--val med=bins/val@0.1", "no share"]),
-        ({"val": "med=nowhere"}, ["nowhere/manifest.json"]),
-        ({"data": "nowhere"}, ["nowhere/manifest.json"]),
+        ({"val": "med=nowhere"}, ["nowhere: no such folder"]),
+        ({"data": "nowhere"}, ["nowhere: no such folder"]),
         ({"data": "nowhere@much"}, ["--data nowhere@much", "share"]),
         ({"data": "nowhere@inf"}, ["--data nowhere@inf", "share"]),
         ({"init": "./nowhere"}, ["--init ./nowhere", "neither a local folder nor a hub id"]),
-        ({"recipe": None}, ["--init", "name the --recipe", "0.003"]),
         ({"init": "nobody/nowhere"}, ["--init nobody/nowhere", "no such local folder", "hub"]),
     ],
     ids=str,
@@ -79,7 +80,7 @@ def cut(path: Path, n_bytes: int) -> None:
 BROKEN_BINS = {
     "missing shard": (lambda f: (f / "shard-00000.bin").unlink(), ["shard-00000.bin", "missing"]),
     "missing index": (lambda f: (f / "shard-00000.idx").unlink(), ["shard-00000.idx", "missing"]),
-    "unfinished set": (lambda f: (f / "manifest.json").unlink(), ["manifest.json", "missing"]),
+    "unfinished set": (lambda f: (f / "manifest.json").unlink(), ["unfinished", "the same data/prepare.py command"]),
     "truncated shard": (lambda f: cut(f / "shard-00000.bin", 2), ["shard-00000.bin", "size in bytes"]),
     "truncated index": (lambda f: cut(f / "shard-00000.idx", 8), ["shard-00000.idx", "size in bytes"]),
     "wrong dtype": (lambda f: change_records(f, dtype="u4"), ["shard-00000.json", "dtype", "u4", "u2"]),
@@ -122,9 +123,22 @@ def test_a_token_that_the_model_lacks(which, tiny, tmp_path, refused):
     tokens[Bins(bins).lengths.cumsum() - 2] = 5000  # of every document: so in the first batch too
     tokens.flush()
     written = {"config.json", "run.json", "metrics.jsonl"}
+    written |= {f"source/{path.name}" for path in (*tiny.model.iterdir(), Path("tensors.json"))}
     refused(tiny.flags(out, **flag_for(which, bins)), bins, "document", "token id 5000", "384", keeps=written)
-    assert {p.name for p in out.iterdir()} <= written | {"checkpoints"}
+    assert {p.name for p in out.iterdir()} <= written | {"checkpoints", "source"}
     assert "loss" not in " ".join((out / "metrics.jsonl").read_text().replace("val_med_loss", "").split())
+
+
+@pytest.mark.parametrize("which", ["train", "val"])
+def test_what_is_no_set_of_bins_is_named_with_what_was_meant(which, tiny, tmp_path, refused):
+    """A text file, a misspelt path, the folder above: three mistakes, three hints."""
+    shutil.copytree(tiny.train, tmp_path / "bins" / "notes")
+    (tmp_path / "notes.jsonl").write_text("{}")
+    notes = tmp_path / "bins" / "notes"
+    out = tmp_path / "run"
+    refused(tiny.flags(out, **flag_for(which, tmp_path / "notes.jsonl")), "notes.jsonl: is a file", "data/prepare.py")
+    refused(tiny.flags(out, **flag_for(which, tmp_path / "bins" / "note")), f"did you mean {notes}?")
+    refused(tiny.flags(out, **flag_for(which, tmp_path / "bins")), "holds no bins", f"did you mean {notes}?")
 
 
 @pytest.mark.parametrize("which", ["train", "val"])

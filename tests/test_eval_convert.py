@@ -185,3 +185,32 @@ def test_a_text_may_hold_any_character_that_is_no_line_feed(tmp_path):
     assert read_questions(path) == [question]
     write_samples(path, [question, question])
     assert read_samples(path) == [question, question]
+
+
+def test_a_failed_command_leaves_nothing(tmp_path, monkeypatch):
+    """A disk that is full after three files: half of the tasks would look like all of them. What was there before stays."""
+    mmlux(tmp_path / "src")
+    write_one, written = convert.write_durably, []
+
+    def full(path, text):
+        if len(written) == 3:
+            raise OSError(28, "No space left on device", str(path))
+        written.append(path)
+        write_one(path, text)
+
+    args = Namespace(source="mmlux", src=str(tmp_path / "src"), out=tmp_path / "new" / "questions")
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "write_durably", full)
+        with pytest.raises(OSError, match="No space left"):
+            convert.run(args)
+    assert not (tmp_path / "new").exists()
+    convert.run(args)
+    before = {path: path.read_bytes() for path in args.out.iterdir()}
+    sorted(before)[0].unlink()
+    written.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "write_durably", full)
+        with pytest.raises(OSError, match="No space left"):
+            convert.run(args)
+    assert {path: path.read_bytes() for path in args.out.iterdir()}.items() < before.items()
+    assert len([*args.out.iterdir()]) == len(before) - 1

@@ -139,7 +139,7 @@ def test_other_methods_are_mergekits_own(tmp_path, tiny, monkeypatch, capfd):
     for name in out:  # BASE + 0.5 (CPT - BASE)
         middle = (a[name].double() + b[name].double()) / 2
         assert (out[name].double() - middle).norm() <= 0.01 * middle.norm(), name
-    assert not (tmp_path / "ours.tmp").exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"base", "cpt", "c.yml", "ours"}
 
 
 def test_mergekits_own_failure_is_one_line(tmp_path, tiny, monkeypatch):

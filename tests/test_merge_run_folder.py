@@ -1,6 +1,7 @@
-"""merge.py on a run's folder: its float32 weights, else its export, else one line."""
+"""merge.py on a run's folder: the weights of its newest checkpoint, else its export, else one line."""
 
 import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
@@ -44,6 +45,18 @@ def test_a_run_folder_gives_its_float32_weights(trained, tiny, tmp_path, monkeyp
     for name, found in out.items():
         assert_close(found, base[name], cpt[name], 0.5, name)
     assert "step 4" in (tmp_path / "out" / "merge_report.md").read_text()
+
+
+def test_the_report_names_the_precision_of_the_run(tiny, trained, tmp_path, monkeypatch):
+    flags = dict(steps=4, checkpoint_every=4, eval_every=100, compile=None, precision="pure-bf16")
+    done = run_train(tiny.flags(tmp_path / "run", **flags))
+    assert done.returncode == 0, done.stderr
+    for folder, precision in ((tmp_path / "run", "bfloat16 weights of step 4"), (trained, "float32 weights of step 4")):
+        assert open_checkpoint(str(folder), "CPT").kind == precision
+    run(monkeypatch, tiny.model, tmp_path / "run", tmp_path / "out")
+    told = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert told["cpt"]["kind"] == "bfloat16 weights of step 4"
+    assert "bfloat16 weights of step 4" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_run_without_checkpoints_gives_its_export_and_an_empty_one_is_refused(trained, tiny, tmp_path, monkeypatch):

@@ -19,6 +19,10 @@ def test_what_lies_beside_the_weights(pair, tmp_path, monkeypatch):
     base, cpt = pair
     (base / "chat_template.jinja").write_text("{{ messages[0].content }}")
     (base / "generation_config.json").write_text('{"temperature": 0.7}')
+    (base / "LICENSE").write_text("Apache 2.0")
+    (base / "NOTICE").write_text("Llama is licensed ...")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     (base / "notes.txt").write_text("not part of a checkpoint")
     run(monkeypatch, base, cpt, tmp_path / "out", "--preset", "gradient")
     written = files_of(tmp_path / "out")
@@ -28,6 +32,9 @@ def test_what_lies_beside_the_weights(pair, tmp_path, monkeypatch):
         "tokenizer_config.json",
         "chat_template.jinja",
         "generation_config.json",
+        "LICENSE",
+        "NOTICE",
+        "additional_chat_templates/tool_use.jinja",
     ):
         assert written[name] == (base / name).read_bytes()
     assert written.keys() - files_of(base).keys() == {
@@ -45,7 +52,7 @@ def test_what_lies_beside_the_weights(pair, tmp_path, monkeypatch):
     assert len(table) == len(tensors_of(base))
     for row in table:
         assert f"| {row['tensor']} | {row['t']:.4g} |" in written["merge_report.md"].decode()
-    assert not (tmp_path / "out.tmp").exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"base", "cpt", "out"}
 
 
 def test_few_layers_have_whole_numbers(tmp_path, monkeypatch):
@@ -66,17 +73,40 @@ def test_a_failure_leaves_nothing_and_a_kill_nothing_that_looks_whole(pair, tmp_
         patch.setattr(report, "plot", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             run(monkeypatch, *pair, tmp_path / "a" / "out", "--t", "0.4")
-    assert not any((tmp_path / "a").iterdir())
+    assert not (tmp_path / "a").exists()
     flags = [*map(str, pair), str(tmp_path / "a" / "out")]
     script = (
         f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import merge; from nanomed.merging import report; "
         f"report.plot = lambda *_: os.kill(os.getpid(), 9); sys.argv[1:] = {flags!r}; merge.main()"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == -9
-    assert [p.name for p in (tmp_path / "a").iterdir()] == ["out.tmp"]
+    assert [p.name for p in (tmp_path / "a").iterdir()] == [".out.nanomed.tmp"]
     run(monkeypatch, *pair, tmp_path / "a" / "out", "--t", "0.4")
     assert files_of(tmp_path / "a" / "out") == files_of(tmp_path / "right" / "out")
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["out"]
+
+
+def test_the_second_of_two_merges_into_one_folder_is_refused(pair, tmp_path, monkeypatch):
+    """In one line, before it reads the weights; the first is not disturbed, nor is a user's folder OUT.tmp."""
+    out, users = tmp_path / "out", tmp_path / "out.tmp"
+    users.mkdir()
+    (users / "notes.txt").write_text("a user's")
+    script = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import merge; from nanomed.merging import report; "
+        "report.plot = lambda *_: (print('ready', flush=True), sys.stdin.read()); "
+        f"sys.argv[1:] = {[*map(str, pair), str(out)]!r}; merge.main()"
+    )
+    first = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "ready\n"
+    for flags in (["--t", "0.9"], ["--sweep", "0.1,0.9"]):
+        with pytest.raises(SystemExit) as exit_:
+            run(monkeypatch, *pair, out, *flags)
+        assert str(exit_.value.code) == f"error: OUT {out}: another process is writing it; wait for it, or choose another"
+    first.communicate("")
+    assert first.returncode == 0
+    run(monkeypatch, *pair, tmp_path / "right", "--t", "0.5")
+    assert files_of(out).items() >= {n: b for n, b in files_of(tmp_path / "right").items() if not n.endswith(".svg")}.items()
+    assert [p.name for p in users.iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize("damage", ["bit", "swap", "tensor"])

@@ -135,9 +135,12 @@ def test_tensorboard_and_wandb_get_numbers_only(world, tmp_path, monkeypatch):
 
 
 def test_each_log_gets_what_there_is_of_a_row(tmp_path, monkeypatch):
-    """W&B's id is the folder's: a run that goes on is one run there, another of the same name another."""
+    """W&B's id is run.json's: a run that goes on is one run there, another of the same name another."""
     seen, begun, begun_at = [], [], []
-    writer = SimpleNamespace(add_scalar=lambda *call: seen.append(call))
+    writer = SimpleNamespace(add_scalar=lambda *call: seen.append(call), add_text=lambda *call: None)
+    for folder in ("a/run", "b/run"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "run.json").write_text(json.dumps({"id": folder}))
     monkeypatch.setitem(
         sys.modules,
         "torch.utils.tensorboard",

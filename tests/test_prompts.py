@@ -1,5 +1,6 @@
 """nanomed/prompts.py: what real models' templates use is there, as transformers renders it; what cannot be is one line."""
 
+import itertools
 import json
 
 import pytest
@@ -7,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bpe import byte_level
 from nanomed import InputError
-from nanomed.prompts import read_prompts, render
+from nanomed.prompts import chat_template, read_prompts, render
 
 MISTRAL_SMALL = """{%- set today = strftime_now("%Y-%m-%d") %}{{ bos_token }}[DATE]{{ today }}
 {%- for m in messages %}
@@ -32,6 +33,32 @@ def test_a_template_with_dates_and_json_is_rendered_as_transformers_does(tmp_pat
     assert expected.startswith("<|endoftext|>[DATE]20")
     assert expected.count("Größe") == 3
     assert render(tmp_path, messages) == expected
+
+
+FILES = ["chat_template.jinja", "additional_chat_templates/tool_use.jinja", "additional_chat_templates/default.jinja",
+         "chat_template.json"]  # fmt: skip
+IN_CONFIG = [None, "config", [{"name": "default", "template": "config"}, {"name": "tool_use", "template": "config, tools"}],
+             [{"name": "tool_use", "template": "config, tools"}]]  # fmt: skip
+
+
+@pytest.mark.parametrize("in_config", IN_CONFIG, ids=str)
+@pytest.mark.parametrize("files", [combination for n in range(5) for combination in itertools.combinations(FILES, n)], ids=str)
+def test_of_several_templates_the_one_that_transformers_takes(files, in_config, tmp_path):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": in_config}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({key: value for key, value in config.items() if value}))
+    (tmp_path / "additional_chat_templates").mkdir()
+    for file in files:
+        (tmp_path / file).write_text(f"file {file}" if file.endswith("jinja") else json.dumps({"chat_template": "processor"}))
+    try:
+        expected = PreTrainedTokenizerFast.from_pretrained(tmp_path).get_chat_template()
+    except ValueError:  # several, and none of them the default
+        expected = None
+    try:
+        found = chat_template(tmp_path)
+    except InputError:
+        found = None
+    assert found == expected
 
 
 @pytest.mark.parametrize(

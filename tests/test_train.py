@@ -29,7 +29,7 @@ def test_it_learns_and_leaves_what_it_says(tiny, undisturbed):
     assert len(losses) == 20
     assert losses[-1] < losses[0] - 1
     assert {p.name for p in undisturbed.iterdir()} == {
-        "config.json", "run.json", "metrics.jsonl", "checkpoints", "curves.svg", "hf"}  # fmt: skip
+        "config.json", "run.json", "metrics.jsonl", "checkpoints", "curves.svg", "hf", "source"}  # fmt: skip
     assert sorted(p.name for p in (undisturbed / "checkpoints").iterdir()) == ["step-00000015", "step-00000020"]
     rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
     assert {"step", "tokens", "loss", "grad_norm", "lr", "tok_s", "mfu", "data_wait", "memory_gb"} <= rows[1].keys()

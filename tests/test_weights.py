@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from conftest import save_reference
+from merge_pairs import files_of
 from nanomed import InputError, hf, parallel, weights
 from nanomed.config import Config
 from nanomed.model import Decoder
@@ -26,6 +27,7 @@ CONFIGS = {
     "qwen2-tied": Qwen2Config(**SMALL, head_dim=2, tie_word_embeddings=True),  # k and v have 4 rows
     "qwen3": Qwen3Config(**SMALL, head_dim=16),
 }
+BESIDE = ["additional_chat_templates/tool_use.jinja", "LICENSE", "NOTICE.txt", "USE_POLICY.md"]
 HALF = Config(precision="fp32", compile=False)
 
 
@@ -35,8 +37,9 @@ def make_source(folder: Path, name: str, dtype=torch.float32, **saving) -> Path:
     if saving:
         AutoModelForCausalLM.from_pretrained(folder, dtype="auto").save_pretrained(folder, **saving)
         (folder / "model.safetensors").unlink()
-    for i, file in enumerate(hf.CARRIED):
+    for i, file in enumerate([*hf.CARRIED, *BESIDE]):
         if not (folder / file).exists():
+            (folder / file).parent.mkdir(exist_ok=True)
             (folder / file).write_bytes(bytes(range(256)) * (i + 1))  # copied, not parsed
     (folder / "consolidated.safetensors").write_bytes(b"Mistral's own copy of the same weights, under other names")
     (folder / "README.md").write_text("no part of the model")
@@ -80,11 +83,12 @@ def assert_same_checkpoint(source: Path, out: Path) -> None:
     for file in hf.find_weights(out).values():
         with safe_open(file, "pt") as handle:
             assert handle.metadata() == {"format": "pt"}
-    for name in hf.CARRIED:
+    for name in (*hf.CARRIED, *BESIDE):
         assert (out / name).read_bytes() == (source / name).read_bytes(), name
     weight_files = {file.name for file in hf.find_weights(out).values()}
     index = {"model.safetensors.index.json"} if len(weight_files) > 1 else set()
-    assert {p.name for p in out.iterdir()} == weight_files | index | set(hf.CARRIED)
+    carried = {*hf.CARRIED, *BESIDE}
+    assert {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()} == weight_files | index | carried
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -199,32 +203,44 @@ def test_random_weights_are_what_transformers_would_begin_with():
     assert not torch.equal(first, second)
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
+class Interrupted(BaseException):
+    """An exception that no `except Exception` catches."""
 
 
 @pytest.mark.parametrize("moment", ["write_header", "write_index", "_write_rows", "replace"])
-def test_a_kill_while_exporting_leaves_no_hf(moment, tmp_path, monkeypatch):
-    """hf/ appears whole or not at all, whatever was there at the second of the kill; the next export is as if nothing was."""
+def test_an_interrupted_export_leaves_nothing(moment, tmp_path, monkeypatch):
+    """hf/ appears whole or not at all, and the next export gives the same bytes."""
     source, out = make_source(tmp_path / "source", "llama"), tmp_path / "run" / "hf"
     untouched(source, tmp_path / "right")
     monkeypatch.setattr(weights, "EXPORT_SHARD_BYTES", 7_000)  # other files, which must not stay behind
 
     def dies(*_args):
-        raise Killed
+        raise Interrupted
 
     with monkeypatch.context() as patch:
         owner = {"replace": weights.os, "_write_rows": weights}.get(moment, weights.shards)
         patch.setattr(owner, moment, dies)
-        with pytest.raises(Killed):
+        with pytest.raises(Interrupted):
             untouched(source, out)
-    assert not out.exists()
-    assert (tmp_path / "run" / "hf.tmp").exists()
+    assert not out.parent.exists()
     monkeypatch.undo()
     monkeypatch.setattr(World, "barrier", lambda self: None)
     untouched(source, out)
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in (tmp_path / "right").iterdir()}
-    assert not (tmp_path / "run" / "hf.tmp").exists()
+    assert files_of(out) == files_of(tmp_path / "right")
+    assert [p.name for p in out.parent.iterdir()] == ["hf"]
+
+
+def test_an_export_removes_nothing_that_it_did_not_make(tmp_path):
+    source, out = make_source(tmp_path / "source", "llama"), tmp_path / "run" / "hf"
+    for mine in (tmp_path / "run" / "hf.tmp", out):
+        mine.mkdir(parents=True)
+        (mine / "notes.txt").write_text("a user's")
+    with pytest.raises(InputError, match="run/hf: exists already"):
+        untouched(source, out)
+    shutil.move(out, tmp_path / "elsewhere")
+    untouched(source, out)
+    assert (tmp_path / "run" / "hf.tmp" / "notes.txt").exists()
+    assert (tmp_path / "elsewhere" / "notes.txt").exists()
 
 
 # --- more ranks ----------------------------------------------------------------------------------------------------
@@ -267,7 +283,7 @@ def test_from_the_hub_come_only_the_weights_that_the_index_names(tiny, tmp_path,
     download = lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(folder)  # noqa: E731
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert hf.fetch("owner/name") == folder
-    assert "tokenizer.json" in asked[0][1]
+    assert {"tokenizer.json", "additional_chat_templates/*.jinja", "LICEN[CS]E*", "NOTICE*"} <= set(asked[0][1])
     assert asked[1] == ("owner/name", ["model.safetensors"])
     names = ["model-2.safetensors", "model-1.safetensors"]
     index = {"weight_map": dict(zip("abc", [*names, names[0]], strict=True))}

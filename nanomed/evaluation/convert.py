@@ -29,7 +29,7 @@ from pathlib import Path
 
 from nanomed import InputError, first_line
 from nanomed.evaluation.questions import fault
-from nanomed.files import write_durably
+from nanomed.files import new_folder, write_durably
 
 SUBJECTS = (
     "clinical_knowledge",
@@ -184,9 +184,15 @@ def run(args: argparse.Namespace) -> None:
     for path, text in texts.items():  # all are checked before the first is written
         if path.exists() and path.read_text(encoding="utf-8") != text:
             raise InputError(f"{path}: exists already with other questions; move it away first")
-    args.out.mkdir(parents=True, exist_ok=True)
-    for path, text in texts.items():
-        write_durably(path, text)
+    new = [path for path in texts if not path.exists()]
+    with new_folder(args.out):
+        try:
+            for path, text in texts.items():
+                write_durably(path, text)
+        except BaseException:  # half of a source's tasks would look like all of them
+            for path in new:
+                path.unlink(missing_ok=True)
+            raise
     print(*notes, sep="\n")
 
 

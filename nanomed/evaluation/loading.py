@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 from nanomed import InputError, first_line
 from nanomed.hf import check_weights, model_config
 from nanomed.model import Decoder
+from nanomed.model_files import stored_name
 from nanomed.shards import open_safetensors
 
 
@@ -24,7 +25,7 @@ def load_decoder(folder: Path, dtype: torch.dtype, device: torch.device) -> Deco
         raise InputError(f"{folder}: has no weights (model.safetensors)")
     handles = {file: open_safetensors(file) for file in set(files.values())}
     to: dict = {} if device.type == "cpu" else {"device": device, "dtype": dtype}
-    weights = {name: handles[file].get_tensor(name).to(**to) for name, file in files.items()}
+    weights = {name: handles[file].get_tensor(stored_name(name, handles[file].keys())).to(**to) for name, file in files.items()}
     model.load_state_dict(weights, assign=True, strict=False)  # a tied lm_head has no tensor of its own
     model._tie()
     return model.eval().requires_grad_(False)

@@ -9,8 +9,10 @@ A folder belongs to one configuration and one state of its data: another is reje
 finished run is left as it is, an unfinished one resumed. No torch is imported here.
 """
 
+import fcntl
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +21,10 @@ from pathlib import Path
 
 from nanomed import InputError
 from nanomed.files import read_json, sha256, write_json
-from nanomed.hf import CARRIED, find_weights
+from nanomed.model_files import carried_files, find_weights
 from nanomed.versions import git_commit, versions
 
+LOCK = "lock.tmp"  # there while a run is being written, and after a kill
 PACKAGES = ("torch", "lm_eval", "tokenizers", "transformers", "numpy")
 
 
@@ -53,7 +56,10 @@ def _open(out: Path, wanted: dict) -> bool:
     if path.exists():
         found = read_json(path)
         _check_same(out, found, wanted)
-        return found.get("finished") is True and (out / "results.json").exists()
+        if is_finished(out):
+            return True
+        _lock(out)
+        return is_finished(out)  # another process may have finished it meanwhile
     if out.exists() and any(p.suffix != ".tmp" for p in out.iterdir()):
         raise InputError(f"--out {out}: the folder is not empty and not from an evaluation; choose another")
     out.mkdir(parents=True, exist_ok=True)
@@ -64,23 +70,43 @@ def _open(out: Path, wanted: dict) -> bool:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "finished": False,
     }
+    _lock(out)
     write_json(path, wanted | about)
     return False
+
+
+def is_finished(out: Path) -> bool:
+    """Whether the run in OUT has its results."""
+    return read_json(out / "run.json").get("finished") is True and (out / "results.json").exists()
+
+
+def _lock(out: Path) -> None:
+    """Keep other processes from writing to OUT, until this one ends or finish_run. InputError where one is writing already.
+
+    POSIX's lock, which belongs to the process: the same process may open its run again.
+    """
+    descriptor = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)  # not closed: that would give up the lock
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise InputError(f"--out {out}: another process is writing this run; wait for it, or choose another --out") from None
+    except OSError:
+        pass  # a file system without locks
 
 
 def finish_run(out: Path, results: dict) -> None:
     """Write results.json, then mark the run in OUT as finished."""
     write_json(out / "results.json", results)
     write_json(out / "run.json", read_json(out / "run.json") | {"finished": True})
+    (out / LOCK).unlink(missing_ok=True)
 
 
 def fingerprint(folder: Path) -> str:
     """sha256 over config, tokenizer, chat template, and the size and 17 samples of every weights file: tells checkpoints
     apart in milliseconds, so that a run is not resumed with another model at the same path."""
     digest = hashlib.sha256()
-    for path in (folder / name for name in CARRIED):
-        if path.exists():
-            digest.update(f"{path.name} {sha256(path)}".encode())
+    for name in carried_files(folder, legal=False):
+        digest.update(f"{name} {sha256(folder / name)}".encode())
     for path in sorted(set(find_weights(folder).values())):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())

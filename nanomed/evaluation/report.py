@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     with writing(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
         for name, content in drawn.items():
-            (args.out / f"{name}.svg").write_text(content, encoding="utf-8")
+            write_durably(args.out / f"{name}.svg", content)
         for name, text in (("report.md", markdown(args.title, sections)), ("report.html", page(args.title, sections))):
             write_durably(args.out / name, text)
     print(f"{args.out / 'report.html'}: runs: {len(runs)}, pictures: {len(drawn)}; also report.md")

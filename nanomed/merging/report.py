@@ -18,6 +18,7 @@ from nanomed.merging.schedule import Rule, layer_of, spell
 from nanomed.merging.slerp import Stats
 from nanomed.merging.source import Checkpoint
 
+UNRELATED = 0.5  # cosine of two matrices: independent ones have about 0, after a change of 30 % it is 0.96
 PARTS = ("attention", "mlp", "norm", "other")  # other: embeddings, head, and what is in no layer
 
 
@@ -85,6 +86,20 @@ def total_change(table: list[dict]) -> float:
     return math.sqrt(change / base) if base else 0.0
 
 
+def warnings(table: list[dict], other: str) -> list[str]:
+    """One line where the two models are the same, or have nothing in common. other: names the second, "CPT x"."""
+    if not any(row["sums"][2] for row in table):
+        return [f"{other} holds the same weights as BASE: so does every merge of the two"]
+    matrices = [row for row in table if len(row["shape"]) > 1 and row["branch"] != "zero"]
+    strange = [row for row in matrices if row["cos"] < UNRELATED]
+    if not strange:
+        return []
+    return [
+        f"{other}: {len(strange)} of {len(matrices)} matrices have nothing in common with BASE's (cosine below {UNRELATED}; "
+        f"the first is {strange[0]['tensor']}; change of the whole {total_change(table):.1%}): was it trained from BASE?"
+    ]
+
+
 def change_table(table: list[dict]) -> str:
     """How far CPT moved from BASE, for every part of the model, and t there."""
     lines = ["| part | tensors | change | least | most | on the arc | t |", "|---|---|---|---|---|---|---|"]
@@ -146,7 +161,8 @@ def linear_card(models: list[Checkpoint], config: str) -> str:
 
 def _front_matter(models: list[Checkpoint], method: str) -> str:
     """The hub's metadata, and the title."""
-    sources = [c.name for c in models if not Path(c.name).exists()]  # hub ids; local paths mean nothing elsewhere
+    # Hub ids, without their revision; local paths mean nothing elsewhere.
+    sources = [c.name.partition("@")[0] for c in models if not Path(c.name).exists()]
     front = {"library_name": "transformers", "tags": ["merge", method, "nanomed"]}
     if sources:
         front |= {"base_model": sources, "base_model_relation": "merge"}

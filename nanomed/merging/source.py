@@ -1,10 +1,10 @@
 """Where a checkpoint's tensors lie on disk: a Hugging Face folder, or a run folder of train.py.
 
 Either way a tensor becomes a list of parts, each a path, a byte offset and a number of elements, and is never in memory as
-a whole. Of a run folder the newest complete checkpoint is read, with its float32 weights: the bf16 export would lose part
-of a small change. torch's distributed checkpoint stores every rank's rows as a torch.save of their own inside one file;
-that is an uncompressed zip, so the rows' raw bytes can be read in place. Its index is a pickle of torch's own classes: a
-run folder needs torch (0.2 GB), safetensors do not.
+a whole. Of a run folder the newest complete checkpoint is read, in the precision of the training (float32, or bfloat16 with
+--precision pure-bf16): a bf16 export would lose part of a small change. torch's distributed checkpoint stores every rank's
+rows as a torch.save of their own inside one file; that is an uncompressed zip, so the rows' raw bytes can be read in place.
+Its index is a pickle of torch's own classes: a run folder needs torch (0.2 GB), safetensors do not.
 """
 
 import hashlib
@@ -15,7 +15,9 @@ from pathlib import Path
 
 from nanomed import InputError, hf
 from nanomed.files import read_json
-from nanomed.hf import check_copied_head, fetch, find_weights
+from nanomed.hf import check_copied_head, fetch
+from nanomed.merging.architecture import is_tied
+from nanomed.model_files import EMBEDDING, HEAD, check_one_place, find_weights
 from nanomed.shards import ITEM_BYTES, has_entries, n_elements, read_header
 from nanomed.tokenizer import tokenizer_sha256
 
@@ -82,11 +84,15 @@ def open_checkpoint(name: str, role: str) -> Checkpoint:
 def _of_folder(name: str, folder: Path, role: str, kind: str) -> Checkpoint:
     """A Hugging Face folder, without what some hub files hold beside the parameters: old Llamas' RoPE frequencies, and small
     Qwen3s' copy of the embedding as a tied head. InputError if the head is not a copy: which of the two is meant cannot be
-    known."""
+    known. A tied head that is stored alone is the embedding."""
     tensors = {n: t for n, t in safetensors_in(folder, role).items() if not n.endswith(".rotary_emb.inv_freq")}
     checkpoint = Checkpoint(name, folder, tensors, tokenizer_of(folder), kind)
-    if checkpoint.config().get("tie_word_embeddings") and tensors.pop("lm_head.weight", None):
-        check_copied_head(folder, find_weights(folder))
+    if is_tied(checkpoint.config()) and HEAD in tensors:
+        head = tensors.pop(HEAD)
+        if EMBEDDING in tensors:
+            check_copied_head(folder, find_weights(folder))
+        else:
+            tensors[EMBEDDING] = head
     return checkpoint
 
 
@@ -105,9 +111,8 @@ def safetensors_in(folder: Path, role: str) -> dict[str, Tensor]:
     where = find_weights(folder)
     if not where:
         raise InputError(f"{role} {folder}: has neither model.safetensors nor an index of shards; only safetensors are read")
-    tensors = {}
-    for path in sorted(set(where.values())):
-        entries, start = read_header(path)
+    tensors, headers = {}, {path: read_header(path) for path in sorted(set(where.values()))}
+    for path, (entries, start) in headers.items():
         names = [name for name, file in where.items() if file == path]
         has_entries(path, entries, names)
         for name in names:
@@ -116,6 +121,7 @@ def safetensors_in(folder: Path, role: str) -> dict[str, Tensor]:
                 raise InputError(f"{path}: tensor {name} has dtype {dtype}; {', '.join(ITEM_BYTES)} are merged")
             part = Part(path, start + entries[name]["data_offsets"][0], n_elements(shape))
             tensors[name] = Tensor(dtype, shape, (part,))
+    check_one_place(where, {path: entries.keys() for path, (entries, _) in headers.items()})
     return dict(sorted(tensors.items(), key=lambda item: (item[1].parts[0].path, item[1].parts[0].offset)))
 
 
@@ -137,7 +143,10 @@ def _open_run(run: Path, name: str, role: str) -> Checkpoint:
     folder = exported or (init if (init / "config.json").is_file() else None)
     identity = read_json(run / "run.json").get("identity", {})
     tokenizer = {"tokenizer.json": identity["tokenizer_sha256"]} if "tokenizer_sha256" in identity else {}
-    return Checkpoint(name, folder, _distributed(path), tokenizer, f"float32 weights of step {step}")
+    tensors = _distributed(path)
+    spelled = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    precision = " and ".join(sorted({spelled[tensor.dtype] for tensor in tensors.values()}))
+    return Checkpoint(name, folder, tensors, tokenizer, f"{precision} weights of step {step}")
 
 
 def _distributed(path: Path) -> dict[str, Tensor]:

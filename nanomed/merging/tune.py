@@ -14,7 +14,7 @@ Memory: BASE and CPT in their own precision and one model to merge into.
 import argparse
 import dataclasses
 import json
-import sys
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,14 +26,15 @@ from tqdm import tqdm
 from nanomed import InputError
 from nanomed.config import has_bf16_hardware
 from nanomed.figures import canvas, save
+from nanomed.files import staging
 from nanomed.hf import check_weights, model_config
-from nanomed.merging import checks
+from nanomed.merging import checks, report
 from nanomed.merging.losses import Chat, Text
 from nanomed.merging.schedule import Rule, evaluate, spell
 from nanomed.merging.slerp import Stats, factors
 from nanomed.merging.source import Checkpoint, open_checkpoint
 from nanomed.merging.stream import read_fully
-from nanomed.merging.write import all_stats, staging
+from nanomed.merging.write import stats_of, warn
 from nanomed.model import Decoder
 from nanomed.weights import DTYPES
 
@@ -114,7 +115,7 @@ class Resident:
         self.pairs = {
             name: (load(base, name).to(device), load(cpt, name).to(device)) for name in tqdm(base.tensors, "load", delay=2)
         }
-        self.stats = all_stats(base, cpt)
+        self.stats = stats_of(base, cpt)
 
     @torch.no_grad()
     def set(self, rules: list[Rule]) -> None:
@@ -142,22 +143,31 @@ def load(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 # --- command line --------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def tune(args: argparse.Namespace) -> None:
     """Search, check, write OUT/t.yaml, trials.json, pareto.svg."""
     base, cpt = open_checkpoint(args.base, "BASE"), open_checkpoint(args.cpt, "CPT")
-    for line in checks.check_pair(base, cpt, "CPT"):
-        print(f"warning: {line}", file=sys.stderr)
+    warn(checks.check_pair(base, cpt, "CPT"))
     if "tokenizer.json" not in base.tokenizer:
         raise InputError(f"BASE {base.name}: has no tokenizer.json; tune needs it")
     checks.check_base(base)
     checks.check_out(args.out, 0)
+    with staging(args.out) as tmp:  # before the search: it takes hours, and another command may want the same OUT
+        table = search_and_write(args, base, cpt, tmp)
+    command = shlex.join(["python", "merge.py", base.name, cpt.name, "MERGED", "--t-file", str(args.out / "t.yaml")])
+    print(f"{table}\nthen: {command}")
+
+
+@torch.no_grad()
+def search_and_write(args: argparse.Namespace, base: Checkpoint, cpt: Checkpoint, folder: Path) -> str:
+    """Search and check t, write the three files to the folder; the table of the check."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = model_config(base.folder)
     seq_len = min(args.seq_len, config.max_position_embeddings or args.seq_len)
     text = {flag: Text(getattr(args, flag), config.vocab_size, base.tokenizer["tokenizer.json"], seq_len, args.tokens, f"--{flag}")
             for flag in ("domain", "general")}  # fmt: skip
     resident = Resident(base, cpt, device)
+    shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+    warn(report.warnings(report.rows(resident.stats, dict.fromkeys(resident.stats, 0.0), shapes), f"CPT {cpt.name}"))
     resident.set([Rule("", (0.0,))])
     chat = Chat(args.chat, base.folder, resident.model, device)
 
@@ -174,15 +184,14 @@ def tune(args: argparse.Namespace) -> None:
     rows = {"BASE": (0.0,) * n, "CPT": (1.0,) * n, f"t = {uniform.point[0]:g}": uniform.point, "chosen": best.point}
     checked = {name: measure(point, "check") for name, point in rows.items()}
     table = check_table(checked, args.weights)
-    with staging(args.out) as tmp:
-        comment = "".join(f"# {line}\n" for line in table.splitlines())
-        content = yaml.safe_dump({"t": spell(rules_of(best.point))}, sort_keys=False, default_flow_style=None)
-        (tmp / "t.yaml").write_text(f"{comment}{content}")
-        record = {"base": base.name, "cpt": cpt.name, "weights": args.weights, "trials": list(map(dataclasses.asdict, trials)),
-                  "checked": {name: dataclasses.asdict(trial) for name, trial in checked.items()}}  # fmt: skip
-        (tmp / "trials.json").write_text(json.dumps(record, indent=1) + "\n")
-        plot(tmp / "pareto.svg", trials, best)
-    print(f"{table}\nthen: python merge.py {base.name} {cpt.name} MERGED --t-file {args.out / 't.yaml'}")
+    comment = "".join(f"# {line}\n" for line in table.splitlines())
+    content = yaml.safe_dump({"t": spell(rules_of(best.point))}, sort_keys=False, default_flow_style=None)
+    (folder / "t.yaml").write_text(f"{comment}{content}")
+    record = {"base": base.name, "cpt": cpt.name, "weights": args.weights, "trials": list(map(dataclasses.asdict, trials)),
+              "checked": {name: dataclasses.asdict(trial) for name, trial in checked.items()}}  # fmt: skip
+    (folder / "trials.json").write_text(json.dumps(record, indent=1) + "\n")
+    plot(folder / "pareto.svg", trials, best)
+    return table
 
 
 def check_table(checked: dict[str, Trial], weights: Point) -> str:

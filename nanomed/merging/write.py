@@ -1,7 +1,8 @@
 """Writing a merge: OUT whole or not at all, with BASE's config, tokenizer and chat template beside the weights.
 
-Everything is written to OUT.tmp and renamed last, so OUT appears at once, and not at all after a kill. Nothing is synced:
-that would take longer than the merge itself, and a power cut within half a minute costs a merge that can be repeated.
+Everything is written to a staging folder beside OUT (nanomed/files.py) and renamed last, so OUT appears at once, and not at
+all after a kill. Nothing is synced: that would take longer than the merge itself, and a power cut within half a minute
+costs a merge that can be repeated.
 """
 
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanomed import InputError, shards
-from nanomed.hf import CARRIED
+from nanomed.files import staging
 from nanomed.merging import checks, report
 from nanomed.merging.mergekit_yaml import DTYPES, Recipe
 from nanomed.merging.schedule import Rule, evaluate
@@ -23,8 +24,10 @@ from nanomed.merging.slerp import Stats, factors
 from nanomed.merging.source import Checkpoint
 from nanomed.merging.stream import Streamer, groups
 from nanomed.merging.verify import slerp_factors, verify
+from nanomed.model_files import copy_carried
 
 N_THREADS = min(8, os.cpu_count() or 1)
+N_SAMPLED = 16
 
 
 def write_merges(base: Checkpoint, cpt: Checkpoint, out: Path, wanted: dict[str, list[Rule]], dtypes: dict, check: bool) -> None:
@@ -37,6 +40,7 @@ def write_merges(base: Checkpoint, cpt: Checkpoint, out: Path, wanted: dict[str,
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
     with merged(inputs, out, list(wanted), dtypes, weights, known and known[0]) as (folders, stats):
         stats = {name: stats.get(name, Stats(0, 0, 0)) for name in base.tensors}  # empty tensors have none
+        warn(report.warnings(report.rows(stats, ts[0], shapes), f"CPT {cpt.name}"))
         for folder, rules, t in zip(folders, wanted.values(), ts, strict=True):
             report.write_report(folder, base, cpt, rules, report.rows(stats, t, shapes))
             if check:
@@ -53,6 +57,8 @@ def write_linear(path: Path, models: list[Checkpoint], out: Path, recipe: Recipe
         if zero := [name for name, row in weights.items() if sum(row) == 0]:
             raise InputError(f"{path}: the weights of {zero[0]} sum to 0; set normalize: false, or other weights")
         weights = {name: [w / sum(row) for w in row] for name, row in weights.items()}
+    for other in models[1:]:
+        warn(report.warnings(sampled_rows(base, other), f"model {other.name}"))
     with merged(models, out, [""], dtypes, lambda name, _: [weights[name]], {}) as ([folder], _):
         shutil.copyfile(path, folder / "mergekit_config.yml")
         card = report.linear_card(models, path.read_text(encoding="utf-8"))
@@ -83,25 +89,10 @@ def merged(
     print(f"merged: {', '.join(str(out / name) for name in names)}")
 
 
-@contextmanager
-def staging(out: Path) -> Iterator[Path]:
-    """OUT.tmp: becomes OUT if the block ends well, and is removed if it does not."""
-    tmp = out.with_name(out.name + ".tmp")
-    shutil.rmtree(tmp, ignore_errors=True)  # of a merge that was killed
-    tmp.mkdir(parents=True)
-    try:
-        yield tmp
-        os.replace(tmp, out)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-
-
 def create(folder: Path, base: Checkpoint, plan: dict, dtypes: dict[str, str]) -> None:
     """A checkpoint's folder without the tensors' data: BASE's config, tokenizer and chat template, headers, index."""
     folder.mkdir(exist_ok=True)
-    for name in CARRIED:
-        if (base.folder / name).exists():
-            shutil.copyfile(base.folder / name, folder / name)
+    copy_carried(base.folder, folder)
     name_dtype(folder / "config.json", base.config(), set(dtypes.values()))
     for file, tensors in plan.items():
         shards.write_header(folder / file, tensors)
@@ -131,8 +122,21 @@ def verified(inputs: list[Checkpoint], folder: Path, weights, needs_cos: bool) -
           f"{norm:.1e} of the norm (float32)")  # fmt: skip
 
 
-def all_stats(base: Checkpoint, cpt: Checkpoint) -> dict[str, Stats]:
-    """The sums of every tensor, nothing written."""
-    inputs = [base, cpt]
+def warn(lines: list[str]) -> None:
+    """Warnings to stderr."""
+    for line in lines:
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def stats_of(base: Checkpoint, other: Checkpoint, names: list[str] | None = None) -> dict[str, Stats]:
+    """The sums of every tensor, or of the named ones; nothing is written."""
+    inputs, names = [base, other], list(base.tensors) if names is None else names
     with progress(inputs, 1, "read") as bar, Streamer(inputs, {}, [], N_THREADS, bar.update) as streamer:
-        return {name: s for names in groups(inputs, base.tensors) for name, s in streamer.stats(names).items()}
+        return {name: s for group in groups(inputs, names) for name, s in streamer.stats(group).items()}
+
+
+def sampled_rows(base: Checkpoint, other: Checkpoint) -> list[dict]:
+    """Report rows of N_SAMPLED matrices: a linear merge needs no sums, and reading everything twice would double its time."""
+    matrices = [name for name, tensor in base.tensors.items() if len(tensor.shape) > 1]
+    stats = stats_of(base, other, matrices[:: max(1, len(matrices) // N_SAMPLED)])
+    return report.rows(stats, dict.fromkeys(stats, 0.0), {name: base.tensors[name].shape for name in stats})

@@ -23,7 +23,6 @@ import argparse
 import json
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -35,7 +34,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanomed import InputError, run_script
-from nanomed.files import read_json, read_jsonl, write_json
+from nanomed.files import lock, read_json, read_jsonl, write_json
 from nanomed.miniature import judge, report
 from nanomed.miniature import results as outcome
 from nanomed.miniature.stages import FAST, FULL, Recipe, Stage, plan
@@ -48,12 +47,10 @@ QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # everything
 def run_stage(stage: Stage, out: Path, bar: tqdm) -> None:
     """Run the commands one after the other; the bar moves with time, up to the stage's share."""
     log, begun, start = out / "logs" / f"{stage.name}.log", time.perf_counter(), bar.n
-    for name in stage.scratch:  # of a run that was killed
-        shutil.rmtree(out / name, ignore_errors=True)
     commands = stage.commands()
     with log.open("a", encoding="utf-8") as file:
         for command in commands:
-            if any(command[command.index("--out") + 1] == str(out / name) and (out / name).exists() for name in stage.whole):
+            if any(output_of(command) == str(out / name) and (out / name).exists() for name in stage.whole):
                 continue
             file.write(f"$ python {' '.join(command)}\n")
             file.flush()
@@ -74,6 +71,11 @@ def run_stage(stage: Stage, out: Path, bar: tqdm) -> None:
     done = {"seconds": time.perf_counter() - begun, "commands": [["python", *command] for command in commands]}
     done["peak_gb"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * KIB / 1e9  # of the largest script so far
     write_json(out / "stages" / f"{stage.name}.json", done)
+
+
+def output_of(command: list[str]) -> str:
+    """The folder or file that a command writes: --out, or OUT of merge.py BASE CPT OUT."""
+    return command[command.index("--out") + 1] if "--out" in command else command[3]
 
 
 def last_line(log: Path) -> str:
@@ -105,6 +107,7 @@ def run(out: Path, fast: bool, seed: int) -> bool:
     recipe, begun = FAST if fast else FULL, time.perf_counter()
     claim(out, recipe, fast, seed)
     with ExitStack() as stack:
+        stack.callback(os.close, lock(out))
 
         def judge_url() -> str:
             asked = {record["prompt"]: record for _, record in read_jsonl(out / "world" / "prompts.jsonl")}

@@ -47,7 +47,6 @@ class Stage:
     name: str
     seconds: float
     commands: Callable[[], list[list[str]]]  # called when the stage begins: some need what earlier stages measured
-    scratch: tuple[str, ...] = ()  # folders that a killed script leaves half-made and then refuses to find
     whole: tuple[str, ...] = ()  # folders that are there whole or not at all, and that their script refuses to find
 
 
@@ -113,7 +112,7 @@ def plan(out: Path, recipe: Recipe, fast: bool, seed: int, judge_url: Callable[[
             train("continued", out / "base" / "hf", ["med", *recipe.replay], recipe.cpt_steps, recipe.cpt_lr),
         ]),
         Stage("merged", 5, lambda: [["merge.py", str(models["base"] / "hf"), str(models["continued"] / "hf"), f"{out}/merged",
-                                     "--sweep", ",".join(map(str, recipe.ts))]], ("merged",)),
+                                     "--sweep", ",".join(map(str, recipe.ts))]], whole=("merged",)),
         Stage("knowledge", 80, lambda: [["eval.py", "knowledge", *(f"{name}={path}" for name, path in models.items()),
                                          "--tasks", "miniature_medizin", "--task-path", f"{world}/exam", "--shots", "0",
                                          "--out", f"{out}/eval/knowledge"]]),

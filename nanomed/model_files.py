@@ -1,0 +1,134 @@
+"""Files of a model folder: which of them go with the model, which hold the weights, and folders that contradict themselves.
+
+Where two files say the same thing, we read the one that transformers 5 reads:
+
+    model.safetensors, else the shards that model.safetensors.index.json names; both together only if they agree
+    tokenizer.json, never tokenizer.model, vocab.json, merges.txt or tekken.json beside it
+    chat_template.jinja and additional_chat_templates/, else chat_template of tokenizer_config.json; never chat_template.json
+    generation_config.json for how to generate, config.json for what the model computes
+
+A second file with other contents is no error where every reader agrees which of the two counts; it is one where they do not.
+"""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from nanomed import InputError
+from nanomed.files import read_json, staging, write_json
+from nanomed.shards import open_safetensors
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TEMPLATES = "additional_chat_templates"  # of a model with several templates: tool_use.jinja, ...
+
+CARRIED = (  # copied verbatim to what is made of a model, where present
+    "config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
+    "vocab.json merges.txt tokenizer.model tekken.json chat_template.jinja"
+).split()
+CARRIED_PATTERNS = [f"{TEMPLATES}/*.jinja"]
+LEGAL_PATTERNS = ["LICEN[CS]E*", "licen[cs]e*", "NOTICE*", "USE_POLICY*"]  # most licences ask for a copy to go along
+
+
+# --- what goes with a model ----------------------------------------------------------------------------------------
+
+
+def carried_files(folder: Path, legal: bool = True) -> list[str]:
+    """Names of the files that go with a model, relative to its folder. legal: licence and notices too."""
+    patterns = [*CARRIED, *CARRIED_PATTERNS, *(LEGAL_PATTERNS if legal else [])]
+    found = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
+    return list(dict.fromkeys(path.relative_to(folder).as_posix() for path in found))
+
+
+def copy_carried(source: Path, target: Path) -> None:
+    """Copy carried_files."""
+    for name in carried_files(source):
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+
+
+# --- the weights ---------------------------------------------------------------------------------------------------
+
+
+def find_weights(folder: Path) -> dict[str, Path]:
+    """Tensor name → the file that holds it: what the index names, or the one model.safetensors; empty where neither is.
+
+    InputError where both are there and the index names other files: transformers reads model.safetensors then, other
+    programs the shards. Never a glob: repositories hold the same weights under other names too (consolidated.safetensors).
+    """
+    index, single = folder / INDEX, folder / SINGLE
+    if (folder / "adapter_config.json").exists() and (index.exists() or single.exists()):
+        raise InputError(
+            f"{folder}: has weights and adapter_config.json; transformers would load the adapter over its own base model. "
+            "Merge the adapter into the weights, or move adapter_config.json away"
+        )
+    if index.exists():
+        weight_map = _weight_map(index)
+        if single.exists() and (others := sorted(set(weight_map.values()) - {SINGLE})):
+            missing = [file for file in others if not (folder / file).exists()]
+            named = f"{missing[0]}, which is missing" if missing else others[0]
+            raise InputError(
+                f"{folder}: has {SINGLE}, which transformers reads, and {INDEX}, which names {named}; "
+                "remove whichever of the two is old"
+            )
+        if single.exists():  # all of its tensors, as transformers reads them
+            weight_map |= dict.fromkeys(open_safetensors(single, "np").keys(), SINGLE)
+        return {name: folder / file for name, file in weight_map.items()}
+    if not single.exists():
+        others = [p.name for kind in ("*.safetensors", "pytorch_model*", "*.gguf", "*.pth") for p in folder.glob(kind)]
+        if others:
+            raise InputError(f"{folder}: has {min(others)} but neither {SINGLE} nor its index; only those are read")
+        return {}
+    return dict.fromkeys(open_safetensors(single, "np").keys(), single)
+
+
+def stored_name(name: str, stored: Iterable[str]) -> str:
+    """The name under which a file holds a tensor: some files of tied models store the embedding only as lm_head.weight."""
+    return HEAD if name == EMBEDDING and EMBEDDING not in stored and HEAD in stored else name
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name → file name, of an index. InputError where it is not one, or names files outside its folder."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise InputError(f"{index}: has no weight_map; fetch it again")
+    for name, file in weight_map.items():
+        if not (isinstance(file, str) and file == Path(file).name):
+            raise InputError(f"{index}: tensor {name} is in {file!r}, expected the name of a file in the same folder")
+    return weight_map
+
+
+def check_one_place(files: dict[str, Path], held: dict[Path, Iterable[str]]) -> None:
+    """InputError if a shard holds a tensor that the index places in another: which of the two is meant cannot be known.
+
+    files: as find_weights returns them. held: the tensors that are in every file.
+    """
+    for path, names in held.items():
+        if twice := sorted(name for name in names if files.get(name, path) != path):
+            raise InputError(
+                f"{path}: holds tensor {twice[0]}, which the index places in {files[twice[0]].name}; which is meant? "
+                "Fetch the checkpoint again"
+            )
+
+
+# --- what a run keeps of the model it began with -------------------------------------------------------------------
+
+KEPT = "tensors.json"  # its presence tells RUN/source from a model's folder
+
+
+def kept_record(folder: Path) -> dict | None:
+    """{weights, dtypes} of a RUN/source: the weights' fingerprint and the dtype of every tensor; None of any other folder."""
+    return read_json(folder / KEPT) if (folder / KEPT).is_file() else None
+
+
+def keep_source(source: Path, out: Path, weights: str | None, dtypes: dict[str, str]) -> None:
+    """Write RUN/source: everything that an export needs of the source model, so that a run can end without it.
+
+    dtypes: tensor name → dtype as safetensors spells it.
+    """
+    if source.resolve() == out.resolve():
+        return
+    shutil.rmtree(out, ignore_errors=True)  # of an earlier run in this folder, which made no step
+    with staging(out, "--out", durable=True) as tmp:
+        copy_carried(source, tmp)
+        write_json(tmp / KEPT, {"weights": weights, "dtypes": dtypes})
