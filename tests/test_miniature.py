@@ -17,7 +17,7 @@ from nanomed import InputError
 from nanomed.miniature import __main__ as miniature
 from nanomed.miniature import judge
 from nanomed.miniature.judge import follows, has_form, points, verdict
-from nanomed.miniature.results import expectations, kept
+from nanomed.miniature.results import best_merge, expectations, kept
 from nanomed.miniature.stages import FAST, Stage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,7 +112,11 @@ def test_the_endpoint_answers_as_one():
 
 def results() -> dict:
     """Of a run in which everything holds."""
-    row = lambda t, accuracy, following: {"t": t, "accuracy": accuracy, "following": following}  # noqa: E731
+
+    def row(t: float, accuracy: float, following: float) -> dict:
+        both = {"accuracy": accuracy, "following": following}
+        return {"t": t, **both, "choose": dict(both), "report": dict(both)}
+
     models = {"base": row(0, 0.25, 0.96), "t-0.6": row(0.6, 0.55, 0.95), "continued": row(1, 0.65, 0.3)}
     corpus = {"leaks": 60, "leaks_kept": 0, "contaminated": 60, "copies": 100, "twice": 0, "duplicates_dropped": 95,
               "precision": 0.99, "recall": 0.97}  # fmt: skip
@@ -134,7 +138,7 @@ BROKEN = {
     "base follows": lambda r: r["models"]["base"].update(following=0.5),
     "continued knows far more": lambda r: r["models"]["continued"].update(accuracy=0.5),
     "continued forgets to follow": lambda r: r["forgotten"].update(ci=(-0.01, 0.12)),
-    "a merge keeps both": lambda r: r["models"]["t-0.6"].update(accuracy=0.4),
+    "a merge keeps both": lambda r: r["models"]["t-0.6"]["report"].update(accuracy=0.4),
 }
 
 
@@ -153,6 +157,13 @@ def test_what_is_broken_is_named(name):
 def test_the_best_merge_keeps_most_of_both():
     found = results()["models"]
     assert kept(found, "t-0.6") == pytest.approx((0.75, 0.95 / 0.96))
+
+
+def test_t_is_chosen_on_one_half_and_reported_on_the_other():
+    found = results()["models"]
+    found["t-0.9"] = {"t": 0.9, "choose": {"accuracy": 0.64, "following": 0.96}, "report": {"accuracy": 0.3, "following": 0.1}}
+    assert best_merge(found, (0.6, 0.9)) == 0.9  # the better half decides, whatever the other one says
+    assert kept(found, "t-0.9")[0] == pytest.approx(0.125)
 
 
 # --- the run -------------------------------------------------------------------------------------------------------
