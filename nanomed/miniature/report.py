@@ -87,7 +87,7 @@ def rows(results: dict) -> dict[str, list[list[str]]]:
     expected = [["expected", "what must hold", "measured", ""]]
     expected += [[e["name"], e["wanted"], e["measured"], "holds" if e["holds"] else "FAILED"] for e in results["expectations"]]
     gain = lambda a, b: f"{b - a:+.1f} points"  # noqa: E731
-    base, best = (100 * results["models"][name]["accuracy"] for name in ("base", results["best"]))
+    base, best = (100 * results["models"][name]["report"]["accuracy"] for name in ("base", results["best"]))
     paper = [
         ["", "before", "after", "gain"],
         ["ours: base, best merge", f"{base:.1f} %", f"{best:.1f} %", gain(base, best)],

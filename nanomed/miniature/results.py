@@ -80,8 +80,22 @@ def kept(found: dict[str, dict], name: str, half: str = "report") -> tuple[float
 
 
 def best_merge(found: dict[str, dict], ts: tuple[float, ...]) -> float:
-    """The t whose merge keeps most of both on the `choose` half: the largest sum of the two shares, each capped at 1."""
-    return max(ts, key=lambda t: sum(min(1.0, share) for share in kept(found, name_of(t), "choose")))
+    """The t that follows instructions best among those that keep 70 % of the gain, on the `choose` half.
+
+    The t that keeps most of the gain where none keeps 70 % of it.
+    """
+    shares = {t: kept(found, name_of(t), "choose") for t in ts}
+    enough = [t for t in ts if shares[t][0] >= 0.7]
+    if not enough:
+        return max(ts, key=lambda t: shares[t][0])
+    return max(enough, key=lambda t: (shares[t][1], shares[t][0]))
+
+
+def won_back(out: Path, best: str) -> dict:
+    """The difference in instructions followed, best merge minus continued, on the `report` half, with its paired interval."""
+    exact = [followed(*read_answers(out, name))[1::2] for name in (best, "continued")]
+    share, ci = paired_bootstrap(*exact)
+    return {"share": share, "ci": ci}
 
 
 def corpus(out: Path) -> dict:
@@ -118,7 +132,8 @@ def measure(out: Path, ts: tuple[float, ...], stages: list[str]) -> dict:
     check = checks.losses(out) | {"way": {name_of(t): checks.way_gone(out, name_of(t)) for t in ts}}
     done, found = {stage: read_json(out / "stages" / f"{stage}.json") for stage in stages}, models(out, ts)
     forgotten, ci = paired_bootstrap(*(followed(*read_answers(out, name)) for name in ("base", "continued")))
-    return {"models": found, "best": name_of(best_merge(found, ts)), "corpus": corpus(out), "meter": meter(out),
+    best = name_of(best_merge(found, ts))
+    return {"models": found, "best": best, "won_back": won_back(out, best), "corpus": corpus(out), "meter": meter(out),
             "forgotten": {"share": forgotten, "ci": ci},
             "judged": judged, "failures": failures, "check": check,
             "seconds": {stage: about["seconds"] for stage, about in done.items()},
@@ -139,7 +154,7 @@ def expectations(r: dict, fast: bool) -> list[Expectation]:
     """All of them. A fast run is too small for the distances: of the models it checks the order only."""
     m, c, best, check, lost = r["models"], r["corpus"], r["best"], r["check"], r["forgotten"]
     base, top, merged = m["base"], m["continued"], m[best]
-    gain, share, alone = top["accuracy"] - base["accuracy"], kept(m, best), kept(m, "continued")
+    gain, share, back = top["accuracy"] - base["accuracy"], kept(m, best), r["won_back"]
     medical, general = (r["meter"][name] for name in ("med", "general"))
     off = lambda a, b: abs(check[a] / check[b] - 1)  # noqa: E731
     always = [
@@ -176,9 +191,11 @@ def expectations(r: dict, fast: bool) -> list[Expectation]:
         ("continued forgets to follow", "5 points or more below base, the paired interval beyond 0",
          f"{percent(base['following'])} to {percent(top['following'])}, by {100 * lost['share']:.1f} "
          f"[{100 * lost['ci'][0]:.1f}, {100 * lost['ci'][1]:.1f}] points", lost["share"] >= 0.05 and lost["ci"][0] > 0),
-        ("a merge keeps both", "70 % of the gain and 90 % of base's following, on the half that t was not chosen on",
-         f"{best}: {percent(share[0])}, {percent(share[1])}; continued, unmerged: {percent(alone[0])}, {percent(alone[1])}",
-         share[0] >= 0.7 and share[1] >= 0.9),
+        ("the merge keeps the gain", "60 % or more of it, on the half that t was not chosen on",
+         f"{best}: {percent(share[0])}", share[0] >= 0.6),
+        ("the merge follows better", "than continued, the paired interval beyond 0, on the same half",
+         f"{best}: {percent(merged['report']['following'])} instead of {percent(top['report']['following'])}, "
+         f"{signed(back['share'])} [{signed(back['ci'][0])}, {signed(back['ci'][1])}] points", back["ci"][0] > 0),
     ]  # fmt: skip
     return [Expectation(*pair) for pair in always + order + ([] if fast else distances)]
 
@@ -186,3 +203,8 @@ def expectations(r: dict, fast: bool) -> list[Expectation]:
 def percent(x: float) -> str:
     """A share as people read it."""
     return f"{100 * x:.0f} %"
+
+
+def signed(x: float) -> str:
+    """A difference of two shares in points, with its sign."""
+    return f"{100 * x:+.1f}"
