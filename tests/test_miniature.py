@@ -17,7 +17,7 @@ from nanomed import InputError
 from nanomed.miniature import __main__ as miniature
 from nanomed.miniature import judge
 from nanomed.miniature.judge import follows, has_form, points, verdict
-from nanomed.miniature.results import expectations, kept
+from nanomed.miniature.results import best_merge, expectations, kept
 from nanomed.miniature.stages import FAST, Stage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,13 +112,18 @@ def test_the_endpoint_answers_as_one():
 
 def results() -> dict:
     """Of a run in which everything holds."""
-    row = lambda t, accuracy, following: {"t": t, "accuracy": accuracy, "following": following}  # noqa: E731
+
+    def row(t: float, accuracy: float, following: float) -> dict:
+        both = {"accuracy": accuracy, "following": following}
+        return {"t": t, **both, "choose": dict(both), "report": dict(both)}
+
     models = {"base": row(0, 0.25, 0.96), "t-0.6": row(0.6, 0.55, 0.95), "continued": row(1, 0.65, 0.3)}
     corpus = {"leaks": 60, "leaks_kept": 0, "contaminated": 60, "copies": 100, "twice": 0, "duplicates_dropped": 95,
               "precision": 0.99, "recall": 0.97}  # fmt: skip
     check = {"loss": 1.0, "packed": 1.001, "alone": 0.999, "way": {"t-0.6": 0.6}}
     return {"models": models, "best": "t-0.6", "corpus": corpus, "check": check,
-            "forgotten": {"share": 0.66, "ci": (0.59, 0.73)}, "meter": {"med": [1.2, 0.5], "general": [0.4, 0.6]}}  # fmt: skip
+            "forgotten": {"share": 0.66, "ci": (0.59, 0.73)}, "won_back": {"share": 0.65, "ci": (0.58, 0.72)},
+            "meter": {"med": [1.2, 0.5], "general": [0.4, 0.6]}}  # fmt: skip
 
 
 BROKEN = {
@@ -134,7 +139,8 @@ BROKEN = {
     "base follows": lambda r: r["models"]["base"].update(following=0.5),
     "continued knows far more": lambda r: r["models"]["continued"].update(accuracy=0.5),
     "continued forgets to follow": lambda r: r["forgotten"].update(ci=(-0.01, 0.12)),
-    "a merge keeps both": lambda r: r["models"]["t-0.6"].update(accuracy=0.4),
+    "the merge keeps the gain": lambda r: r["models"]["t-0.6"]["report"].update(accuracy=0.4),
+    "the merge follows better": lambda r: r["won_back"].update(share=0.0, ci=(0.0, 0.0)),  # no merge at all
 }
 
 
@@ -153,6 +159,16 @@ def test_what_is_broken_is_named(name):
 def test_the_best_merge_keeps_most_of_both():
     found = results()["models"]
     assert kept(found, "t-0.6") == pytest.approx((0.75, 0.95 / 0.96))
+
+
+def test_t_is_chosen_on_one_half_and_reported_on_the_other():
+    """The best follower of those that keep 70 % of the gain on the first half, whatever the second half says."""
+    found = results()["models"]
+    found["t-0.9"] = {"t": 0.9, "choose": {"accuracy": 0.64, "following": 0.8}, "report": {"accuracy": 0.65, "following": 1.0}}
+    found["t-0.3"] = {"t": 0.3, "choose": {"accuracy": 0.35, "following": 0.96}, "report": {"accuracy": 0.65, "following": 1.0}}
+    assert best_merge(found, (0.3, 0.6, 0.9)) == 0.6
+    assert best_merge(found, (0.3,)) == 0.3
+    assert kept(found, "t-0.9") == pytest.approx((1.0, 1.0 / 0.96))
 
 
 # --- the run -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanomed.evaluation.stats import paired_bootstrap
+from nanomed.evaluation.stats import paired_bootstrap, wilson
 from nanomed.files import read_json, read_jsonl
 from nanomed.miniature.judge import follows, points
 from nanomed.miniature.stages import name_of
@@ -18,10 +18,10 @@ from nanomed.miniature.stages import name_of
 TASK = "miniature_medizin"
 
 
-def knowledge(out: Path) -> dict[str, dict]:
-    """{accuracy, ci} by model."""
-    models = read_json(out / "eval" / "knowledge" / "results.json")["models"]
-    return {m["name"]: {key: m["tasks"][0][key] for key in ("accuracy", "ci", "n")} for m in models}
+def answered_correctly(out: Path, name: str) -> np.ndarray:
+    """(n,) bool: which questions of the exam a model answered correctly, in the order of the exam."""
+    samples = read_jsonl(out / "eval" / "knowledge" / "samples" / name / f"{TASK}.jsonl")
+    return np.array([sample["correct"] for _, sample in samples])
 
 
 def read_answers(out: Path, name: str) -> tuple[dict[str, dict], dict[str, dict]]:
@@ -35,35 +35,67 @@ def followed(asked: dict[str, dict], answers: dict[str, dict]) -> np.ndarray:
     return np.array([follows(a, answers[i]["answer"]) for i, a in asked.items() if a["kind"] == "following"])
 
 
-def following(out: Path, name: str) -> dict[str, float]:
-    """Shares of a model's answers: `following` (exact), `medical` (right fact in the right form), `cut` (no end)."""
-    asked, answers = read_answers(out, name)
+def scores(correct: np.ndarray, exact: np.ndarray) -> dict:
+    """Accuracy on questions and share of instructions followed exactly, each with its 95 % interval (Wilson).
+
+    correct: (n,) bool, one per question; exact: (m,) bool, one per instruction.
+    """
+    accuracy, following = float(correct.mean()), float(exact.mean())
+    return {"accuracy": accuracy, "ci": wilson(accuracy, len(correct)), "n": len(correct),
+            "following": following, "following_ci": wilson(following, len(exact))}  # fmt: skip
+
+
+def model_row(out: Path, name: str, t: float) -> dict:
+    """Everything measured of one model.
+
+    The top level covers all questions and instructions. `choose` and `report` cover one half each (every other one): t is
+    chosen on the first and reported on the second, so that the reported numbers are not selected for.
+    """
+    correct, (asked, answers) = answered_correctly(out, name), read_answers(out, name)
+    exact = followed(asked, answers)
     medical = [i for i, record in asked.items() if record["kind"] == "medical"]
     return {
-        "following": float(followed(asked, answers).mean()),
+        "t": t,
+        **scores(correct, exact),
         "medical": sum(points(asked[i], answers[i]["answer"]) == 2 for i in medical) / len(medical),
         "cut": sum(a["finish_reason"] == "length" for a in answers.values()) / len(answers),
+        "choose": scores(correct[0::2], exact[0::2]),
+        "report": scores(correct[1::2], exact[1::2]),
     }
 
 
 def models(out: Path, ts: tuple[float, ...]) -> dict[str, dict]:
-    """t, knowledge and following of base, every merge, and the continued model, in this order."""
-    known = knowledge(out)
+    """model_row of base, every merge, and the continued model, in this order."""
     names = {"base": 0.0, **{name_of(t): t for t in ts}, "continued": 1.0}
-    return {name: {"t": t} | known[name] | following(out, name) for name, t in names.items()}
+    return {name: model_row(out, name, t) for name, t in names.items()}
 
 
-def kept(found: dict[str, dict], name: str) -> tuple[float, float]:
-    """Of a model: the share of the continued one's gain in knowledge, and of the base's following, that it keeps."""
-    base, top = found["base"], found["continued"]
+def kept(found: dict[str, dict], name: str, half: str = "report") -> tuple[float, float]:
+    """The shares of the continued model's gain in knowledge and of the base's instruction following that a model keeps."""
+    base, top, model = (found[name][half] for name in ("base", "continued", name))
     gain = top["accuracy"] - base["accuracy"]
-    share = (found[name]["accuracy"] - base["accuracy"]) / gain if gain > 0 else 0.0
-    return share, found[name]["following"] / base["following"] if base["following"] else 0.0
+    knowledge = (model["accuracy"] - base["accuracy"]) / gain if gain > 0 else 0.0
+    following = model["following"] / base["following"] if base["following"] else 0.0
+    return knowledge, following
 
 
 def best_merge(found: dict[str, dict], ts: tuple[float, ...]) -> float:
-    """The t whose merge keeps most of both: the largest sum of the two shares, each counted up to 1. found: of `models`."""
-    return max(ts, key=lambda t: sum(min(1.0, share) for share in kept(found, name_of(t))))
+    """The t that follows instructions best among those that keep 70 % of the gain, on the `choose` half.
+
+    The t that keeps most of the gain where none keeps 70 % of it.
+    """
+    shares = {t: kept(found, name_of(t), "choose") for t in ts}
+    enough = [t for t in ts if shares[t][0] >= 0.7]
+    if not enough:
+        return max(ts, key=lambda t: shares[t][0])
+    return max(enough, key=lambda t: (shares[t][1], shares[t][0]))
+
+
+def won_back(out: Path, best: str) -> dict:
+    """The difference in instructions followed, best merge minus continued, on the `report` half, with its paired interval."""
+    exact = [followed(*read_answers(out, name))[1::2] for name in (best, "continued")]
+    share, ci = paired_bootstrap(*exact)
+    return {"share": share, "ci": ci}
 
 
 def corpus(out: Path) -> dict:
@@ -100,7 +132,8 @@ def measure(out: Path, ts: tuple[float, ...], stages: list[str]) -> dict:
     check = checks.losses(out) | {"way": {name_of(t): checks.way_gone(out, name_of(t)) for t in ts}}
     done, found = {stage: read_json(out / "stages" / f"{stage}.json") for stage in stages}, models(out, ts)
     forgotten, ci = paired_bootstrap(*(followed(*read_answers(out, name)) for name in ("base", "continued")))
-    return {"models": found, "best": name_of(best_merge(found, ts)), "corpus": corpus(out), "meter": meter(out),
+    best = name_of(best_merge(found, ts))
+    return {"models": found, "best": best, "won_back": won_back(out, best), "corpus": corpus(out), "meter": meter(out),
             "forgotten": {"share": forgotten, "ci": ci},
             "judged": judged, "failures": failures, "check": check,
             "seconds": {stage: about["seconds"] for stage, about in done.items()},
@@ -121,7 +154,7 @@ def expectations(r: dict, fast: bool) -> list[Expectation]:
     """All of them. A fast run is too small for the distances: of the models it checks the order only."""
     m, c, best, check, lost = r["models"], r["corpus"], r["best"], r["check"], r["forgotten"]
     base, top, merged = m["base"], m["continued"], m[best]
-    gain, share = top["accuracy"] - base["accuracy"], kept(m, best)
+    gain, share, back = top["accuracy"] - base["accuracy"], kept(m, best), r["won_back"]
     medical, general = (r["meter"][name] for name in ("med", "general"))
     off = lambda a, b: abs(check[a] / check[b] - 1)  # noqa: E731
     always = [
@@ -158,8 +191,11 @@ def expectations(r: dict, fast: bool) -> list[Expectation]:
         ("continued forgets to follow", "5 points or more below base, the paired interval beyond 0",
          f"{percent(base['following'])} to {percent(top['following'])}, by {100 * lost['share']:.1f} "
          f"[{100 * lost['ci'][0]:.1f}, {100 * lost['ci'][1]:.1f}] points", lost["share"] >= 0.05 and lost["ci"][0] > 0),
-        ("a merge keeps both", "70 % of the gain, 90 % of base's following",
-         f"{best}: {percent(share[0])}, {percent(share[1])}", share[0] >= 0.7 and share[1] >= 0.9),
+        ("the merge keeps the gain", "60 % or more of it, on the half that t was not chosen on",
+         f"{best}: {percent(share[0])}", share[0] >= 0.6),
+        ("the merge follows better", "than continued, the paired interval beyond 0, on the same half",
+         f"{best}: {percent(merged['report']['following'])} instead of {percent(top['report']['following'])}, "
+         f"{signed(back['share'])} [{signed(back['ci'][0])}, {signed(back['ci'][1])}] points", back["ci"][0] > 0),
     ]  # fmt: skip
     return [Expectation(*pair) for pair in always + order + ([] if fast else distances)]
 
@@ -167,3 +203,8 @@ def expectations(r: dict, fast: bool) -> list[Expectation]:
 def percent(x: float) -> str:
     """A share as people read it."""
     return f"{100 * x:.0f} %"
+
+
+def signed(x: float) -> str:
+    """A difference of two shares in points, with its sign."""
+    return f"{100 * x:+.1f}"
