@@ -172,7 +172,7 @@ DAMAGE_SEEN_AT_OPENING = {
         lambda f: (f / "manifest.json").write_text("[]"),
         r"manifest.json: holds a JSON list, expected an obj",
     ),
-    "no manifest": (lambda f: (f / "manifest.json").unlink(), r"manifest.json: missing, expected a finished set"),
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), r"an unfinished set of bins"),
     "offsets fall": (lambda f: np.array([0, 6, 4, 9], "<u8").tofile(f / "shard-00000.idx"), r"shard-00000.idx: rising"),
     "offsets shift": (lambda f: np.array([1, 4, 6, 9], "<u8").tofile(f / "shard-00000.idx"), r"first and last offset"),
 }
