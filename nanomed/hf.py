@@ -15,12 +15,10 @@ from typing import NamedTuple
 from nanomed import InputError, first_line
 from nanomed.files import read_json
 from nanomed.model_files import (
-    CARRIED,
-    CARRIED_PATTERNS,
+    ALL_PATTERNS,
     EMBEDDING,
     HEAD,
     INDEX,
-    LEGAL_PATTERNS,
     SINGLE,
     check_one_place,
     find_weights,
@@ -211,7 +209,7 @@ def fetch(init: str, flag: str = "--init") -> Path:
 
     at = {"revision": revision} if revision else {}
     try:
-        folder = Path(snapshot_download(name, allow_patterns=[*CARRIED, *CARRIED_PATTERNS, *LEGAL_PATTERNS, INDEX], **at))
+        folder = Path(snapshot_download(name, allow_patterns=[*ALL_PATTERNS, INDEX], **at))
         if folder.parent.name == "snapshots":  # both downloads from one commit, though the branch may move meanwhile
             at = {"revision": folder.name}
         index = folder / INDEX

@@ -26,25 +26,26 @@ CARRIED = (  # copied verbatim to what is made of a model, where present
     "config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
     "vocab.json merges.txt tokenizer.model tekken.json chat_template.jinja"
 ).split()
-CARRIED_PATTERNS = [f"{TEMPLATES}/*.jinja"]
+MODEL_PATTERNS = [*CARRIED, f"{TEMPLATES}/*.jinja"]
 LEGAL_PATTERNS = ["LICEN[CS]E*", "licen[cs]e*", "NOTICE*", "USE_POLICY*"]  # most licences ask for a copy to go along
+ALL_PATTERNS = [*MODEL_PATTERNS, *LEGAL_PATTERNS]
 
 
 # --- what goes with a model ----------------------------------------------------------------------------------------
 
 
-def carried_files(folder: Path, legal: bool = True) -> list[str]:
-    """Names of the files that go with a model, relative to its folder. legal: licence and notices too."""
-    patterns = [*CARRIED, *CARRIED_PATTERNS, *(LEGAL_PATTERNS if legal else [])]
+def carried_files(folder: Path, patterns: Iterable[str] = ALL_PATTERNS) -> list[str]:
+    """Names of the files that go with a model, relative to its folder."""
     found = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
     return list(dict.fromkeys(path.relative_to(folder).as_posix() for path in found))
 
 
-def copy_carried(source: Path, target: Path) -> None:
-    """Copy carried_files."""
-    for name in carried_files(source):
-        (target / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(source / name, target / name)
+def copy_carried(source: Path, target: Path, patterns: Iterable[str] = ALL_PATTERNS) -> None:
+    """Copy carried_files that are not there yet."""
+    for name in carried_files(source, patterns):
+        if not (target / name).exists():
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, target / name)
 
 
 # --- the weights ---------------------------------------------------------------------------------------------------
