@@ -16,8 +16,9 @@ from pathlib import Path
 
 from nanomed import InputError
 from nanomed.files import read_json
-from nanomed.shards import open_safetensors
+from nanomed.shards import open_safetensors, same_tensor
 
+READ_DTYPES = ("F32", "BF16", "F16")  # of a safetensors file
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TEMPLATES = "additional_chat_templates"  # of a model with several templates: tool_use.jinja, ...
@@ -110,3 +111,50 @@ def check_one_place(files: dict[str, Path], held: dict[Path, Iterable[str]]) -> 
                 f"{path}: holds tensor {twice[0]}, which the index places in {files[twice[0]].name}; which is meant? "
                 "Fetch the checkpoint again"
             )
+
+
+def check_weights(model, folder: Path) -> dict[str, Path]:
+    """find_weights for an nn.Module; InputError naming the first tensor that is missing, extra, misshapen or of an unknown dtype.
+
+    Empty where the folder has no weights at all: training then starts from random ones.
+    """
+    files, params = find_weights(folder), dict(model.named_parameters())
+    if not files:
+        return {}
+    if model.config.tie_word_embeddings and HEAD in files and EMBEDDING not in files:
+        files[EMBEDDING] = files.pop(HEAD)  # under its other name: stored_name
+    if missing := sorted(params.keys() - files.keys()):
+        raise InputError(f"{folder}: tensor {missing[0]} is missing from its safetensors ({len(missing)} in all)")
+    # Some files hold what is no parameter: a tied model's head once more (small Qwen3's), old Llamas' RoPE frequencies.
+    copies = {HEAD} if model.config.tie_word_embeddings else set()
+    copies |= {name for name in files if name.endswith(".rotary_emb.inv_freq")}
+    if extra := sorted(files.keys() - params.keys() - copies):
+        raise InputError(f"{folder}: tensor {extra[0]} has no place in the model that config.json describes ({len(extra)} in all)")
+    handles = {file: open_safetensors(file) for file in set(files.values())}
+    held = {file: set(handle.keys()) for file, handle in handles.items()}
+    for name, file in files.items():
+        stored = stored_name(name, held[file])
+        if stored not in held[file]:
+            raise InputError(f"{file}: tensor {name} is missing, though the index names it")
+        if name not in params:
+            continue
+        found = handles[file].get_slice(stored)
+        if list(found.get_shape()) != list(params[name].shape):
+            raise InputError(
+                f"{file}: tensor {stored} has shape {found.get_shape()}, config.json asks for {list(params[name].shape)}"
+            )
+        if found.get_dtype() not in READ_DTYPES:
+            raise InputError(f"{file}: tensor {stored} has dtype {found.get_dtype()}; {', '.join(READ_DTYPES)} are read")
+    check_one_place(files, held)
+    if HEAD in files.keys() - params.keys():
+        check_copied_head(folder, files)
+    return {name: files[name] for name in params}
+
+
+def check_copied_head(folder: Path, files: dict[str, Path]) -> None:
+    """InputError unless the head that a tied model's files hold all the same is the embedding, bit for bit."""
+    if EMBEDDING not in files or not same_tensor((files[HEAD], HEAD), (files[EMBEDDING], EMBEDDING)):
+        raise InputError(
+            f"{folder}: config.json has tie_word_embeddings, but its {HEAD} is no copy of {EMBEDDING}; which is meant? "
+            "Set tie_word_embeddings to false there, or leave the tensor out"
+        )
