@@ -196,6 +196,8 @@ def fetch(init: str, flag: str = "--init") -> Path:
     name, _, revision = init.partition("@")
     if init.startswith((".", "/")) or name.count("/") != 1:
         raise InputError(f"{flag} {init}: neither a local folder nor a hub id (owner/name, or owner/name@revision)")
+    if Path(name).is_dir():
+        raise InputError(f"{flag} {init}: {name} is a local folder, which has no revisions; leave out @{revision}")
     from huggingface_hub import snapshot_download  # slow to import, and a local folder does without
     from huggingface_hub.errors import HFValidationError
 
