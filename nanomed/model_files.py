@@ -1,13 +1,16 @@
-"""Files of a model folder: which of them go with the model, which hold the weights, and folders that contradict themselves.
+"""Files of a model folder: which of them go with the model, which hold the weights, and folders that
+contradict themselves.
 
 Where two files say the same thing, we read the one that transformers 5 reads:
 
-    model.safetensors, else the shards that model.safetensors.index.json names; both together only if they agree
+    model.safetensors, else the shards that model.safetensors.index.json names; both only if they agree
     tokenizer.json, never tokenizer.model, vocab.json, merges.txt or tekken.json beside it
-    chat_template.jinja and additional_chat_templates/, else chat_template of tokenizer_config.json; never chat_template.json
+    chat_template.jinja and additional_chat_templates/, else chat_template of tokenizer_config.json; never
+        chat_template.json
     generation_config.json for how to generate, config.json for what the model computes
 
-A second file with other contents is no error where every reader agrees which of the two counts; it is one where they do not.
+A second file with other contents is no error where every reader agrees which of the two counts; it is one
+where they do not.
 """
 
 import shutil
@@ -28,7 +31,7 @@ CARRIED = (  # copied verbatim to what is made of a model, where present
     "vocab.json merges.txt tokenizer.model tekken.json chat_template.jinja"
 ).split()
 MODEL_PATTERNS = [*CARRIED, f"{TEMPLATES}/*.jinja"]
-LEGAL_PATTERNS = ["LICEN[CS]E*", "licen[cs]e*", "NOTICE*", "USE_POLICY*"]  # most licences ask for a copy to go along
+LEGAL_PATTERNS = ["LICEN[CS]E*", "licen[cs]e*", "NOTICE*", "USE_POLICY*"]  # most licences ask for a copy
 ALL_PATTERNS = [*MODEL_PATTERNS, *LEGAL_PATTERNS]
 
 
@@ -53,10 +56,12 @@ def copy_carried(source: Path, target: Path, patterns: Iterable[str] = ALL_PATTE
 
 
 def find_weights(folder: Path) -> dict[str, Path]:
-    """Tensor name → the file that holds it: what the index names, or the one model.safetensors; empty where neither is.
+    """Tensor name → the file that holds it: what the index names, or the one model.safetensors; empty where
+    neither is.
 
-    InputError where both are there and the index names other files: transformers reads model.safetensors then, other
-    programs the shards. Never a glob: repositories hold the same weights under other names too (consolidated.safetensors).
+    InputError where both are there and the index names other files: transformers reads model.safetensors
+    then, other programs the shards. Never a glob: repositories hold the same weights under other names too
+    (consolidated.safetensors).
     """
     index, single = folder / INDEX, folder / SINGLE
     if (folder / "adapter_config.json").exists() and (index.exists() or single.exists()):
@@ -85,12 +90,14 @@ def find_weights(folder: Path) -> dict[str, Path]:
 
 
 def stored_name(name: str, stored: Iterable[str]) -> str:
-    """The name under which a file holds a tensor: some files of tied models store the embedding only as lm_head.weight."""
+    """The name under which a file holds a tensor: some files of tied models store the embedding only as
+    lm_head.weight."""
     return HEAD if name == EMBEDDING and EMBEDDING not in stored and HEAD in stored else name
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor name → file name, of an index. InputError where it is not one, or names files outside its folder."""
+    """Tensor name → file name, of an index. InputError where it is not one, or names files outside its
+    folder."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise InputError(f"{index}: has no weight_map; fetch it again")
@@ -101,7 +108,8 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def check_one_place(files: dict[str, Path], held: dict[Path, Iterable[str]]) -> None:
-    """InputError if a shard holds a tensor that the index places in another: which of the two is meant cannot be known.
+    """InputError if a shard holds a tensor that the index places in another: which of the two is meant cannot
+    be known.
 
     files: as find_weights returns them. held: the tensors that are in every file.
     """
@@ -114,7 +122,8 @@ def check_one_place(files: dict[str, Path], held: dict[Path, Iterable[str]]) -> 
 
 
 def check_weights(model, folder: Path) -> dict[str, Path]:
-    """find_weights for an nn.Module; InputError naming the first tensor that is missing, extra, misshapen or of an unknown dtype.
+    """find_weights for an nn.Module; InputError naming the first tensor that is missing, extra, misshapen or
+    of an unknown dtype.
 
     Empty where the folder has no weights at all: training then starts from random ones.
     """
@@ -125,7 +134,8 @@ def check_weights(model, folder: Path) -> dict[str, Path]:
         files[EMBEDDING] = files.pop(HEAD)  # under its other name: stored_name
     if missing := sorted(params.keys() - files.keys()):
         raise InputError(f"{folder}: tensor {missing[0]} is missing from its safetensors ({len(missing)} in all)")
-    # Some files hold what is no parameter: a tied model's head once more (small Qwen3's), old Llamas' RoPE frequencies.
+    # Some files hold what is no parameter: a tied model's head once more (small Qwen3's), old Llamas' RoPE
+    # frequencies.
     copies = {HEAD} if model.config.tie_word_embeddings else set()
     copies |= {name for name in files if name.endswith(".rotary_emb.inv_freq")}
     if extra := sorted(files.keys() - params.keys() - copies):

@@ -21,7 +21,8 @@ def fixture_folder(tiny, tmp_path):
 
 
 def shard(folder, change=0.0) -> dict[str, str]:
-    """Write the weights, changed or not, as two shards with an index, beside model.safetensors; the index's weight_map."""
+    """Write the weights, changed or not, as two shards with an index, beside model.safetensors; the index's
+    weight_map."""
     tensors = {name: tensor + change for name, tensor in load_file(folder / "model.safetensors").items()}
     weight_map = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
     for file in set(weight_map.values()):
