@@ -17,12 +17,13 @@ import sys
 from pathlib import Path
 
 from nanomed import InputError, run_script
-from nanomed.files import staging
+from nanomed.files import staging, write_durably
 from nanomed.merging import checks, mergekit_yaml, report
 from nanomed.merging.mergekit_yaml import DTYPES
 from nanomed.merging.schedule import PRESETS, Rule, evaluate, read_rules
 from nanomed.merging.source import Checkpoint, open_checkpoint
 from nanomed.merging.write import stats_of, warn, write_linear, write_merges
+from nanomed.model_files import ALL_PATTERNS, LEGAL_PATTERNS, copy_carried
 
 
 def merge_pair(args: argparse.Namespace) -> None:
@@ -39,9 +40,13 @@ def merge_pair(args: argparse.Namespace) -> None:
     dtypes = {name: DTYPES[args.dtype] if args.dtype else tensor.dtype for name, tensor in base.tensors.items()}
     if args.emit_mergekit:
         dtype = max(set(dtypes.values()), key=list(dtypes.values()).count)
-        mergekit_yaml.write_config(args.emit_mergekit, base, cpt, next(iter(wanted.values())), dtype)
+        configuration = mergekit_yaml.spell_config(base, cpt, next(iter(wanted.values())), dtype)
+        if args.emit_mergekit.exists() and args.emit_mergekit.read_text(encoding="utf-8") != configuration:
+            raise InputError(f"--emit-mergekit {args.emit_mergekit}: exists already with other content; choose another")
     if args.out:
         write_merges(base, cpt, args.out, wanted, dtypes, args.verify)
+    if args.emit_mergekit:  # last: a merge that fails leaves nothing
+        write_durably(args.emit_mergekit, configuration)
 
 
 def schedules(args: argparse.Namespace) -> dict[str, list[Rule]]:
@@ -120,11 +125,14 @@ def run_mergekit(path: Path, out: Path, why: str, check: bool) -> None:
         raise InputError(f"--verify: {path} has {why}, which mergekit itself runs; only slerp and linear can be verified")
     names = mergekit_yaml.models_of(path)
     checks.check_out(out, 0)
-    if names and Path(names[0]).is_dir():  # mergekit would write a tokenizer of its own making
+    base = Path(names[0]) if names and Path(names[0]).is_dir() else None
+    if base:  # mergekit would write a tokenizer of its own making
         checks.check_base(open_checkpoint(names[0], "model"))
     print(f"{why}: calling mergekit", file=sys.stderr)
     with staging(out) as tmp:
         mergekit_yaml.call_mergekit(path, tmp)
+        if base:  # mergekit copies the commonest files only
+            copy_carried(base, tmp, LEGAL_PATTERNS if mergekit_yaml.has_own_tokenizer(path) else ALL_PATTERNS)
     print(f"merged: {out}")
 
 

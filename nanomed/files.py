@@ -1,12 +1,15 @@
 """Atomic files, staging folders, JSON read with errors that name the file, and folders with one writer.
 
-A file is written as NAME.<8 hex digits>.tmp, synced, renamed, and the folder synced: a kill or a power cut at any moment
-leaves the old file or the new one, and two processes that write the same file never share a temporary one.
+A file is written as NAME.<8 hex digits>.tmp, synced, renamed, and the folder synced: a kill or a power cut at
+any moment leaves the old file or the new one, and two processes that write the same file never share a
+temporary one.
 
-A folder is written as .NAME.nanomed.tmp, which one process creates and locks, and renamed when it is complete.
+A folder is written as .NAME.nanomed.tmp, which one process creates and locks, and renamed when it is
+complete.
 
-Temporary files and folders are removed when writing fails. What a killed process left is removed by the next one that
-writes the same name, and only if it has our mark and no process holds its lock. Nothing else is ever removed.
+Temporary files and folders are removed when writing fails. What a killed process left is removed by the next
+one that writes the same name, and only if it has our mark and no process holds its lock. Nothing else is ever
+removed.
 """
 
 import contextlib
@@ -28,7 +31,8 @@ MARK = ".nanomed-staging"  # the file in a staging folder that says who made it,
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write bytes to that becomes `path` where the block ends well; where it does not, `path` is untouched."""
+    """A file to write bytes to that becomes `path` where the block ends well; where it does not, `path` is
+    untouched."""
     remove_orphans(path)
     tmp, file = _open_temporary(path)
     try:
@@ -55,7 +59,8 @@ def _open_temporary(path: Path) -> tuple[Path, BinaryIO]:
 
 
 def remove_orphans(path: Path) -> None:
-    """Remove the temporary files of `path` that killed processes left: named as whole_file names them, and locked by nobody."""
+    """Remove the temporary files of `path` that killed processes left: named as whole_file names them, and
+    locked by nobody."""
     pattern = re.compile(re.escape(path.name) + r"\.[0-9a-f]{8}\.tmp")
     for name in filter(pattern.fullmatch, os.listdir(path.parent)):
         orphan = path.with_name(name)
@@ -65,7 +70,8 @@ def remove_orphans(path: Path) -> None:
 
 
 def try_lock(descriptor: int) -> bool:
-    """Lock the file until the descriptor is closed; False if another process holds it, or the file system has no locks."""
+    """Lock the file until the descriptor is closed; False if another process holds it, or the file system has
+    no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -78,16 +84,21 @@ def try_lock(descriptor: int) -> bool:
 
 @contextlib.contextmanager
 def staging(out: Path, flag: str = "OUT", durable: bool = False) -> Iterator[Path]:
-    """A new folder beside `out` that becomes `out` where the block ends well, and is removed where it does not.
+    """A new folder beside `out` that becomes `out` where the block ends well, and is removed where it does
+    not.
 
-    InputError if `out` exists, or if another process is writing it. flag: what the command line calls `out`, for the errors.
-    durable: sync everything first, so that `out` outlives a power cut; that takes as long as writing it to the disk.
+    InputError if `out` exists, or if another process is writing it. flag: what the command line calls `out`,
+    for the errors. durable: sync everything first, so that `out` outlives a power cut; that takes as long as
+    writing it to the disk.
     """
+    exists = InputError(f"{flag} {out}: exists already; choose another or remove it")
     if os.path.lexists(out):
-        raise InputError(f"{flag} {out}: exists already; choose another or remove it")
+        raise exists
     tmp = staging_path(out)
     with new_folder(out.parent), _locked_mark(tmp, f"{flag} {out}") as mark:
         try:
+            if os.path.lexists(out):  # finished by another process while this one waited for the folder
+                raise exists
             _remove_contents(tmp, mark)
             yield tmp
             mark.unlink()
@@ -127,8 +138,8 @@ def staging_path(out: Path) -> Path:
 def _locked_mark(tmp: Path, what: str) -> Iterator[Path]:
     """Create the staging folder with its mark, or take over that of a killed process; locked by this process.
 
-    InputError if the folder is not ours, or another process has it. The lock is on a file in the folder, because NFS locks
-    only what is open for writing. what: the output, for the errors.
+    InputError if the folder is not ours, or another process has it. The lock is on a file in the folder,
+    because NFS locks only what is open for writing. what: the output, for the errors.
     """
     mark, in_use = tmp / MARK, f"{what}: another process is writing it; wait for it, or choose another"
     try:
@@ -170,7 +181,8 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """The file with this JSON object, whole or not at all. ValueError for NaN and infinity, which JSON has not."""
+    """The file with this JSON object, whole or not at all. ValueError for NaN and infinity, which JSON has
+    not."""
     write_durably(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -186,7 +198,8 @@ def read_json(path: Path) -> dict:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
-    """(number of the line from 1, object) of every line that is not blank. InputError naming the line that is none."""
+    """(number of the line from 1, object) of every line that is not blank. InputError naming the line that is
+    none."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: a text may hold U+2028
     except OSError as error:

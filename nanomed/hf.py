@@ -14,21 +14,11 @@ from typing import NamedTuple
 
 from nanomed import InputError, first_line
 from nanomed.files import read_json
-from nanomed.model_files import (
-    CARRIED,
-    CARRIED_PATTERNS,
-    EMBEDDING,
-    HEAD,
-    INDEX,
-    LEGAL_PATTERNS,
-    SINGLE,
-    check_one_place,
-    find_weights,
-    stored_name,
-)
-from nanomed.shards import open_safetensors, same_tensor
-
-READ_DTYPES = ("F32", "BF16", "F16")  # of a safetensors file
+from nanomed.model_files import ALL_PATTERNS, INDEX, SINGLE
+from nanomed.model_files import CARRIED as CARRIED  # the names under which others use this module
+from nanomed.model_files import check_copied_head as check_copied_head
+from nanomed.model_files import check_weights as check_weights
+from nanomed.model_files import find_weights as find_weights
 
 # Fields of config.json that do not change what the decoder computes: transformers' and other tools' bookkeeping, and
 # old defaults for generation and for other kinds of models.
@@ -206,12 +196,14 @@ def fetch(init: str, flag: str = "--init") -> Path:
     name, _, revision = init.partition("@")
     if init.startswith((".", "/")) or name.count("/") != 1:
         raise InputError(f"{flag} {init}: neither a local folder nor a hub id (owner/name, or owner/name@revision)")
+    if Path(name).is_dir():
+        raise InputError(f"{flag} {init}: {name} is a local folder, which has no revisions; leave out @{revision}")
     from huggingface_hub import snapshot_download  # slow to import, and a local folder does without
     from huggingface_hub.errors import HFValidationError
 
     at = {"revision": revision} if revision else {}
     try:
-        folder = Path(snapshot_download(name, allow_patterns=[*CARRIED, *CARRIED_PATTERNS, *LEGAL_PATTERNS, INDEX], **at))
+        folder = Path(snapshot_download(name, allow_patterns=[*ALL_PATTERNS, INDEX], **at))
         if folder.parent.name == "snapshots":  # both downloads from one commit, though the branch may move meanwhile
             at = {"revision": folder.name}
         index = folder / INDEX
@@ -249,50 +241,3 @@ def exported(folder: Path, flag: str = "--init") -> Path:
     if not (folder / "hf" / "config.json").is_file():
         raise InputError(f"{flag} {folder}: this run has not written its model yet; let it finish")
     return folder / "hf"
-
-
-def check_weights(model, folder: Path) -> dict[str, Path]:
-    """find_weights for an nn.Module; InputError naming the first tensor that is missing, extra, misshapen or of an unknown dtype.
-
-    Empty where the folder has no weights at all: training then starts from random ones.
-    """
-    files, params = find_weights(folder), dict(model.named_parameters())
-    if not files:
-        return {}
-    if model.config.tie_word_embeddings and HEAD in files and EMBEDDING not in files:
-        files[EMBEDDING] = files.pop(HEAD)  # under its other name: stored_name
-    if missing := sorted(params.keys() - files.keys()):
-        raise InputError(f"{folder}: tensor {missing[0]} is missing from its safetensors ({len(missing)} in all)")
-    # Some files hold what is no parameter: a tied model's head once more (small Qwen3's), old Llamas' RoPE frequencies.
-    copies = {HEAD} if model.config.tie_word_embeddings else set()
-    copies |= {name for name in files if name.endswith(".rotary_emb.inv_freq")}
-    if extra := sorted(files.keys() - params.keys() - copies):
-        raise InputError(f"{folder}: tensor {extra[0]} has no place in the model that config.json describes ({len(extra)} in all)")
-    handles = {file: open_safetensors(file) for file in set(files.values())}
-    held = {file: set(handle.keys()) for file, handle in handles.items()}
-    for name, file in files.items():
-        stored = stored_name(name, held[file])
-        if stored not in held[file]:
-            raise InputError(f"{file}: tensor {name} is missing, though the index names it")
-        if name not in params:
-            continue
-        found = handles[file].get_slice(stored)
-        if list(found.get_shape()) != list(params[name].shape):
-            raise InputError(
-                f"{file}: tensor {stored} has shape {found.get_shape()}, config.json asks for {list(params[name].shape)}"
-            )
-        if found.get_dtype() not in READ_DTYPES:
-            raise InputError(f"{file}: tensor {stored} has dtype {found.get_dtype()}; {', '.join(READ_DTYPES)} are read")
-    check_one_place(files, held)
-    if HEAD in files.keys() - params.keys():
-        check_copied_head(folder, files)
-    return {name: files[name] for name in params}
-
-
-def check_copied_head(folder: Path, files: dict[str, Path]) -> None:
-    """InputError unless the head that a tied model's files hold all the same is the embedding, bit for bit."""
-    if EMBEDDING not in files or not same_tensor((files[HEAD], HEAD), (files[EMBEDDING], EMBEDDING)):
-        raise InputError(
-            f"{folder}: config.json has tie_word_embeddings, but its {HEAD} is no copy of {EMBEDDING}; which is meant? "
-            "Set tie_word_embeddings to false there, or leave the tensor out"
-        )

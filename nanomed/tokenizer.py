@@ -31,6 +31,8 @@ def tokenizer_sha256(tokenizer_json: dict | Path) -> str:
     Not covered: truncation and padding (mere use changes them), post_processor (the bins record BOS), decoder. A file
     that was saved again compares equal, however it spells merges and what it does not use.
     """
+    if isinstance(tokenizer_json, Path):
+        check_added_tokens(tokenizer_json)
     return hashlib.sha256(json.dumps(tokenizer_parts(tokenizer_json), sort_keys=True).encode()).hexdigest()
 
 
@@ -57,6 +59,28 @@ def normal_forms(spec: dict) -> tuple[str, ...]:
     normalizer = spec.get("normalizer") or {}
     steps = normalizer.get("normalizers", []) if normalizer.get("type") == "Sequence" else [normalizer]
     return tuple(step["type"] for step in steps if step.get("type") in ("NFC", "NFD", "NFKC", "NFKD"))
+
+
+def check_added_tokens(tokenizer_json: Path) -> None:
+    """InputError if tokenizer_config.json beside it gives an id another token: transformers would append that token under a
+    new id, which the model has no embedding for or has trained as something else."""
+    path = tokenizer_json.with_name("tokenizer_config.json")
+    claimed = read_json(path).get("added_tokens_decoder") if path.is_file() else None
+    if not isinstance(claimed, dict):
+        return
+    spec = read_json(tokenizer_json)
+    vocab = (spec.get("model") or {}).get("vocab") or {}
+    pairs = vocab.items() if isinstance(vocab, dict) else ((entry[0], i) for i, entry in enumerate(vocab))
+    wanted = {int(number) for number in claimed if number.isdigit()}
+    tokens = {number: token for token, number in pairs if number in wanted}
+    tokens |= {token["id"]: token["content"] for token in spec.get("added_tokens") or []}
+    for number in claimed:
+        content, found = token_content(claimed, number), tokens.get(int(number) if number.isdigit() else -1)
+        if None not in (content, found) and content != found:
+            raise InputError(
+                f"{path}: added_tokens_decoder has {content!r} for id {number}, tokenizer.json {found!r}; which is meant? "
+                "Fetch both files again"
+            )
 
 
 def separator_id(tokenizer: Tokenizer, config: dict, eos: str | None = None) -> int:

@@ -13,6 +13,7 @@ from transformers import MistralConfig
 import merge
 from conftest import save_reference
 from merge_pairs import CONFIGS, make_pair, reference, run, tensors_of
+from nanomed import InputError
 from nanomed.merging import mergekit_yaml
 from nanomed.merging.schedule import depths, evaluate, read_rules, spell
 from nanomed.merging.slerp import DOT_THRESHOLD
@@ -130,11 +131,16 @@ def test_linear_of_three_models(normalize, tmp_path, tiny, monkeypatch):
 
 def test_other_methods_are_mergekits_own(tmp_path, tiny, monkeypatch, capfd):
     base, cpt = make_pair(tmp_path, tiny.model)
+    (base / "LICENSE").write_text("Apache 2.0")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     config = {"merge_method": "task_arithmetic", "base_model": str(base), "dtype": "bfloat16",
               "models": [{"model": str(cpt), "parameters": {"weight": 0.5}}]}  # fmt: skip
     (tmp_path / "c.yml").write_text(yaml.safe_dump(config))
     run(monkeypatch, tmp_path / "ours", "--mergekit-yaml", tmp_path / "c.yml")
     assert "merge_method task_arithmetic: calling mergekit" in capfd.readouterr().err
+    for name in ("LICENSE", "additional_chat_templates/tool_use.jinja", "tokenizer.json"):
+        assert (tmp_path / "ours" / name).read_bytes() == (base / name).read_bytes()
     a, b, out = map(tensors_of, (base, cpt, tmp_path / "ours"))
     for name in out:  # BASE + 0.5 (CPT - BASE)
         middle = (a[name].double() + b[name].double()) / 2
@@ -229,6 +235,22 @@ def test_a_schedule_is_evaluated_as_mergekit_does(setting, n_layers):
 def test_layers_are_found_in_names():
     assert depths(["model.embed_tokens.weight", "model.layers.0.x", "model.layers.4.x", "transformer.h.2.x"]) == {
         "model.embed_tokens.weight": 0, "model.layers.0.x": 0, "model.layers.4.x": 1, "transformer.h.2.x": 0.5}  # fmt: skip
+
+
+def test_the_emitted_file_replaces_no_other_and_is_not_left_by_a_failed_merge(tmp_path, tiny, monkeypatch):
+    base, cpt = make_pair(tmp_path, tiny.model)
+    file = tmp_path / "c.yml"
+    with monkeypatch.context() as patch:
+        patch.setattr(merge, "write_merges", lambda *_: (_ for _ in ()).throw(InputError("full")))
+        with pytest.raises(SystemExit, match="full"):
+            run(monkeypatch, base, cpt, tmp_path / "out", "--emit-mergekit", file)
+    assert not file.exists()
+    run(monkeypatch, base, cpt, "--emit-mergekit", file)
+    run(monkeypatch, base, cpt, "--emit-mergekit", file)  # the same again
+    before = file.read_bytes()
+    with pytest.raises(SystemExit, match=r"c\.yml: exists already with other content"):
+        run(monkeypatch, base, cpt, "--t", "0.1", "--emit-mergekit", file)
+    assert file.read_bytes() == before
 
 
 def test_help_shows_the_ways(capsys):

@@ -1,4 +1,5 @@
-"""Two folders of one architecture and one tokenizer that spell them differently: merged, with a warning where it matters."""
+"""Two folders of one architecture and one tokenizer that spell them differently: merged, with a warning where
+it matters."""
 
 import json
 

@@ -6,11 +6,13 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from nanomed import InputError, hf
 from nanomed.evaluation.loading import load_decoder
 from nanomed.merging.source import open_checkpoint
+from nanomed.tokenizer import tokenizer_sha256
 
 
 @pytest.fixture(name="folder")
@@ -19,7 +21,8 @@ def fixture_folder(tiny, tmp_path):
 
 
 def shard(folder, change=0.0) -> dict[str, str]:
-    """Write the weights, changed or not, as two shards with an index, beside model.safetensors; the index's weight_map."""
+    """Write the weights, changed or not, as two shards with an index, beside model.safetensors; the index's
+    weight_map."""
     tensors = {name: tensor + change for name, tensor in load_file(folder / "model.safetensors").items()}
     weight_map = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
     for file in set(weight_map.values()):
@@ -97,6 +100,20 @@ def test_what_is_read_is_what_transformers_reads(folder):
     assert all(torch.equal(ours[name].float(), theirs[name]) for name in theirs)
 
 
+@pytest.mark.parametrize("number", [0, 5, 319])
+def test_two_tokens_for_one_id(number, folder):
+    """The special token, and two of the vocabulary."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    names = {str(i): {"content": tokenizer.id_to_token(i)} for i in (0, 5, 319)} | {"320": {"content": "<new>"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": names}))
+    tokenizer_sha256(folder / "tokenizer.json")
+    names[str(number)] = {"content": "<other>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": names}))
+    with pytest.raises(InputError, match=f"has '<other>' for id {number}, tokenizer.json"):
+        open_checkpoint(str(folder), "BASE")
+
+
 # --- the hub -------------------------------------------------------------------------------------------------------
 
 
@@ -116,7 +133,7 @@ def fixture_hub(folder, tmp_path, monkeypatch):
     return snapshot, asked
 
 
-def test_a_revision_of_a_hub_id(hub):
+def test_a_revision_of_a_hub_id(hub, tmp_path, monkeypatch):
     snapshot, asked = hub
     assert hf.fetch("owner/name@v1.0") == snapshot
     assert [call[:2] for call in asked] == [("owner/name", "v1.0"), ("owner/name", "c0ffee")]
@@ -125,6 +142,10 @@ def test_a_revision_of_a_hub_id(hub):
     assert [call[:2] for call in asked] == [("owner/name", None), ("owner/name", "c0ffee")]  # both of one commit
     with pytest.raises(InputError, match="neither a local folder nor a hub id"):
         hf.fetch("name@v1.0")
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="owner/name is a local folder, which has no revisions"):
+        hf.fetch("owner/name@v1.0")
 
 
 def test_a_repository_with_a_single_file_and_an_index_of_shards(hub):

@@ -1,4 +1,5 @@
-"""Atomic files and staging folders: complete or absent, one writer at a time, and nothing removed that is not ours."""
+"""Atomic files and staging folders: complete or absent, one writer at a time, and nothing removed that is not
+ours."""
 
 import contextlib
 import subprocess

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from nanomed import InputError
 from nanomed.files import read_json, sha256, write_json
-from nanomed.model_files import carried_files, find_weights
+from nanomed.model_files import MODEL_PATTERNS, carried_files, find_weights
 from nanomed.versions import git_commit, versions
 
 LOCK = "lock.tmp"  # there while a run is being written, and after a kill
@@ -105,7 +105,7 @@ def fingerprint(folder: Path) -> str:
     """sha256 over config, tokenizer, chat template, and the size and 17 samples of every weights file: tells checkpoints
     apart in milliseconds, so that a run is not resumed with another model at the same path."""
     digest = hashlib.sha256()
-    for name in carried_files(folder, legal=False):
+    for name in carried_files(folder, MODEL_PATTERNS):
         digest.update(f"{name} {sha256(folder / name)}".encode())
     for path in sorted(set(find_weights(folder).values())):
         size = path.stat().st_size

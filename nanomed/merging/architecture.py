@@ -1,14 +1,17 @@
-"""Whether two config.json describe the same architecture: compared by what they mean, after the family's defaults.
+"""Whether two config.json describe the same architecture: compared by what they mean, after the family's
+defaults.
 
-transformers leaves out of config.json what equals a default, fields are added over the years (Llama-2's file has no rope_theta),
-and version 5 spells RoPE in another way than version 4. So a field that only one file has is compared with its default.
-Bookkeeping (nanomed/hf.py) may differ. A field without a known default that only one file has is reported as a warning.
+transformers leaves out of config.json what equals a default, fields are added over the years (Llama-2's file
+has no rope_theta), and version 5 spells RoPE in another way than version 4. So a field that only one file has
+is compared with its default. Bookkeeping (nanomed/hf.py) may differ. A field without a known default that
+only one file has is reported as a warning.
 """
 
 from nanomed import InputError
 from nanomed.hf import is_bookkeeping
 
-# Fields that may differ: compared by meaning elsewhere, or without effect on a merge. (vocab_size is compared by shape too.)
+# Fields that may differ: compared by meaning elsewhere, or without effect on a merge. (vocab_size is compared by
+# shape too.)
 FREE = {"attention_dropout", "layer_types", "max_window_layers", "sliding_window", "use_sliding_window", "rope_theta",
         "rope_parameters", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"}  # fmt: skip
 
@@ -38,7 +41,8 @@ def with_defaults(config: dict) -> dict:
 
 
 def rope_of(config: dict) -> dict:
-    """RoPE's parameters from either spelling, by name; "full_attention.rope_theta" where kinds of layers differ."""
+    """RoPE's parameters from either spelling, by name; "full_attention.rope_theta" where kinds of layers
+    differ."""
     new, family = config.get("rope_parameters") or {}, config.get("model_type")
     if any(isinstance(value, dict) for value in new.values()):  # {"full_attention": {...}, "sliding_attention": {...}}
         kinds = {kind: _plain(value) for kind, value in new.items() if isinstance(value, dict)}
@@ -54,7 +58,8 @@ def rope_of(config: dict) -> dict:
 
 
 def check_rope(config: dict, where: str) -> None:
-    """InputError if config.json has RoPE in both spellings, with different values: which one counts depends on the reader."""
+    """InputError if config.json has RoPE in both spellings, with different values: which one counts depends
+    on the reader."""
     new, old = _plain(config.get("rope_parameters") or {}), _old_rope(config)
     if twice := sorted(key for key in new.keys() & old.keys() if new[key] != old[key]):
         raise InputError(
@@ -79,8 +84,8 @@ def _plain(parameters: dict) -> dict:
 def check_fields(ours: dict, theirs: dict, where: str, base: str, prefix: str = "") -> list[str]:
     """InputError if the architectures differ; warnings for what cannot be compared.
 
-    ours, theirs: contents of BASE's and the other's config.json. where, base: name the two, for the errors. prefix: of a part
-    of config.json with its own model_type, such as text_config.
+    ours, theirs: contents of BASE's and the other's config.json. where, base: name the two, for the errors.
+    prefix: of a part of config.json with its own model_type, such as text_config.
     """
 
     def expect(field: str, found, expected) -> None:

@@ -114,7 +114,7 @@ def _rules(path: Path, name: str, scopes: list[dict]) -> list[Rule]:
     return [rule for scope in scopes if name in scope for rule in read_rules(scope[name], str(path), name)]
 
 
-def write_config(path: Path, base: Checkpoint, cpt: Checkpoint, rules: list[Rule], dtype: str) -> None:
+def spell_config(base: Checkpoint, cpt: Checkpoint, rules: list[Rule], dtype: str) -> str:
     """The configuration that makes mergekit do the same: maths in float32, one rounding. dtype: the result's."""
     for checkpoint in (base, cpt):
         if (Path(checkpoint.name) / "run.json").is_file():
@@ -125,7 +125,7 @@ def write_config(path: Path, base: Checkpoint, cpt: Checkpoint, rules: list[Rule
     sources = [{"model": model.name, "layer_range": [0, n_layers]} for model in (base, cpt)]
     config = {"slices": [{"sources": sources}], "merge_method": "slerp", "base_model": base.name,
               "parameters": {"t": spell(rules)}, "dtype": "float32", "out_dtype": name}  # fmt: skip
-    path.write_text(yaml.safe_dump(config, sort_keys=False, default_flow_style=None))
+    return yaml.safe_dump(config, sort_keys=False, default_flow_style=None)
 
 
 def call_mergekit(path: Path, out: Path) -> None:
@@ -143,6 +143,12 @@ def call_mergekit(path: Path, out: Path) -> None:
             last = line.strip()
     if process.wait():
         raise InputError(f"{path}: mergekit failed: {last or f'exit status {process.returncode}'}")
+
+
+def has_own_tokenizer(path: Path) -> bool:
+    """Whether a configuration gives the result another tokenizer or chat template than its base model's."""
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return any(config.get(field) for field in ("tokenizer", "tokenizer_source", "chat_template"))
 
 
 def models_of(path: Path) -> list[str]:

@@ -1,7 +1,9 @@
-"""Whether two models have the same tokenizer: the merged model takes BASE's, so the same ids must mean the same words.
+"""Whether two models have the same tokenizer: the merged model takes BASE's, so the same ids must mean the
+same words.
 
-Two tokenizer.json may differ in what no trained text contains, or what only decoding uses: special tokens that one of them adds
-(a pad token, say), and the flags `special` and `normalized`. That is a warning. Any other difference is an InputError.
+Two tokenizer.json may differ in what no trained text contains, or what only decoding uses: special tokens
+that one of them adds (a pad token, say), and the flags `special` and `normalized`. That is a warning. Any
+other difference is an InputError.
 """
 
 from pathlib import Path
@@ -35,7 +37,8 @@ def check_tokenizers(base: Checkpoint, other: Checkpoint, role: str) -> list[str
 
 
 def _files(*models: Checkpoint) -> list[Path]:
-    """The tokenizer.json of both models; empty if one is not there, or is not the one that its model was trained with."""
+    """The tokenizer.json of both models; empty if one is not there, or is not the one that its model was
+    trained with."""
     files = [model.folder / "tokenizer.json" for model in models if model.folder]
     sums = [model.tokenizer["tokenizer.json"] for model in models]
     same = [file.is_file() and tokenizer_sha256(file) == digest for file, digest in zip(files, sums, strict=False)]
