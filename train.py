@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import nanomed  # isort: skip  # noqa: F401  before torch: sets OMP_WAIT_POLICY
 import torch
 import torch.distributed as dist
 from torch import Tensor

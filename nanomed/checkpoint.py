@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nanomed import InputError, first_line
 from nanomed.files import sha256, write_durably
 from nanomed.guard import Guard
-from nanomed.parallel import SLOW_TIMEOUT, World, print0
+from nanomed.parallel import IO_TIMEOUT, World, print0
 from nanomed.weights import local
 
 
@@ -64,7 +64,7 @@ class Checkpointer:
         self.model, self.optimizer, self.guard = model, optimizer, guard
         self.step = 0  # of the newest that was loaded or begun
         # Its own group: the writing threads must not mix their messages with the training's.
-        self._group = dist.new_group(backend="gloo", timeout=SLOW_TIMEOUT)
+        self._group = dist.new_group(backend="gloo", timeout=IO_TIMEOUT)
         self._pending: tuple[Path, Future] | None = None
         self._sealer = ThreadPoolExecutor(1, initializer=_give_way)
 

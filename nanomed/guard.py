@@ -10,7 +10,9 @@ must be 4 times the mean as well: in small batches norms of 2 times are ordinary
 
 **StopSignal.** SIGTERM, SIGINT or SIGUSR1 on any rank: all ranks leave the loop before the same micro-batch, the step
 in progress is dropped, the last whole one saved. They agree through the process group's key-value store, over the
-CPU's network, one or two small messages a micro-batch; no device is waited for.
+CPU's network, one or two small messages a micro-batch; no device is waited for. The end of torchrun (kill -9, a machine
+short of memory) counts as such a signal: its processes would go on unseen and hold the run folder. The store usually ends
+with it; then the ranks agree by one reduction among themselves.
 """
 
 import os
@@ -122,6 +124,9 @@ class StopSignal:
     def __init__(self, world: World):
         self.world, self._asked, self._tick, self._stop_at = world, "", 0, None
         self._store = dist.PrefixStore("stop", dist.distributed_c10d._get_default_store())
+        self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # torchrun
+        self._group = dist.new_group(backend="gloo", timeout=START_TIMEOUT) if world.size > 1 else None
+        self._last_poll: tuple[int, Tensor, dist.Work] | None = None  # once the store is gone
         self._ours, theirs = socket.socketpair()
         self._theirs = theirs
         theirs.setblocking(False)
@@ -143,14 +148,30 @@ class StopSignal:
                 os._exit(128 + number[0])
 
     def poll(self) -> None:
-        """Stopped if the ranks have agreed to stop here. To be called by all of them equally often.
+        """Raise Stopped if the ranks have agreed to stop here. Every rank must call it equally often.
 
         Rank 0 decides, one poll ahead, and publishes how far it is; no other rank is more than one poll before it.
         """
         self._tick += 1
+        if self._parent not in (None, os.getppid()) and not self._asked:
+            self._asked = "the end of torchrun"
         if self.world.size == 1:
             self._stop_at = self._tick if self._asked else None
-        elif self.world.first():
+        elif self._last_poll is None:
+            try:
+                self._agree_by_store()
+            except (dist.DistError, RuntimeError):
+                if not self._store_is_gone():
+                    raise
+                self._announce_tick()
+        else:
+            self._agree_without_store()
+        if self._stop_at == self._tick:
+            raise Stopped(self._asked)
+
+    def _agree_by_store(self) -> None:
+        """Rank 0 decides on the next poll; the others follow."""
+        if self.world.first():
             if self._stop_at is None and (self._asked or self._store.check(["asked"])):
                 self._asked = self._asked or self._store.get("asked").decode()
                 self._stop_at = self._tick + 1
@@ -159,8 +180,32 @@ class StopSignal:
             if self._asked and self._stop_at is None:
                 self._store.set("asked", self._asked)
             self._follow()
-        if self._stop_at == self._tick:
-            raise Stopped(self._asked)
+
+    def _store_is_gone(self) -> bool:
+        """Whether the store has ended, with the torchrun that served it (on the first machine)."""
+        try:
+            self._store.set(f"alive {self.world.rank}", "")
+        except (dist.DistError, RuntimeError):
+            self._asked = self._asked or "the end of torchrun"
+            return True
+        return False
+
+    def _announce_tick(self) -> None:
+        """Start the reduction of the poll at which each rank found the store gone. The ranks are at most one poll apart."""
+        tick = torch.tensor(self._tick)
+        self._stop_at = None
+        self._last_poll = self._tick, tick, dist.all_reduce(tick, dist.ReduceOp.MAX, group=self._group, async_op=True)
+
+    def _agree_without_store(self) -> None:
+        """Stop two polls after the last rank found the store gone.
+
+        Waits for the reduction two polls after its start: by then every rank has passed the poll in between, since the steps'
+        collectives need all of them, and so has started the reduction too.
+        """
+        started, tick, work = self._last_poll
+        if self._tick == started + 2:
+            work.wait()
+            self._stop_at = int(tick) + 2
 
     def _follow(self) -> None:
         """Wait until rank 0 has decided on this poll, usually long ago."""

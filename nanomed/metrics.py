@@ -140,6 +140,7 @@ class Metrics:
         self._show(self._rows[-1], flop_s)
         for step, why in skipped if self.world.first() else ():
             self._explain(step, why)
+        self.world.barrier()  # rank 0 has written: nobody must wait for its disk in a step, whose time-out is short
         self._rows, self._values, self._len2, self._wait_s = [], [], 0, wait_s
 
     def restart_clock(self) -> None:
@@ -154,6 +155,7 @@ class Metrics:
             self._write([{"step": step, "tokens": step * self.config.batch_tokens, **finite}])
             shown = "  ".join(f"{k.removeprefix('val_')} {v:.4f}" for k, v in results.items())
             self.bar.write(f"step {step:>6}  {shown}", file=sys.stderr)
+        self.world.barrier()
 
     def _explain(self, step: int, why: str) -> None:
         """Say above the bar that the guard skipped a step, and why; its documents go to the file in full."""

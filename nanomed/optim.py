@@ -7,6 +7,7 @@ anything less is nanomed.lowbit's.
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -65,6 +66,9 @@ def clip(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) ->
     # Each tensor's norm in float32: of bf16 gradients torch would give bf16 ones, 0.4 % off.
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in params]))
     if isinstance(norm, DTensor):  # each rank has summed its own rows only
+        mesh = norm.device_mesh
         norm = norm.full_tensor()
+        if mesh.ndim > 1:  # HSDP: the groups sum separately, perhaps in another order; all must decide alike
+            dist.broadcast(norm, group=mesh.get_group(0), group_src=0)
     optimizer.grad_scale = (norm / max_norm).clamp(min=1)
     return norm

@@ -37,7 +37,10 @@ from nanomed import InputError
 from nanomed.config import Config
 from nanomed.model import Decoder
 
-START_TIMEOUT, STEP_TIMEOUT, SLOW_TIMEOUT = timedelta(seconds=300), timedelta(seconds=100), timedelta(minutes=30)
+START_TIMEOUT, STEP_TIMEOUT = timedelta(seconds=300), timedelta(seconds=100)  # of collectives before and after the first step
+# Waits for downloads, checkpoints and exports, however slow the network or the disk. A rank that dies closes its connections,
+# which ends the wait at once; the time-out only ends a file system that hangs for good.
+IO_TIMEOUT = timedelta(hours=24)
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class World:
     local_rank: int  # on this machine
     size: int
     device: torch.device
-    slow: dist.ProcessGroup  # gloo, 30 minutes: for waits in which one rank downloads or writes
+    slow: dist.ProcessGroup  # gloo, IO_TIMEOUT: for waits in which one rank downloads or writes
 
     def first(self) -> bool:
         """Is this the process that prints and writes?"""
@@ -74,7 +77,7 @@ def start(config: Config) -> World:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    world = World(dist.get_rank(), local_rank, dist.get_world_size(), device, dist.new_group(backend="gloo", timeout=SLOW_TIMEOUT))
+    world = World(dist.get_rank(), local_rank, dist.get_world_size(), device, dist.new_group(backend="gloo", timeout=IO_TIMEOUT))
     if world.size % config.replicas:
         raise InputError(f"--replicas {config.replicas}: does not divide the {world.size} processes")
     return world

@@ -76,9 +76,13 @@ class Job:
 
 
 def held(job: Job, regime: Regime) -> dict[str, float]:
-    """Bytes a GPU of what stays throughout: on the GPU, with --offload in the CPU's memory."""
+    """Persistent bytes per GPU: weights, gradients, optimizer states (in the CPU's memory with --offload).
+
+    With replicas (HSDP), FSDP keeps the sums of a group's micro-batches in float32 until the step's last one crosses the groups.
+    """
     n_params = parameters(job.model)[0] / job.shards
-    sizes = {"weights": regime.weights, "gradients": regime.gradients, "optimiser states": regime.states}
+    gradients = 4 if job.config.replicas > 1 and job.rounds > 1 else regime.gradients
+    sizes = {"weights": regime.weights, "gradients": gradients, "optimiser states": regime.states}
     return {part: size * n_params for part, size in sizes.items()}
 
 

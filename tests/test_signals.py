@@ -1,13 +1,17 @@
 """A signal at any time ends the run with a checkpoint, and the same command goes on from it."""
 
+import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 import train
-from conftest import read_losses, rows_of, send
+from conftest import ROOT, read_losses, rows_of, send
 from nanomed import batches, checkpoint, guard, parallel
 from nanomed.checkpoint import whole
 from nanomed.config import Config
@@ -99,3 +103,42 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch):
     finally:
         stop.close()
         dist.destroy_process_group()
+
+
+def children_of(pid: int) -> list[int]:
+    """Processes that the process has started, on Linux."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs; one that only waits to be collected does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("n_ranks", [1, 2])
+def test_the_end_of_torchrun_ends_its_processes_with_a_checkpoint(n_ranks, tiny, tmp_path):
+    """kill -9 of torchrun alone left them running, holding the run folder's lock."""
+    out = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
+    flags = tiny.flags(out, steps=100_000, checkpoint_every=50_000, eval_every=50_000, val=None, log_every=1)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    log = tmp_path / "stderr.log"
+    with log.open("w") as stderr:
+        process = subprocess.Popen([*torchrun, str(ROOT / "train.py"), *flags], env=env, stderr=stderr)
+    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 5:
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.05)
+    ranks = [child for child in children_of(process.pid) if b"train.py" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    assert len(ranks) == n_ranks
+    process.kill()
+    process.wait()
+    while any(map(is_alive, ranks)):
+        time.sleep(0.05)
+    [(step, _)] = whole(out / "checkpoints")
+    said = log.read_text()
+    assert f"stopped by the end of torchrun after step {step}" in said, said
+    assert "Traceback" not in said

@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch._dynamo.utils import counters
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param_group
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from conftest import read_losses, send
-from nanomed import guard, optim, parallel
+from conftest import ROOT, read_losses, run_train, send
+from nanomed import guard, optim, parallel, plan
 from nanomed.checkpoint import whole
 from nanomed.config import parse
 from nanomed.guard import Guard, StopSignal
@@ -183,3 +185,78 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(two_ranks, tiny, run, 
     assert saved[0] in (7, 8, 9)
     assert run(tiny.flags(two_ranks[0] / "run"))
     assert read_losses(two_ranks[0] / "run") == pytest.approx(read_losses(undisturbed), rel=1e-5)
+
+
+# --- two groups of two ranks ---------------------------------------------------------------------------------------
+
+
+def _partial_bytes(model) -> int:
+    """Bytes in which FSDP keeps a group's sums until they cross the groups."""
+    groups = [module._get_fsdp_state()._fsdp_param_group for module in model.modules() if isinstance(module, FSDPModule)]
+    outputs = [group._partial_reduce_output for group in groups if group is not None]
+    return sum(output.numel() * output.element_size() for output in outputs if output is not None)
+
+
+def _two_groups(rank, steps, folder):
+    """HSDP: the gradient norm when the groups' sums differ in their last bits, and what is kept between micro-batches."""
+    world, found = parallel.start(dataclasses.replace(PLAIN, replicas=2)), {}
+    for precision in ("fp32", "pure-bf16"):
+        config = dataclasses.replace(PLAIN, replicas=2, precision=precision, optimizer_states="fp32")
+        model = build(config, world)
+        parallel.all_reduce_gradients(model, False)
+        model(steps[rank], torch.tensor(1.0)).backward()
+        found[precision] = (_partial_bytes(model), sum(p.to_local().numel() for p in model.parameters()))
+        parallel.all_reduce_gradients(model, True)
+        model(steps[rank], torch.tensor(1.0)).backward()
+        real = DTensor.full_tensor
+        DTensor.full_tensor = lambda self, real=real: real(self) * (1 + 1e-6 * self.device_mesh.get_local_rank(0))
+        found[f"{precision} norm"] = optim.clip(model, optim.make_adamw(model, config), 1.0).item()
+        DTensor.full_tensor = real
+    dist.destroy_process_group()
+    torch.save(found, folder / f"{rank}.pt")
+
+
+def test_all_replicas_decide_on_one_norm_and_the_planner_counts_their_sums(tmp_path):
+    steps = [batch(5, 20, 7), batch(4, 4, 4, 4, 4, 4, 4, 4)] * 2
+    spawn(_two_groups, steps, tmp_path, n_ranks=4)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(4)]
+    config = dataclasses.replace(PLAIN, replicas=2, seq_len=8, micro_batch=1, batch_tokens=64)
+    model = plan.MODELS["Qwen/Qwen2.5-7B-Instruct"]
+    job = plan.Job(config, model, *plan.devices.find("h100"), n_gpus=4, mfu=0.5, price=3.0, n_tokens=1e9)
+    n_params = plan.parameters(job.model)[0]
+    for precision, regime in (("fp32", plan.REGIMES[0]), ("pure-bf16", plan.REGIMES[3])):
+        assert len({f[f"{precision} norm"] for f in found}) == 1
+        planned_bytes_a_parameter = plan.held(job, regime)["gradients"] / (n_params / job.shards)
+        for n_bytes, n_local in (f[precision] for f in found):
+            assert n_bytes == pytest.approx(planned_bytes_a_parameter * n_local, rel=0.1)  # FSDP pads odd sizes
+
+
+# --- slow files ----------------------------------------------------------------------------------------------------
+
+# train.py whose rank 0 takes three seconds for a write to metrics.jsonl, where a step's collectives may take one.
+SLOW_DISK = """
+import sys, time
+from datetime import timedelta
+sys.path.insert(0, {root!r})
+import torch.distributed as dist
+import train
+real_append, real_add, shortened = train.Metrics._append, train.Metrics.add, []
+def append(self, rows):
+    if shortened:
+        time.sleep(3)
+    real_append(self, rows)
+def add(self, *args):
+    if not shortened:
+        shortened.append(True)
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
+    real_add(self, *args)
+train.Metrics._append, train.Metrics.add = append, add
+train.main()
+"""
+
+
+def test_a_slow_disk_is_not_waited_for_in_a_step(tiny, tmp_path):
+    script = tmp_path / "slow_disk.py"
+    script.write_text(SLOW_DISK.format(root=str(ROOT)))
+    done = run_train(tiny.flags(tmp_path / "run", steps=6, log_every=3, checkpoint_every=6, eval_every=6), nproc=2, script=script)
+    assert done.returncode == 0, done.stderr
