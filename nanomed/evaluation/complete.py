@@ -52,9 +52,11 @@ def run(args: argparse.Namespace) -> None:
     ends = end_tokens(folder) | {i for name in ENDS if (i := tokenizer.token_to_id(name)) is not None}
     choose = sampled(args.temperature, args.seed) if args.temperature else greedy
     print(args.text, end="", flush=True)
-    for piece in pieces(tokenizer, tokens, continuation(model, tokens, args.tokens, ends, choose)):
-        print(piece, end="", flush=True)
-    print()
+    try:
+        for piece in pieces(tokenizer, tokens, continuation(model, folder, tokens, args.tokens, ends, choose)):
+            print(piece, end="", flush=True)
+    finally:
+        print()
 
 
 def encode(tokenizer: Tokenizer, config: dict, text: str) -> list[int]:

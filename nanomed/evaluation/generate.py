@@ -204,6 +204,12 @@ def answer(
     import torch
     from transformers import GenerationConfig
 
+    from nanomed.evaluation.inference import check_finite
+
+    def checked(_, logits):  # of the next token, on their way to the argmax
+        check_finite(logits, f"MODEL {model.name_or_path}")
+        return logits
+
     ends = model.generation_config.eos_token_id if model.generation_config.eos_token_id is not None else []
     ends = ends if isinstance(ends, list) else [ends]
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
@@ -218,7 +224,12 @@ def answer(
         padded = torch.tensor([[pad] * (length - len(prompts[n])) + prompts[n] for n in part], device=model.device)
         mask = torch.tensor([[0] * (length - len(prompts[n])) + [1] * len(prompts[n]) for n in part])
         with torch.inference_mode():
-            full = model.generate(padded, attention_mask=mask.to(model.device), generation_config=settings)
+            full = model.generate(
+                padded,
+                attention_mask=mask.to(model.device),
+                generation_config=settings,
+                logits_processor=[checked],
+            )
         yield [(name, _read(tokenizer, ids, ends)) for name, ids in zip(part, full[:, length:].tolist(), strict=True)]
 
 

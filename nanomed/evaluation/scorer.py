@@ -16,7 +16,7 @@ from lm_eval.api.model import LM
 from tqdm import tqdm
 
 from nanomed import InputError
-from nanomed.evaluation.inference import KV, PREFIX_CHUNK, continuation, extend, greedy, hidden, pack, scores
+from nanomed.evaluation.inference import KV, PREFIX_CHUNK, check_finite, continuation, extend, greedy, hidden, pack, scores
 from nanomed.evaluation.loading import load_tokenizer
 from nanomed.evaluation.sharing import Question, groups, shared
 from nanomed.model import Decoder
@@ -153,6 +153,7 @@ class DecoderLM(LM):
                 start += len(tokens) - 1
         index = torch.tensor(at, device=self._device)
         log_p, likeliest = scores(self.model, states[index], torch.tensor(targets, device=self._device))
+        check_finite(log_p, self.folder)
         lengths = [len(tokens) for question in batch for tokens in question.continuations]
         parts = zip(log_p.double().cpu().split(lengths), likeliest.cpu().split(lengths), strict=True)
         results = iter([(float(p.sum()), bool(g.all())) for p, g in parts])
@@ -186,7 +187,7 @@ class DecoderLM(LM):
             self.cut.add(context.rstrip())
         tokens = tokens[-room:] or [self.prefix_token]
         answer, text = [], ""
-        for token in continuation(self.model, tokens, n_tokens, self.ends, greedy):
+        for token in continuation(self.model, self.folder, tokens, n_tokens, self.ends, greedy):
             answer.append(token)
             text = self.tokenizer.decode(answer)
             if any(stop in text for stop in until):
