@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from lm_eval.api.model import LM
+from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from nanomed import InputError
@@ -167,15 +168,11 @@ class DecoderLM(LM):
 
     @torch.inference_mode()
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        """The likeliest next token again and again, up to a stop string, an end token or max_gen_toks (256)."""
+        """The likeliest next token again and again, up to a stop string, an end token or the task's limit of tokens."""
         found = []
         for request in tqdm(requests, "answers", delay=2, leave=False, disable=disable_tqdm):
             context, options = request.args
-            if options.get("do_sample") or options.get("temperature"):
-                raise InputError("a task with sampled answers is not supported; decoding is greedy here")
-            until = options.get("until") or []
-            until = [until] if isinstance(until, str) else until
-            found.append(self._generate(context, until, options.get("max_gen_toks", 256)))
+            found.append(self._generate(context, *stops(options)))
         return found
 
     def _generate(self, context: str, until: list[str], n_tokens: int) -> str:
@@ -190,9 +187,10 @@ class DecoderLM(LM):
         for token in continuation(self.model, self.folder, tokens, n_tokens, self.ends, greedy):
             answer.append(token)
             text = self.tokenizer.decode(answer)
-            if any(stop in text for stop in until):
+            whole = self.tokenizer.decode(answer, skip_special_tokens=False)  # a stop string may be a special token
+            if any(stop in whole for stop in until):  # an empty one ends it at once, as in lm-eval's hf model
                 break
-        return text[: min((text.index(stop) for stop in until if stop in text), default=len(text))]
+        return text[: min((text.index(stop) for stop in until if stop and stop in text), default=len(text))]
 
     # --- chat template ---------------------------------------------------------------------------------------------
 
@@ -211,3 +209,21 @@ class DecoderLM(LM):
     def tokenizer_name(self) -> str:
         """For lm-eval's cache of requests."""
         return str(self.folder)
+
+
+PLAIN = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "min_p"}  # cannot change a greedy answer
+
+
+def stops(options: dict) -> tuple[list[str], int]:
+    """(stop strings, limit of tokens) of a task's generation_kwargs, as lm-eval normalises them.
+
+    InputError for an option that plain greedy decoding would ignore.
+    """
+    options = normalize_gen_kwargs(options)
+    if options["do_sample"]:
+        raise InputError("a task with sampled answers is not supported; decoding is greedy here")
+    if options.get("num_beams", 1) == 1:
+        options.pop("num_beams", None)
+    if unknown := sorted(set(options) - PLAIN):
+        raise InputError(f"a task asks for {', '.join(unknown)}, which is not supported; decoding is greedy here")
+    return [stop for stop in options["until"] if stop is not None], options["max_gen_toks"]
