@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanomed.evaluation.stats import paired_bootstrap
+from nanomed.evaluation.stats import compare
 from nanomed.files import read_json, read_jsonl
 from nanomed.miniature.judge import follows, points
 from nanomed.miniature.stages import name_of
@@ -99,7 +99,8 @@ def measure(out: Path, ts: tuple[float, ...], stages: list[str]) -> dict:
     failures = [read_json(path) for path in sorted((out / "eval").glob("failures-*/results.json"))]
     check = checks.losses(out) | {"way": {name_of(t): checks.way_gone(out, name_of(t)) for t in ts}}
     done, found = {stage: read_json(out / "stages" / f"{stage}.json") for stage in stages}, models(out, ts)
-    forgotten, ci = paired_bootstrap(*(followed(*read_answers(out, name)) for name in ("base", "continued")))
+    base, continued = (followed(*read_answers(out, name)) for name in ("base", "continued"))
+    forgotten, ci, _ = compare(np.asarray(base, float) - continued)
     return {"models": found, "best": name_of(best_merge(found, ts)), "corpus": corpus(out), "meter": meter(out),
             "forgotten": {"share": forgotten, "ci": ci},
             "judged": judged, "failures": failures, "check": check,
