@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import ROOT
 from knowledge_world import QUESTIONS, fixture_world, flags, run, write_jsonl, write_task  # noqa: F401
-from nanomed.evaluation import accuracy, knowledge, tasks
+from nanomed.evaluation import accuracy, knowledge, loading, tasks
 from nanomed.evaluation.loading import load_decoder
 from nanomed.evaluation.questions import read_questions
 from nanomed.evaluation.scorer import DecoderLM
@@ -95,7 +95,7 @@ def test_a_damaged_question_stops_the_run_before_the_model_is_loaded(message, wo
     questions = json.loads(json.dumps(QUESTIONS))
     FAULTS[message](questions[3])
     write_task(tmp_path / "tasks", "one", write_jsonl(tmp_path / "one.jsonl", questions), world / "dev.jsonl")
-    monkeypatch.setattr(knowledge, "load_decoder", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(loading, "load_decoder", lambda *_: pytest.fail("loaded"))
     argv = [world / "a", "--task-path", tmp_path / "tasks", "--tasks", "one", "--out", tmp_path / "out"]
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, *argv)

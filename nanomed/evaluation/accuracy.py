@@ -68,7 +68,7 @@ def task_entry(task: Task, own: Samples, seeds: list[int], args: argparse.Namesp
         "task": task.name, "source": task.source, "n": len(values), "metric": own[0]["metric"], "accuracy": accuracy,
         "ci": stats.score_interval(values, 0, 1), "chance": chance_of(own),
         "shots": args.shots, "seeds": per_seed, "cue": args.cue, "chat": args.chat,
-        "letters": letters(own), "cut": sum(x["cut"] for x in own),
+        "letters": letters(own), "by_letter": by_letter(own), "cut": sum(x["cut"] for x in own),
         "ece": None if confidence is None else stats.calibration_error(*confidence),
         "reliability": None if confidence is None else [list(bin_) for bin_ in stats.reliability(*confidence)],
         "difference": difference,
@@ -76,13 +76,20 @@ def task_entry(task: Task, own: Samples, seeds: list[int], args: argparse.Namesp
 
 
 def chance_of(samples: Samples) -> float | None:
-    """The accuracy of blind guessing: 1 / number of options, its mean over questions; None where there are no options."""
-    return float(np.mean([1 / len(s["options"]) for s in samples])) if "options" in samples[0] else None
+    """The accuracy of blind guessing: right options / options, its mean over questions; None where there are no options."""
+    if "options" not in samples[0]:
+        return None
+    return float(np.mean([len(set(s.get("golds", [0]))) / len(s["options"]) for s in samples]))
+
+
+def by_letter(samples: Samples) -> bool:
+    """Whether the options scored are letters, the text that they stand for being in the prompt."""
+    return "options" in samples[0] and all(len(option.strip()) == 1 for option in samples[0]["options"])
 
 
 def letters(samples: Samples) -> dict | None:
     """How often each place is right and how often it is chosen: shows a preference for a letter."""
-    if "chosen" not in samples[0]:
+    if not all("gold" in s for s in samples):  # no options, or several that are right
         return None
     n = max(len(s["options"]) for s in samples)
     return {key: [sum(s[key] == i for s in samples) for i in range(n)] for key in ("gold", "chosen")}

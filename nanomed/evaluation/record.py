@@ -11,6 +11,7 @@ finished run is left as it is, an unfinished one resumed. No torch is imported h
 
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,6 +67,23 @@ def _open(out: Path, wanted: dict) -> bool:
     }
     write_json(path, wanted | about)
     return False
+
+
+@contextmanager
+def undone_on_failure(out: Path, existed: bool) -> Iterator[None]:
+    """Around the work of a run that open_run has begun in OUT: where it fails before its first result, OUT is as it was.
+
+    existed: whether OUT was there before. An interruption leaves the folder, and so does a failure after the first result.
+    """
+    try:
+        yield
+    except Exception:
+        if not [p for p in out.rglob("*") if p.is_file() and p != out / "run.json" and out / "tasks" not in p.parents]:
+            shutil.rmtree(out / "tasks", ignore_errors=True)
+            (out / "run.json").unlink(missing_ok=True)
+            if not existed:
+                shutil.rmtree(out)  # folders without files
+        raise
 
 
 def finish_run(out: Path, results: dict) -> None:
