@@ -105,7 +105,7 @@ def knowledge(runs: list[dict], out: Path, _: Namer) -> list[tuple]:
     rows, drawn, notes = [], [], [P_NOTE]
     for number, about in enumerate(runs, 1):
         models, path, shots = about["results"]["models"], about["path"], str(about["config"]["shots"])
-        paper = (models[0]["group"] or {}).get("name") == figure.PAPER_GROUP
+        paper = (models[0]["group"] or {}).get("name") in figure.PAPER_GROUPS
         notes += [PAPER_NOTE] if paper and PAPER_NOTE not in notes else []
         drawn += [("text", f"{path.name}, {n_shots(shots)}:")]
         drawn += [("picture", f"accuracy-{number}", figure.draw(about["results"], paper))]
