@@ -13,8 +13,8 @@ from lm_eval._cli import HarnessCLI
 
 import eval as command_line
 from knowledge_world import fixture_world, flags, run  # noqa: F401
-from nanomed import InputError
-from nanomed.evaluation import knowledge, scoring
+from nanomed import InputError, first_line
+from nanomed.evaluation import convert, knowledge, scoring
 
 
 def test_the_printed_command_may_be_pasted(world, tmp_path, monkeypatch):
@@ -83,3 +83,32 @@ def test_help_needs_no_extra(name):
         done = show("model")
         assert done.returncode == 1
         assert done.stderr == "error: knowledge needs the package lm_eval; pip install -e '.[eval]'\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ("", "OSError"),
+        ("kurz\nund mehr", "kurz"),
+        ("An error happened. " + "wort " * 60, "An error happened."),
+        ("wort " * 60, "wort " * 38 + "wort ..."),
+    ],
+)
+def test_what_a_library_says_is_not_cut_in_a_sentence(said, kept):
+    assert first_line(OSError(said)) == kept
+    assert len(first_line(OSError(said))) <= 200
+
+
+def test_a_hub_error_keeps_its_sentence(tmp_path, monkeypatch):
+    """Of what the hub's client says without a network, the first sentence; the second does not fit."""
+    import huggingface_hub
+
+    said = ("An error happened while trying to locate the files on the Hub and we cannot find the appropriate snapshot folder for "
+            "the specified revision on the local disk. Please check your internet connection and try again.")  # fmt: skip
+
+    def offline(*_, **__):
+        raise OSError(said)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(InputError, match=r"on the local disk\.$"):
+        convert.run(Namespace(source="medqa", src="owner/name", out=tmp_path))

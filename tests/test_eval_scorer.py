@@ -258,8 +258,29 @@ def test_what_the_scorer_does_not_do_is_refused(sides):
         ours.loglikelihood_rolling(instances("loglikelihood_rolling", [("Frage",)]))
     with pytest.raises(InputError, match="to score"):
         ours.loglikelihood(instances("loglikelihood", [("Frage", "")]))
-    with pytest.raises(InputError, match="gen_prefix"):
-        ours.apply_chat_template([], add_generation_prompt=False)
+
+
+STRICT = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_conversations_are_lm_eval_s(sides, tmp_path):
+    """With a system message that the template refuses, and with the answer's beginning."""
+    ours, peer = sides["llama"]
+    write_tokenizer(tmp_path, bos=False)
+    (tmp_path / "chat_template.jinja").write_text(STRICT)
+    lm = DecoderLM(ours.model, tmp_path, 256)
+    other = HFLM(pretrained=peer.model, tokenizer=PreTrainedTokenizerFast.from_pretrained(tmp_path), max_length=512)
+    system, user = {"role": "system", "content": "Kurz."}, {"role": "user", "content": "Was ist das?"}
+    begun = {"role": "assistant", "content": "Das ist"}
+    for history, prompt in (([user], True), ([system, user], True), ([user, begun], False), ([system, user, begun], False)):
+        assert lm.apply_chat_template(history, prompt) == other.apply_chat_template(history, prompt)
+    assert lm.apply_chat_template([user, begun], False) == "<user>Was ist das?</s><assistant>Das ist"
+    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
+    with pytest.raises(InputError, match="never"):
+        lm.apply_chat_template([system, user])
 
 
 def test_a_model_without_chat_template_or_tokenizer_is_refused(sides, tmp_path):

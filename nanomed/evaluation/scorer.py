@@ -21,7 +21,7 @@ from nanomed.evaluation.inference import KV, PREFIX_CHUNK, check_finite, continu
 from nanomed.evaluation.loading import load_tokenizer
 from nanomed.evaluation.sharing import Question, groups, shared
 from nanomed.model import Decoder
-from nanomed.prompts import end_tokens, render
+from nanomed.prompts import end_tokens, template_renderer
 from nanomed.tokenizer import token_content, tokenizer_config
 
 SHOT_BORDER = "\n\n"  # lm-eval's default between shots
@@ -195,11 +195,21 @@ class DecoderLM(LM):
     # --- chat template ---------------------------------------------------------------------------------------------
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation by the model's template. InputError if it has none."""
-        if not add_generation_prompt:
-            raise InputError("--chat: a task with a gen_prefix, which begins the model's answer, is not supported")
+        """The conversation by the model's template; without add_generation_prompt its last message is the answer's beginning.
+
+        As in lm-eval, a template that knows no system message is given the conversation without it. InputError if there is no
+        template, or it rejects the conversation.
+        """
         self.chat = True
-        return render(self.folder, chat_history)
+        how = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        to_text = template_renderer(self.folder, enable_thinking=False, **how)
+        try:
+            return to_text(chat_history)
+        except ValueError as error:
+            rest = [message for message in chat_history if message["role"] != "system"]
+            if len(rest) == len(chat_history):
+                raise InputError(f"{self.folder}: {error}") from None
+        return self.apply_chat_template(rest, add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """For lm-eval's records."""
