@@ -158,7 +158,7 @@ def test_the_first_metric_that_says_right_or_wrong_is_taken(folder, world, tmp_p
 def test_what_a_task_does_wrong_is_one_line(folder, world, tmp_path, command):
     argv = ("knowledge", world / "a", "--task-path", folder, "--out", tmp_path / "out", "--shots", 1)
     (folder / "utils.py").write_text(CODE.replace('doc["frage"]', 'doc["Frage"]'))
-    assert "function: lm-eval cannot load it ('Frage')" in refused(command, *argv, "--tasks", "function")
+    assert "function: lm-eval cannot load it (KeyError: 'Frage')" in refused(command, *argv, "--tasks", "function")
     (folder / "utils.py").write_text("import nix_und_nirgends\n")
     assert "function: lm-eval cannot load it" in refused(command, *argv, "--tasks", "function")
     assert "first: lm-eval cannot score it" in refused(command, *argv[:-1], 9, "--tasks", "first")  # of five

@@ -87,10 +87,15 @@ class Finder:
         if PACKAGE in entry.yaml_path.parents or LAYOUT not in (sources := yaml_files(entry.yaml_path)):
             return None
         config, data = entry.cfg, (entry.cfg.get("dataset_kwargs") or {}).get("data_files")
+        if data is None:
+            return None
         data = data if isinstance(data, dict) else {"train": data}
         test, dev = (data.get(split) for split in (eval_split(config), config.get("fewshot_split")))
         if config.get("dataset_path") != "json" or any("!function" in path.read_text(encoding="utf-8") for path in sources):
             return None
+        if test is None:
+            key = "test_split" if config.get("test_split") else "validation_split"
+            raise InputError(f"{entry.yaml_path}: data_files has no {eval_split(config)!r}, which {key} names")
         if not test or not all("://" not in file and "*" not in file for file in [*as_list(test), *as_list(dev)]):
             return None
         return Task(name, config, *(tuple(map(locate, as_list(files))) or None for files in (test, dev)))
@@ -115,7 +120,7 @@ class Finder:
                 raise
             except Exception as error:  # a task is code: a missing package, file or network, a damaged file, or a bug of its own
                 # What datasets says of a damaged file stands in the cause.
-                what = ": ".join(first_line(e) for e in (error, error.__cause__) if e)
+                what = "; ".join(f"{type(e).__name__}: {first_line(e)}" for e in (error, error.__cause__) if e)
                 raise InputError(f"{name}: lm-eval cannot load it ({what})") from error
             root = loaded["groups"].get(name) if self.index[name].yaml_path else None
             tops.append((name, [root] if root is not None else list(loaded["tasks"].values())))

@@ -70,17 +70,22 @@ def _open(out: Path, wanted: dict) -> bool:
 
 
 @contextmanager
-def undone_on_failure(out: Path, existed: bool) -> Iterator[None]:
+def undone_on_failure(out: Path, existed: bool, results: Path | None = None) -> Iterator[None]:
     """Around the work of a run that open_run has begun in OUT: where it fails before its first result, OUT is as it was.
 
-    existed: whether OUT was there before. An interruption leaves the folder, and so does a failure after the first result.
+    existed: whether OUT was there before. results: the file of results, if it is not in OUT. An interruption leaves the folder,
+    and so does a failure after the first result.
     """
     try:
         yield
     except Exception:
-        if not [p for p in out.rglob("*") if p.is_file() and p != out / "run.json" and out / "tasks" not in p.parents]:
+        kept = [p for p in out.rglob("*") if p.is_file() and p != out / "run.json" and out / "tasks" not in p.parents]
+        begun = results is not None and results.exists() and results.stat().st_size
+        if not kept and not begun:
             shutil.rmtree(out / "tasks", ignore_errors=True)
             (out / "run.json").unlink(missing_ok=True)
+            if results is not None:
+                results.unlink(missing_ok=True)  # empty
             if not existed:
                 shutil.rmtree(out)  # folders without files
         raise

@@ -49,7 +49,7 @@ def score(lm: DecoderLM, leaf, seed: int, args: argparse.Namespace, name: str) -
     except Exception as error:  # a task is code, and may do anything
         if any(frame.filename == scorer.__file__ for frame in traceback.extract_tb(error.__traceback__)):
             raise  # a bug of ours
-        raise InputError(f"{task}: lm-eval cannot score it ({first_line(error)})") from error
+        raise InputError(f"{task}: lm-eval cannot score it ({type(error).__name__}: {first_line(error)})") from error
     samples = found["samples"][task]  # every question once for each of the task's filters: the first one counts
     samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
     metric = metric_of(leaf, samples)
