@@ -130,6 +130,16 @@ def test_every_kind_of_seed_draws_other_shots(folder, world, tmp_path, monkeypat
         assert prompts[0] != prompts[1]
 
 
+def test_a_task_without_shots_by_its_own_rule_says_so(folder, world, tmp_path, monkeypatch, capsys):
+    path = folder / "first.yaml"
+    path.write_text(path.read_text() + "num_fewshot: 0\n")
+    how = ("--tasks", "first,drawn", "--shots", 2, "--out", tmp_path / "out")
+    run(monkeypatch, world / "a", "--task-path", folder, *how)
+    entries = json.loads((tmp_path / "out/results.json").read_text())["models"][0]["tasks"]
+    assert [entry["shots"] for entry in entries] == [0, 2]
+    assert "a: first, shots 0, seed 0" in capsys.readouterr().err
+
+
 def test_mutual_information_counts_an_option_once(folder, world, tmp_path, monkeypatch):
     rows = [row | {"wahl": row["wahl"][:2], "loesung": row["loesung"] % 2} for row in ROWS[:6]]
     write_jsonl(folder / "one.jsonl", rows)

@@ -67,7 +67,8 @@ def task_entry(task: Task, own: Samples, seeds: list[int], args: argparse.Namesp
     return {
         "task": task.name, "source": task.source, "n": len(values), "metric": own[0]["metric"], "accuracy": accuracy,
         "ci": stats.score_interval(values, 0, 1), "chance": chance_of(own),
-        "shots": args.shots, "seeds": per_seed, "cue": args.cue, "chat": args.chat,
+        "shots": args.shots if task.test else task.config.get("num_fewshot", args.shots), "seeds": per_seed,
+        "cue": args.cue, "chat": args.chat,
         "letters": letters(own), "by_letter": by_letter(own), "cut": sum(x["cut"] for x in own),
         "ece": None if confidence is None else stats.calibration_error(*confidence),
         "reliability": None if confidence is None else [list(bin_) for bin_ in stats.reliability(*confidence)],

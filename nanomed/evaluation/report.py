@@ -112,7 +112,7 @@ def knowledge(runs: list[dict], out: Path, _: Namer) -> list[tuple]:
         for same in zip(*(model["tasks"] for model in models), strict=True):  # a task, by every model
             for model, task in zip(models, same, strict=True):
                 questions = link(task["n"], path / "samples" / model["name"] / f"{task['task']}.jsonl", out)
-                rows.append([task["task"], shots, model["name"], questions, *compared(task["accuracy"], task)])
+                rows.append([task["task"], str(task["shots"]), model["name"], questions, *compared(task["accuracy"], task)])
         for model in models:
             if group := model["group"]:
                 rows.append([f"{group['name']}, macro", shots, model["name"], "", *compared(group["macro"], group)])

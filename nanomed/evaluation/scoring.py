@@ -33,7 +33,7 @@ def quieten() -> None:
 def score(lm: DecoderLM, leaf, seed: int, args: argparse.Namespace, name: str) -> list[dict]:
     """One line per question of lm-eval's task `leaf`, by the model called `name`. InputError where lm-eval cannot score it."""
     task = leaf.task_name
-    print(f"{name}: {task}, shots {args.shots}, seed {seed}", file=sys.stderr)
+    print(f"{name}: {task}, shots {leaf.get_config('num_fewshot')}, seed {seed}", file=sys.stderr)
     leaf.set_fewshot_seed(seed)
     try:
         found = evaluate(
