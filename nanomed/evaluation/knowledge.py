@@ -88,9 +88,7 @@ def run(args: argparse.Namespace) -> None:
 
     from nanomed.evaluation import finding, loading, scorer, scoring  # of the extra: --help does without
 
-    for name in ("shots", "seeds", "limit", "batch_tokens"):
-        if (value := getattr(args, name)) is not None and value < (name != "shots"):
-            raise InputError(f"--{name.replace('_', '-')} {value}: expected a positive number")
+    check_numbers(args)
     scoring.quieten()
     models = named_models(args.models)
     out = args.out or Path("runs/eval") / f"knowledge-{next(iter(models))}"
@@ -117,20 +115,20 @@ def run(args: argparse.Namespace) -> None:
     if record.open_run(out, "knowledge", config, [path for task in group.tasks() for path in task.files]):
         print(f"{out}: already finished; the results are in {out / 'results.json'}")
         return
+    batch_tokens = args.batch_tokens or (16_384 if device.type == "cuda" else 512)
     with record.undone_on_failure(out, existed):
         for seed in seeds:
             for yaml in own[seed].values():
                 tasks.write_task(yaml, out / "tasks" / f"seed-{seed}")
-        batch_tokens = args.batch_tokens or (16_384 if device.type == "cuda" else 512)
         for name, path in models.items():
             missing = [task for task in group.tasks() if not samples_path(out, name, task).exists()]
-            if missing:
-                decoder = loading.load_decoder(path, getattr(torch, dtype), device)
-                lm = scorer.DecoderLM(decoder, path, batch_tokens)
-                for task in missing:
-                    lines = [x for s in seeds for x in scoring.score(lm, loaded[s][0][task.name], s, args, name)]
-                    write_samples(samples_path(out, name, task), lines)
-                del lm, decoder  # before the next one is loaded
+            lm = (
+                scorer.DecoderLM(loading.load_decoder(path, getattr(torch, dtype), device), path, batch_tokens) if missing else None
+            )
+            for task in missing:
+                lines = [x for seed in seeds for x in scoring.score(lm, loaded[seed][0][task.name], seed, args, name)]
+                write_samples(samples_path(out, name, task), lines)
+            del lm  # before the next one is loaded
     results = accuracy.results(group, models, seeds, args, lambda name, task: read_samples(samples_path(out, name, task)))
     requests = finder.requests(tops, ours, out / "tasks" / "seed-0")
     results["lm_eval"] = [c for path in models.values() for c in commands(path, args, dtype, requests, ours)]
@@ -140,6 +138,13 @@ def run(args: argparse.Namespace) -> None:
         print(f"warning: {warning}", file=sys.stderr)
     print(accuracy.table(results), f"{out}: results.json, accuracy.svg, samples/", "the same by lm-eval:", sep="\n")
     print(*results["lm_eval"], sep="\n")
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """InputError for a number that cannot be."""
+    for name in ("shots", "seeds", "limit", "batch_tokens"):
+        if (value := getattr(args, name)) is not None and value < (name != "shots"):
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected a positive number")
 
 
 def one_letter(results: dict) -> Iterator[str]:
