@@ -2,7 +2,7 @@
 
 A won prompt is worth 1, a tie 0.5, a loss 0; the win rate is the mean. Its interval is the score interval over *prompts*: a
 prompt's two games, one per order, are not independent, and counting them as if they were gives a "95 %" interval that
-covers 85 % (tests/bench/coverage.py measures it). The p beside it is the exact sign test's; the two never contradict.
+covers 88 % (tests/bench/coverage.py measures it). The p beside it is the exact sign test's; the two never contradict.
 
 The length-controlled rate answers: what if both answers had been equally long? As in AlpacaEval 2 (Dubois et al. 2024,
 arXiv 2404.04475), without its term for the prompt's difficulty, which needs many models:
