@@ -22,21 +22,26 @@ COMMANDS = {
     name: f"nanomed.evaluation.{name}" for name in ("complete", "convert", "knowledge", "generate", "judge", "failures", "report")
 }
 
+EXTRA = ("lm_eval", "datasets", "transformers", "openai")  # packages of the extra `eval`; a command's --help needs none
+
 
 def main() -> None:
     """Run one command; bad input ends it with one line and exit status 1."""
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
     name = parser.parse_args(sys.argv[1:2]).command
-    try:
-        module = importlib.import_module(COMMANDS[name])  # only this one: torch alone takes seconds to import
-    except ModuleNotFoundError as error:
-        sys.exit(f"error: {name} needs the package {error.name}; pip install -e '.[eval]'")
+    module = importlib.import_module(COMMANDS[name])  # only this one: torch alone takes seconds to import
     command = argparse.ArgumentParser(
         prog=f"eval.py {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(command)
-    module.run(command.parse_args(sys.argv[2:]))
+    args = command.parse_args(sys.argv[2:])
+    try:
+        module.run(args)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in EXTRA:
+            raise
+        sys.exit(f"error: {name} needs the package {error.name.partition('.')[0]}; pip install -e '.[eval]'")
 
 
 if __name__ == "__main__":

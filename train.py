@@ -203,6 +203,8 @@ def validate(model: Decoder, vals: dict[str, Stream], shape: Shape, world: World
             stop.poll()
             nll += model(batch.to(world.device), one)
         dist.all_reduce(nll)
+        if not math.isfinite(nll.item()):  # the same on every rank
+            raise InputError(f"validation set {name}: its loss is not finite; the model's weights hold NaN or infinity")
         results[f"val_{name}_loss"] = nll.item() / max(1, stream.start_of(1) - len(stream.lengths))
         results[f"val_{name}_bpb"] = nll.item() / (math.log(2) * stream.bins[0].n_bytes)
     parallel.reshard(model)

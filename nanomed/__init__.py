@@ -24,9 +24,16 @@ class InputError(Exception):
     """
 
 
-def first_line(error: BaseException) -> str:
-    """What an error of a library says, short enough for a message of ours; its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def first_line(error: BaseException, longest: int = 200) -> str:
+    """What an error of a library says, short enough for a message of ours; its type where it says nothing.
+
+    A long line ends after a whole sentence, or where its first one is too long after a whole word.
+    """
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if len(line) <= longest:
+        return line
+    sentences, dot, _ = line[:longest].rpartition(". ")
+    return sentences + "." if dot else line[: longest - 4].rpartition(" ")[0] + " ..."
 
 
 def did_you_mean(wanted: str, names: Iterable[str]) -> str:

@@ -7,6 +7,8 @@ what it offers templates (dates, tools as JSON). Importing it costs a second, so
 from collections.abc import Callable
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from nanomed import InputError, first_line
 from nanomed.files import read_json, read_jsonl
 from nanomed.model_files import TEMPLATES
@@ -112,9 +114,16 @@ def render(folder: Path, messages: list[dict]) -> str:
 
 
 def end_tokens(folder: Path) -> set[int]:
-    """Ids that end an answer: eos_token_id of generation_config.json, else of config.json."""
+    """Ids that end an answer: every eos_token_id of generation_config.json and config.json, and the tokenizer's eos_token.
+
+    The three may differ: an instruct model's config.json often names the token that ends documents, and its tokenizer the one
+    that ends turns.
+    """
+    ids: set[int | None] = set()
     for path in (folder / "generation_config.json", folder / "config.json"):
-        found = read_json(path).get("eos_token_id") if path.exists() else None
-        if found is not None:
-            return set(found) if isinstance(found, list) else {found}
-    return set()
+        found = read_json(path).get("eos_token_id") if path.is_file() else None
+        ids |= set(found) if isinstance(found, list) else {found}
+    token, file = token_content(tokenizer_config(folder), "eos_token"), folder / "tokenizer.json"
+    if token and file.is_file():
+        ids.add(Tokenizer.from_file(str(file)).token_to_id(token))
+    return {i for i in ids if i is not None}

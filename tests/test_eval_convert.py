@@ -10,6 +10,7 @@ from argparse import Namespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from conftest import ROOT
 from nanomed import InputError
@@ -64,7 +65,8 @@ def bioinstructqa(folder):
     table = [
         {"identifier": f"id-{i}", "corpus_name": corpus, "question": "no", "question_translated": q,
          "options_translated": options, "correct_answer_letter": "ABCD"[a]}
-        for corpus in ("MedQA", "PubMedQA") for _, i, q, a in rows(8, ("",))[:8]
+        for corpus in ("MedQA", "PubMedQA", "MedQA-5_options", *(f"MMLU_{s}" for s in SUBJECTS), "MMLU_astronomy")
+        for _, i, q, a in rows(8, ("",))[:8]
     ]  # fmt: skip
     with zipfile.ZipFile(folder / "data.zip", "w") as archive:
         archive.writestr("langs_processed/German-full.json", json.dumps(table))
@@ -85,8 +87,7 @@ def test_every_source(source, tmp_path):
     WRITERS[source](tmp_path / "published")
     args = Namespace(source=source, src=str(tmp_path / "published"), out=tmp_path / "out")
     convert.run(args)
-    prefix = f"{convert.SOURCES[source].exam}_{source.replace('-', '_')}"
-    names = [f"{prefix}_{s}" for s in SUBJECTS] if "mmlu" in prefix else [prefix]
+    names = [name for exam in convert.SOURCES[source].exams for name in convert.task_names(source, exam)]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
         f"{n}{end}" for n in names for end in (".jsonl", ".dev.jsonl")
     )
@@ -104,14 +105,47 @@ def test_every_source(source, tmp_path):
 
 def test_every_published_set_has_its_task():
     files = {p.read_text(encoding="utf-8") for p in (ROOT / "data" / "tasks").rglob("*.yaml")}
-    for source in convert.SOURCES.values():
-        for name in [n for n, s in convert.SOURCES.items() if s is source]:
-            tasks = [
-                f"{source.exam}_{name.replace('-', '_')}{s}"
-                for s in ([f"_{x}" for x in SUBJECTS] if source.exam == "mmlu_de" else [""])
-            ]
-            for task in tasks:
-                assert any(f"task: {task}\n" in text and f"questions/{task}.dev.jsonl" in text for text in files), task
+    for name, source in convert.SOURCES.items():
+        for task in [task for exam in source.exams for task in convert.task_names(name, exam)]:
+            assert any(f"task: {task}\n" in text and f"questions/{task}.dev.jsonl" in text for text in files), task
+    for group in ("german_medical", "german_medical_bioinstructqa"):  # the second: one translation for both halves
+        config = yaml.safe_load((ROOT / "data" / "tasks" / f"{group}.yaml").read_text(encoding="utf-8"))
+        assert [name.partition("_de")[0] for name in config["task"]] == ["mmlu", "medqa"]
+        assert not config["aggregate_metric_list"][0]["weight_by_size"]
+    assert all(name.endswith("bioinstructqa") for name in config["task"])
+
+
+@pytest.mark.parametrize("ending", ["", "_test.csv_de-DE.csv", "_test-de-DE.csv", "_test-sw-KE.csv", "_test"])
+def test_mmmlu_spells_its_subjects_in_many_ways(ending, tmp_path):
+    mmmlu(tmp_path / "m")
+    path = tmp_path / "m" / "test" / "mmlu_DE-DE.csv"
+    lines = [line + ending if line and line.split(",")[-1] in SUBJECTS else line for line in path.read_text().split("\n")]
+    path.write_text("\n".join(lines))
+    convert.run(Namespace(source="mmmlu", src=str(tmp_path / "m"), out=tmp_path / "out"))
+    assert len(list((tmp_path / "out").iterdir())) == 2 * len(SUBJECTS)
+
+
+@pytest.mark.parametrize(("source", "inner"), [("global-mmlu", "de"), ("mmmlu", "test"), ("global-mmlu", "")])
+def test_the_inner_folder_is_a_source_too(source, inner, tmp_path, monkeypatch):
+    WRITERS[source](tmp_path / "m")
+    monkeypatch.chdir(tmp_path / "m" / inner)
+    for number, src in enumerate((tmp_path / "m" / inner, f"{tmp_path}/m/{inner}/", ".")):
+        convert.run(Namespace(source=source, src=str(src), out=tmp_path / f"out-{number}"))
+        assert len(list((tmp_path / f"out-{number}").iterdir())) == 2 * len(SUBJECTS)
+
+
+def test_of_bioinstructqa_medqa_is_enough_but_not_half_of_mmlu(tmp_path):
+    bioinstructqa(tmp_path / "m")
+    with zipfile.ZipFile(tmp_path / "m" / "data.zip") as archive:
+        table = json.loads(archive.read("langs_processed/German-full.json"))
+    path, args = tmp_path / "German-full.json", Namespace(source="bioinstructqa", src=str(tmp_path / "German-full.json"))
+    path.write_text(json.dumps([row for row in table if "MMLU" not in row["corpus_name"]]))
+    convert.run(Namespace(**vars(args), out=tmp_path / "medqa"))
+    assert len(list((tmp_path / "medqa").iterdir())) == 2
+    path.write_text(json.dumps([row for row in table if row["corpus_name"] != "MMLU_anatomy"]))
+    with pytest.raises(InputError, match="holds no questions of mmlu_de_bioinstructqa_anatomy"):
+        convert.run(Namespace(**vars(args), out=tmp_path / "half"))
+    assert not (tmp_path / "half").exists()
 
 
 def test_bad_sources_end_in_one_line(tmp_path):

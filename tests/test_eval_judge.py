@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from endpoint import completion, serving
 from eval_command import answers, fixture_command, parts, refused  # noqa: F401
-from nanomed.evaluation import judge, win_rate
+from nanomed.evaluation import judge, stats, win_rate
 from nanomed.evaluation.answers import Sample
 
 
@@ -184,15 +184,15 @@ def test_the_length_controlled_rate_takes_length_out():
     assert found["length_controlled"] is found["length_controlled_ci"] is None
 
 
-def test_intervals_resample_prompts():
+def test_intervals_are_over_prompts():
     worth = np.array([1.0] * 120 + [0.5] * 60 + [0.0] * 120)
     low, high = win_rate.mean_interval(worth)
     error = 1.96 * worth.std() / len(worth) ** 0.5
     assert (low, high) == pytest.approx((0.5 - error, 0.5 + error), abs=0.01)
-    assert win_rate.mean_interval(np.ones(12)) == [pytest.approx(0.025 ** (1 / 12)), 1.0]
+    assert win_rate.mean_interval(np.ones(12)) == [pytest.approx(stats.wilson(1, 12)[0]), 1.0]
     ties = win_rate.summarise([0.5] * 12, list(range(12)), [5] * 12)
-    half = (1 - 0.025 ** (1 / 12)) / 2  # as many prompts as may not be ties, all won or all lost
-    assert ties["ci"] == ties["length_controlled_ci"] == [pytest.approx(0.5 - half), pytest.approx(0.5 + half)]
+    half = 1 - stats.wilson(1, 12)[0]  # as many prompts as may not be ties, all won or all lost
+    assert ties["ci"] == ties["length_controlled_ci"] == [pytest.approx(0.5 - half / 2), pytest.approx(0.5 + half / 2)]
     shares = [win_rate.share([True] * k + [False] * (48 - k)) for k in range(49)]
     assert [share["value"] for share in shares] == pytest.approx([k / 48 for k in range(49)])
     for less, more in pairwise(shares):  # an answer more with a failure never lowers a bound

@@ -1,16 +1,18 @@
 """eval.py knowledge: whole runs and their page, a run that goes on, a chat template, bad command lines."""
 
 import json
+import shutil
 import sys
 
 import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from tokenizers import Tokenizer
 
 import eval as command_line
 from knowledge_world import QUESTIONS, fixture_world, flags, run, write_jsonl  # noqa: F401
 from nanomed import InputError, run_script
-from nanomed.evaluation import knowledge, record
+from nanomed.evaluation import knowledge, record, scorer, scoring
 from nanomed.evaluation.questions import fault
 from nanomed.files import sha256
 from nanomed.prompts import render
@@ -85,15 +87,15 @@ def the_page_of(out, found, tmp_path, monkeypatch):
 
 def test_a_run_goes_on_and_only_as_itself(world, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    original, calls = knowledge.score, []
+    original, calls = scoring.score, []
 
-    def interrupted(lm, task, *rest):
+    def interrupted(lm, leaf, *rest):
         if calls:
             raise KeyboardInterrupt
-        calls.append(task.name)
-        return original(lm, task, *rest)
+        calls.append(leaf.task_name)
+        return original(lm, leaf, *rest)
 
-    monkeypatch.setattr(knowledge, "score", interrupted)
+    monkeypatch.setattr(scoring, "score", interrupted)
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, *flags(world, out, "a"))
     assert stop.value.code == 130
@@ -101,7 +103,7 @@ def test_a_run_goes_on_and_only_as_itself(world, tmp_path, monkeypatch, capsys):
     assert sorted(p.name for p in (out / "samples" / "a").iterdir()) == ["one.jsonl"]
 
     again = []
-    monkeypatch.setattr(knowledge, "score", lambda lm, task, *rest: again.append(task.name) or original(lm, task, *rest))
+    monkeypatch.setattr(scoring, "score", lambda lm, leaf, *rest: again.append(leaf.task_name) or original(lm, leaf, *rest))
     run(monkeypatch, *flags(world, out, "a"))
     assert again == ["two"]
     capsys.readouterr()
@@ -210,3 +212,18 @@ def test_record_is_torn_by_nothing(tmp_path):
     with pytest.raises(InputError, match=r"on other data \(.*d\.jsonl is not read by this one\)"):
         record.open_run(out, "judge", {"x": 1}, [])
     assert fault(QUESTIONS[0]) is None
+
+
+def test_a_model_that_always_says_one_letter_is_named(world, tmp_path, monkeypatch, capsys):
+    """Its accuracy is the letter's share of the right answers, and looks like one."""
+    folder = shutil.copytree(world / "a", tmp_path / "stubborn")
+    token = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(" D").ids[-1]
+    monkeypatch.setattr(scorer, "scores", lambda model, states, targets: ((targets == token).float(), targets == token))
+    run(monkeypatch, *flags(world, tmp_path / "out", tmp_path / "stubborn", tasks="one,two"))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(said) == 1  # two is scored by whole answers
+    assert said[0].startswith("warning: stubborn: one: 100% of the answers are D; ")
+    assert "medizin_de_text" in said[0]
+    entry = json.loads((tmp_path / "out/results.json").read_text())["models"][0]["tasks"][0]
+    assert entry["letters"]["chosen"] == [0, 0, 0, 12]
+    assert entry["accuracy"] == 0.25

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qw
 
 from conftest import SENTENCES, save_reference
 from nanomed import InputError
+from nanomed.evaluation.inference import continuation, greedy
 from nanomed.evaluation.loading import load_decoder
 from nanomed.evaluation.scorer import DecoderLM
 from nanomed.evaluation.sharing import Question, common, groups, shared
@@ -190,17 +191,96 @@ def test_an_answer_stops_at_an_end_token(sides):
     assert short.generate_until(asked) == [""]
 
 
+OPTIONS = [
+    {"max_gen_toks": 5}, {"max_new_tokens": 6}, {"max_tokens": 7}, {"max_completion_tokens": 8}, {"max_gen_toks": "9"},
+    {"max_gen_toks": 4, "max_new_tokens": 9}, {"do_sample": False, "temperature": 0.7, "max_gen_toks": 4},
+    {"temperature": 0, "max_gen_toks": 4}, {"until": [""], "max_gen_toks": 12}, {"until": ["", "\n"], "max_gen_toks": 12},
+    {"until": "\n", "max_gen_toks": 12}, {"until": ["</s>"], "max_gen_toks": 12}, {"num_beams": 1, "max_gen_toks": 4},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_task_s_options_mean_what_they_mean_to_lm_eval(sides, options):
+    ours, peer = sides["mistral"]
+    requests = instances("generate_until", [(SENTENCES[0], options)])
+    [mine] = ours.generate_until(requests)
+    assert [mine] == peer.generate_until(requests, disable_tqdm=True)
+    assert mine
+
+
+def answered(ours, n_tokens: int) -> list[int]:
+    """The model's first tokens after a sentence, whatever would end the answer."""
+    ids = ours.encode(SENTENCES[:1])[SENTENCES[0]]
+    return list(continuation(ours.model, ours.folder, ids, n_tokens, (), greedy))
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json", "tokenizer_config.json"])
+def test_an_answer_ends_where_any_of_the_files_says(sides, tmp_path, file):
+    ours, _ = sides["mistral"]
+    asked = instances("generate_until", [(SENTENCES[0], {"max_gen_toks": 12})])
+    ids = answered(ours, 12)
+    name = ours.tokenizer.id_to_token(ids[2])
+    write_tokenizer(tmp_path, bos=True)
+    for other in ("generation_config.json", "config.json", "tokenizer_config.json"):
+        known = json.loads((tmp_path / other).read_text()) if (tmp_path / other).exists() else {}
+        entry = {"eos_token": name} if other == file else {"eos_token": "</s>"}
+        if other != "tokenizer_config.json":
+            entry = {"eos_token_id": [1, ids[2]] if other == file else 1}
+        (tmp_path / other).write_text(json.dumps(known | entry))
+    [short] = DecoderLM(ours.model, tmp_path, 256).generate_until(asked)
+    assert short == ours.tokenizer.decode(ids[: ids.index(ids[2])])
+
+
+def test_a_stop_string_may_be_a_special_token(sides, tmp_path):
+    """Which the text of an answer does not show."""
+    ours, peer = sides["mistral"]
+    ids = answered(ours, 12)
+    write_tokenizer(tmp_path, bos=True)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    name = ours.tokenizer.id_to_token(ids[2])
+    flags = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    content["added_tokens"].append({"id": ids[2], "content": name} | flags)
+    path.write_text(json.dumps(content))
+    other = HFLM(pretrained=peer.model, tokenizer=PreTrainedTokenizerFast.from_pretrained(tmp_path), max_length=512)
+    asked = instances("generate_until", [(SENTENCES[0], {"until": [name], "max_gen_toks": 12})])
+    [short] = DecoderLM(ours.model, tmp_path, 256).generate_until(asked)
+    assert [short] == other.generate_until(asked, disable_tqdm=True)
+    assert len(short) < len(ours.tokenizer.decode(ids))
+
+
 def test_what_the_scorer_does_not_do_is_refused(sides):
     ours, _ = sides["llama"]
-    for options in ({"do_sample": True}, {"temperature": 0.7}):
+    for options in ({"do_sample": True}, {"temperature": 0.7}, {"num_beams": 4}, {"repetition_penalty": 1.1}):
         with pytest.raises(InputError, match="greed"):
             ours.generate_until(instances("generate_until", [("Frage", options)]))
     with pytest.raises(InputError, match="perplexity"):
         ours.loglikelihood_rolling(instances("loglikelihood_rolling", [("Frage",)]))
     with pytest.raises(InputError, match="to score"):
         ours.loglikelihood(instances("loglikelihood", [("Frage", "")]))
-    with pytest.raises(InputError, match="gen_prefix"):
-        ours.apply_chat_template([], add_generation_prompt=False)
+
+
+STRICT = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_conversations_are_lm_eval_s(sides, tmp_path):
+    """With a system message that the template refuses, and with the answer's beginning."""
+    ours, peer = sides["llama"]
+    write_tokenizer(tmp_path, bos=False)
+    (tmp_path / "chat_template.jinja").write_text(STRICT)
+    lm = DecoderLM(ours.model, tmp_path, 256)
+    other = HFLM(pretrained=peer.model, tokenizer=PreTrainedTokenizerFast.from_pretrained(tmp_path), max_length=512)
+    system, user = {"role": "system", "content": "Kurz."}, {"role": "user", "content": "Was ist das?"}
+    begun = {"role": "assistant", "content": "Das ist"}
+    for history, prompt in (([user], True), ([system, user], True), ([user, begun], False), ([system, user, begun], False)):
+        assert lm.apply_chat_template(history, prompt) == other.apply_chat_template(history, prompt)
+    assert lm.apply_chat_template([user, begun], False) == "<user>Was ist das?</s><assistant>Das ist"
+    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
+    with pytest.raises(InputError, match="never"):
+        lm.apply_chat_template([system, user])
 
 
 def test_a_model_without_chat_template_or_tokenizer_is_refused(sides, tmp_path):

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import ROOT
 from knowledge_world import QUESTIONS, fixture_world, flags, run, write_jsonl, write_task  # noqa: F401
-from nanomed.evaluation import accuracy, knowledge, tasks
+from nanomed.evaluation import accuracy, knowledge, loading, tasks
 from nanomed.evaluation.loading import load_decoder
 from nanomed.evaluation.questions import read_questions
 from nanomed.evaluation.scorer import DecoderLM
@@ -95,7 +95,7 @@ def test_a_damaged_question_stops_the_run_before_the_model_is_loaded(message, wo
     questions = json.loads(json.dumps(QUESTIONS))
     FAULTS[message](questions[3])
     write_task(tmp_path / "tasks", "one", write_jsonl(tmp_path / "one.jsonl", questions), world / "dev.jsonl")
-    monkeypatch.setattr(knowledge, "load_decoder", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(loading, "load_decoder", lambda *_: pytest.fail("loaded"))
     argv = [world / "a", "--task-path", tmp_path / "tasks", "--tasks", "one", "--out", tmp_path / "out"]
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, *argv)
@@ -104,6 +104,35 @@ def test_a_damaged_question_stops_the_run_before_the_model_is_loaded(message, wo
     assert message in text
     assert "\n" not in text
     assert "line 4" in text or "q3" in text
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+@pytest.mark.parametrize("shape", ["files of a split", "a file", "files"])
+def test_a_task_of_ours_may_name_its_files_in_any_way(split, shape, world, tmp_path, monkeypatch):
+    """And its questions are still checked."""
+    halves = [write_jsonl(tmp_path / f"{n}.jsonl", QUESTIONS[start : start + 6]) for n, start in (("x", 0), ("y", 6))]
+    files = [str(path) for path in (halves[:1] if shape == "a file" else halves)]
+    data = {split: files, "dev": str(world / "dev.jsonl")}
+    more = {f"{split}_split": split} if split == "test" else {"test_split": None, "validation_split": split}
+    if shape != "files of a split":
+        data, more = files if shape == "files" else files[0], {"test_split": "train", "fewshot_split": None}
+    (tmp_path / "tasks").mkdir()
+    write_task(
+        tmp_path / "tasks", "own", world / "one.jsonl", world / "dev.jsonl", **more | {"dataset_kwargs": {"data_files": data}}
+    )
+    n_shots = 2 if shape == "files of a split" else 0
+    argv = [world / "a", "--task-path", tmp_path / "tasks", "--tasks", "own", "--shots", n_shots]
+    run(monkeypatch, *argv, "--out", tmp_path / "out")
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    assert found["models"][0]["tasks"][0]["n"] == 6 * len(files)
+    written = yaml.safe_load((tmp_path / "out/tasks/seed-0/own.yaml").read_text())
+    assert len(written.get("fewshot_config", {}).get("samples", ())) == n_shots
+    write_jsonl(halves[len(files) - 1], [QUESTIONS[0] | {"answer": 4}])
+    with pytest.raises(SystemExit, match=r"answer 4 is not one of its options"):
+        run(monkeypatch, *argv, "--out", tmp_path / "again")
+    write_task(tmp_path / "tasks", "own", world / "one.jsonl", world / "dev.jsonl", test_split="Test")
+    with pytest.raises(SystemExit, match=r"own\.yaml: data_files has no 'Test', which test_split names"):
+        run(monkeypatch, *argv, "--out", tmp_path / "again")
 
 
 def test_a_task_of_another_layout_is_lm_eval_s_alone(world, tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """From samples to numbers: accuracy, interval, letters, calibration, and the difference to the first model.
 
 A question's value is the share of shot seeds in which it was answered correctly; intervals and tests are over questions.
-McNemar's test, which takes right or wrong only, uses the first seed.
+With one seed the test of a difference is McNemar's exact one, with several its generalisation to such shares.
 """
 
 import argparse
@@ -55,26 +55,21 @@ def per_question(samples: Samples) -> np.ndarray:
     return np.reshape([sample["correct"] for sample in samples], (n_seeds, -1)).mean(0)
 
 
-def first_seed(samples: Samples) -> np.ndarray:
-    """Right or wrong in the first seed."""
-    return np.array([s["correct"] for s in samples if s["seed"] == samples[0]["seed"]])
-
-
 def task_entry(task: Task, own: Samples, seeds: list[int], args: argparse.Namespace, reference) -> dict:
     """One model's numbers on one task. reference: (name, samples) of the first model; None for the first itself."""
     values = per_question(own)
     accuracy, difference = float(values.mean()), None
     if reference:
-        delta, interval = stats.paired_bootstrap(values, per_question(reference[1]))
-        p = stats.mcnemar(first_seed(own), first_seed(reference[1]))
+        delta, interval, p = stats.compare(values - per_question(reference[1]))
         difference = {"to": reference[0], "delta": delta, "ci": interval, "mcnemar_p": p}
     per_seed = [{"seed": s, "accuracy": float(np.mean([x["correct"] for x in own if x["seed"] == s]))} for s in seeds]
     confidence = confidences(own)
     return {
         "task": task.name, "source": task.source, "n": len(values), "metric": own[0]["metric"], "accuracy": accuracy,
-        "ci": stats.wilson(accuracy, len(values)), "chance": chance_of(own),
-        "shots": args.shots, "seeds": per_seed, "cue": args.cue, "chat": args.chat,
-        "letters": letters(own), "cut": sum(x["cut"] for x in own),
+        "ci": stats.score_interval(values, 0, 1), "chance": chance_of(own),
+        "shots": args.shots if task.test else task.config.get("num_fewshot", args.shots), "seeds": per_seed,
+        "cue": args.cue, "chat": args.chat,
+        "letters": letters(own), "by_letter": by_letter(own), "cut": sum(x["cut"] for x in own),
         "ece": None if confidence is None else stats.calibration_error(*confidence),
         "reliability": None if confidence is None else [list(bin_) for bin_ in stats.reliability(*confidence)],
         "difference": difference,
@@ -82,13 +77,20 @@ def task_entry(task: Task, own: Samples, seeds: list[int], args: argparse.Namesp
 
 
 def chance_of(samples: Samples) -> float | None:
-    """The accuracy of blind guessing: 1 / number of options, its mean over questions; None where there are no options."""
-    return float(np.mean([1 / len(s["options"]) for s in samples])) if "options" in samples[0] else None
+    """The accuracy of blind guessing: right options / options, its mean over questions; None where there are no options."""
+    if "options" not in samples[0]:
+        return None
+    return float(np.mean([len(set(s.get("golds", [0]))) / len(s["options"]) for s in samples]))
+
+
+def by_letter(samples: Samples) -> bool:
+    """Whether the options scored are letters, the text that they stand for being in the prompt."""
+    return "options" in samples[0] and all(len(option.strip()) == 1 for option in samples[0]["options"])
 
 
 def letters(samples: Samples) -> dict | None:
     """How often each place is right and how often it is chosen: shows a preference for a letter."""
-    if "chosen" not in samples[0]:
+    if not all("gold" in s for s in samples):  # no options, or several that are right
         return None
     n = max(len(s["options"]) for s in samples)
     return {key: [sum(s[key] == i for s in samples) for i in range(n)] for key in ("gold", "chosen")}
@@ -124,7 +126,7 @@ def group_entry(group: Group, values: dict[str, np.ndarray]) -> dict:
     sizes = {name: len(v) for name, v in values.items()}
     means = {name: float(v.mean()) for name, v in values.items()}
     micro = value(Group(group.name, group.children, True), means, sizes)
-    ci = macro_interval(group, means, {name: stats.wilson(mean, sizes[name]) for name, mean in means.items()}, sizes)
+    ci = macro_interval(group, means, {name: stats.score_interval(v, 0, 1) for name, v in values.items()}, sizes)
     return {"name": group.name, "macro": _macro(group, means, sizes), "micro": micro, "ci": ci,
             "children": [c.name for c in group.children]}  # fmt: skip
 
@@ -132,8 +134,9 @@ def group_entry(group: Group, values: dict[str, np.ndarray]) -> dict:
 def group_difference(group: Group, values: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> dict:
     """Difference of macro to the first model's, questions paired."""
     sizes = {name: len(v) for name, v in values.items()}
-    found = {name: stats.paired_bootstrap(v, reference[name]) for name, v in values.items()}
-    means, intervals = ({name: both[i] for name, both in found.items()} for i in (0, 1))
+    differences = {name: np.asarray(v) - reference[name] for name, v in values.items()}
+    means = {name: float(d.mean()) for name, d in differences.items()}
+    intervals = {name: stats.score_interval(d, -1, 1) for name, d in differences.items()}
     return {"delta": _macro(group, means, sizes), "ci": macro_interval(group, means, intervals, sizes)}
 
 
@@ -153,7 +156,7 @@ def macro_interval(group: Group, means: dict, intervals: dict, sizes: dict) -> t
 def table(found: dict) -> str:
     """Accuracy in per cent with its 95 % interval, that of guessing, and the difference to the first model."""
     lines = [f"{'model':20} {'task':32} {'n':>5} {'accuracy, 95 % interval':>25} {'chance':>7}   "
-             "difference to the first, McNemar p"]  # fmt: skip
+             "difference to the first, exact p"]  # fmt: skip
     for model in found["models"]:
         for entry in model["tasks"]:
             low, high = entry["ci"]

@@ -1,10 +1,12 @@
 """Complete: see a model continue a text.
 
-    python eval.py complete runs/miniature "Die Leber"
-    python eval.py complete runs/miniature "Die Leber" --tokens 200 --temperature 0.8 --seed 1
+    python eval.py complete merged "Bei akuter Pankreatitis"
+    python eval.py complete runs/miniature "Fragen und Antworten zur Migräne" --temperature 0.5 --seed 1
 
-Greedy, or sampled at a temperature, until the model ends the text. The text is read as it stands, without a chat template:
-`generate` asks a model through its own. Needs neither transformers nor lm-eval.
+Greedy, or sampled at a temperature, until the model ends the text. A small model that has read little repeats itself, or ends at
+once, where it is greedy; it shows more of what it has learnt in the form of its own documents (the second line) and sampled.
+The text is read as it stands, without a chat template: `generate` asks a model through its own. Needs neither transformers nor
+lm-eval.
 """
 
 import argparse
@@ -52,9 +54,11 @@ def run(args: argparse.Namespace) -> None:
     ends = end_tokens(folder) | {i for name in ENDS if (i := tokenizer.token_to_id(name)) is not None}
     choose = sampled(args.temperature, args.seed) if args.temperature else greedy
     print(args.text, end="", flush=True)
-    for piece in pieces(tokenizer, tokens, continuation(model, tokens, args.tokens, ends, choose)):
-        print(piece, end="", flush=True)
-    print()
+    try:
+        for piece in pieces(tokenizer, tokens, continuation(model, folder, tokens, args.tokens, ends, choose)):
+            print(piece, end="", flush=True)
+    finally:
+        print()
 
 
 def encode(tokenizer: Tokenizer, config: dict, text: str) -> list[int]:

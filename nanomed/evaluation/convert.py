@@ -10,8 +10,9 @@ first 5 of every task are taken from the test set, and a note says so. Existing 
 
     mmlux          openGPT-X/mmlux (now Eurolingua/mmlux): MMLU by DeepL; hendrycks_SUBJECT_DE_{test,dev}.jsonl
     mmmlu          openai/MMMLU: MMLU by human translators; test/mmlu_DE-DE.csv
-    global-mmlu    CohereForAI/Global-MMLU: de/{test,dev}*.parquet (needs pyarrow)
-    bioinstructqa  BioMistral/BioInstructQA: German-full.json of its data.zip, or the zip; its MedQA with four options
+    global-mmlu    CohereForAI/Global-MMLU: de/{test,dev}*.parquet, or that folder (needs pyarrow)
+    bioinstructqa  BioMistral/BioInstructQA: German-full.json of its data.zip, or the zip; its MedQA with four options, and its
+                   MMLU subjects, so that one translation can serve both halves of the paper's average
     medqa          MedQA's own layout, translated: phrases_no_exclude_{test,train}.jsonl
 
 A machine translation may turn two options into the same word, or lose one. Such a question no longer has a right answer:
@@ -21,6 +22,7 @@ it is left out and named. A file in which more than one in 20 are like this is r
 import argparse
 import csv
 import json
+import re
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -60,10 +62,10 @@ def read_mmlux(path: Path) -> Rows:
 
 
 def read_mmmlu(path: Path) -> Rows:
-    """Question, A, B, C, D, Answer, Subject ("anatomy" or "anatomy_test.csv_de-DE.csv")."""
+    """Question, A, B, C, D, Answer, Subject ("anatomy", "anatomy_test.csv_de-DE.csv" or "anatomy_test-de-DE.csv")."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         for number, row in enumerate(csv.DictReader(file)):
-            subject = row["Subject"].split("_test.csv")[0]
+            subject = re.split(r"_test(?=[.-]|$)", row["Subject"])[0]
             yield "test", subject, made(f"{subject}/{number}", row["Question"], [row[x] for x in "ABCD"], row["Answer"])
 
 
@@ -90,13 +92,11 @@ def read_bioinstructqa(path: Path) -> Rows:
     else:
         rows = json.loads(path.read_text(encoding="utf-8"))
     for row in rows:
-        if row["corpus_name"] == "MedQA":
+        corpus = row["corpus_name"]
+        if corpus == "MedQA" or corpus.startswith("MMLU_"):
             options, answer = row["options_translated"], row["correct_answer_letter"]
-            yield (
-                "test",
-                "",
-                made(row["identifier"], row["question_translated"], [*options.values()], place(options, answer)),
-            )
+            question = made(row["identifier"], row["question_translated"], [*options.values()], place(options, answer))
+            yield "test", corpus.removeprefix("MedQA").removeprefix("MMLU_"), question
 
 
 def read_medqa(path: Path) -> Rows:
@@ -113,16 +113,23 @@ class Source:
 
     read: Callable[[Path], Rows]
     patterns: tuple[str, ...]  # of its files, in a folder and on the hub
-    exam: str  # the task's name is EXAM_SOURCE, or EXAM_SOURCE_SUBJECT
+    exams: tuple[str, ...]  # which it may have; the first must be there. A task's name is EXAM_SOURCE or EXAM_SOURCE_SUBJECT
 
 
+MMLU, MEDQA = "mmlu_de", "medqa_de"
 SOURCES = {
-    "mmlux": Source(read_mmlux, ("*_DE*test.jsonl", "*_DE*dev.jsonl"), "mmlu_de"),
-    "mmmlu": Source(read_mmmlu, ("*mmlu_DE-DE.csv",), "mmlu_de"),
-    "global-mmlu": Source(read_global_mmlu, ("de/test*.parquet", "de/dev*.parquet"), "mmlu_de"),
-    "bioinstructqa": Source(read_bioinstructqa, ("*German-full.json", "data.zip"), "medqa_de"),
-    "medqa": Source(read_medqa, ("*test.jsonl", "*train.jsonl"), "medqa_de"),
+    "mmlux": Source(read_mmlux, ("*_DE*test.jsonl", "*_DE*dev.jsonl"), (MMLU,)),
+    "mmmlu": Source(read_mmmlu, ("*mmlu_DE-DE.csv",), (MMLU,)),
+    "global-mmlu": Source(read_global_mmlu, ("de/test*.parquet", "de/dev*.parquet"), (MMLU,)),
+    "bioinstructqa": Source(read_bioinstructqa, ("*German-full.json", "data.zip"), (MEDQA, MMLU)),
+    "medqa": Source(read_medqa, ("*test.jsonl", "*train.jsonl"), (MEDQA,)),
 }
+
+
+def task_names(source: str, exam: str) -> list[str]:
+    """The tasks of an exam of a source: one a subject of MMLU, MedQA is one."""
+    subjects = [f"_{subject}" for subject in SUBJECTS] if exam == MMLU else [""]
+    return [f"{exam}_{source.replace('-', '_')}{subject}" for subject in subjects]
 
 
 def made(name: object, question: str, options: list[str], answer: int | str) -> dict:
@@ -166,15 +173,13 @@ def run(args: argparse.Namespace) -> None:
     for path in find_files(args.src, source.patterns):
         for split, subject, question in checked(path, source.read):
             if subject in SUBJECTS or not subject:
-                name = "_".join(filter(None, (source.exam, args.source.replace("-", "_"), subject)))
-                found.setdefault(name, {"test": [], "dev": []})[split].append(question | {"subject": subject or source.exam})
-    wanted = (
-        [s for s in SUBJECTS if f"mmlu_de_{args.source.replace('-', '_')}_{s}" not in found] if source.exam == "mmlu_de" else []
-    )
-    if not found or wanted:
-        raise InputError(
-            f"{args.src}: holds no questions of {wanted[0] if wanted else args.source}; is it what {args.source} published?"
-        )
+                exam = MMLU if subject else MEDQA
+                name = task_names(args.source, exam)[SUBJECTS.index(subject) if subject else 0]
+                found.setdefault(name, {"test": [], "dev": []})[split].append(question | {"subject": subject or exam})
+    for exam in source.exams:
+        lacks = [name for name in task_names(args.source, exam) if name not in found]
+        if lacks and (exam == source.exams[0] or len(lacks) < len(task_names(args.source, exam))):
+            raise InputError(f"{args.src}: holds no questions of {lacks[0]}; is it what {args.source} published?")
     files, notes = {}, []
     for name, splits in found.items():
         test, dev, note = split_task(name, splits)
@@ -203,7 +208,8 @@ def find_files(src: str, patterns: Iterable[str]) -> list[Path]:
         return [path]
     if not path.is_dir():
         path = download(src, [*patterns, *(f"**/{p}" for p in patterns)])
-    files = sorted({f for pattern in patterns for f in path.glob(f"**/{pattern}")})
+    # By the end of the whole path: the folder given may be the one that a pattern names.
+    files = sorted(f for f in path.rglob("*") if any(f.absolute().match(pattern) for pattern in patterns))
     if not files:
         raise InputError(f"{src}: has none of {', '.join(patterns)}")
     return files

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from nanomed import InputError, first_line
 from nanomed.evaluation.answers import Sample, model_name, read_answers
-from nanomed.evaluation.record import fingerprint, finish_run, open_run
+from nanomed.evaluation.record import fingerprint, finish_run, open_run, undone_on_failure
 from nanomed.files import read_jsonl, write_durably
 from nanomed.hf import fetch
 from nanomed.prompts import prompt_renderer, read_prompts
@@ -72,13 +72,15 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--out {args.out}: exists already, without {folder}; choose another, or delete it")
     model = None if at_url else fetch(args.source, "MODEL")
     config |= {"fingerprint": fingerprint(model)} if model else {}
+    existed = folder.exists()
     if open_run(folder, "generate", config, [args.prompts]) and args.out.exists():
         return print(f"{args.out}: already finished")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    if model:
-        in_process(args, prompts, name, model)
-    else:
-        from_url(args, prompts, folder / "answers.sqlite")
+    with undone_on_failure(folder, existed, args.out):
+        if model:
+            in_process(args, prompts, name, model)
+        else:
+            from_url(args, prompts, folder / "answers.sqlite")
     results = summary(list(read_answers(args.out).values()), args.out)
     finish_run(folder, results)
     print(f"{args.out}: {results['n']} answers of {name}, {results['cut']} of them cut at {args.max_new_tokens} tokens, "
@@ -204,6 +206,12 @@ def answer(
     import torch
     from transformers import GenerationConfig
 
+    from nanomed.evaluation.inference import check_finite
+
+    def checked(_, logits):  # of the next token, on their way to the argmax
+        check_finite(logits, f"MODEL {model.name_or_path}")
+        return logits
+
     ends = model.generation_config.eos_token_id if model.generation_config.eos_token_id is not None else []
     ends = ends if isinstance(ends, list) else [ends]
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
@@ -218,7 +226,12 @@ def answer(
         padded = torch.tensor([[pad] * (length - len(prompts[n])) + prompts[n] for n in part], device=model.device)
         mask = torch.tensor([[0] * (length - len(prompts[n])) + [1] * len(prompts[n]) for n in part])
         with torch.inference_mode():
-            full = model.generate(padded, attention_mask=mask.to(model.device), generation_config=settings)
+            full = model.generate(
+                padded,
+                attention_mask=mask.to(model.device),
+                generation_config=settings,
+                logits_processor=[checked],
+            )
         yield [(name, _read(tokenizer, ids, ends)) for name, ids in zip(part, full[:, length:].tolist(), strict=True)]
 
 

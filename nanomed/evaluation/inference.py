@@ -10,11 +10,13 @@ mask: padding is never seen. A row's results do not depend on the rows beside it
 
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanomed import InputError
 from nanomed.model import Decoder
 
 KV = list[tuple[Tensor, Tensor]]  # of every layer: keys and values, (P, K, head_dim) each, of a prefix of P tokens
@@ -148,6 +150,15 @@ def scores(model: Decoder, states: Tensor, targets: Tensor) -> tuple[Tensor, Ten
     return tuple(map(torch.cat, zip(*found, strict=True)))
 
 
+def check_finite(values: Tensor, name: Path | str) -> None:
+    """InputError if a score of the model is NaN or infinite: nothing computed from it means anything. name: of the model."""
+    if not bool(values.isfinite().all()):
+        raise InputError(
+            f"{name}: the model's scores are not finite; its weights hold NaN or infinity, or its numbers exceed what their "
+            "dtype can represent; evaluate an earlier checkpoint, or another dtype"
+        )
+
+
 def greedy(logits: Tensor) -> int:  # (V,)
     """The likeliest token."""
     return int(logits.argmax())
@@ -155,15 +166,25 @@ def greedy(logits: Tensor) -> int:  # (V,)
 
 @torch.inference_mode()
 def continuation(
-    model: Decoder, tokens: list[int], n_tokens: int, ends: Container[int], choose: Callable[[Tensor], int]
+    model: Decoder,
+    folder: Path,
+    tokens: list[int],
+    n_tokens: int,
+    ends: Container[int],
+    choose: Callable[[Tensor], int],
 ) -> Iterator[int]:
-    """At most n_tokens that follow the given ones, each as it is chosen from its float32 logits (V,); up to an end token."""
+    """At most n_tokens that follow the given ones, each as it is chosen from its float32 logits (V,); up to an end token.
+
+    folder: where the model was loaded from. InputError if its logits are not finite.
+    """
     prefix: KV = []
     n_prefix, new = 0, tokens
     for _ in range(n_tokens):
         states, prefix = extend(model, prefix, n_prefix, new)
         n_prefix += len(new)
-        token = choose(model.logits(states[-1:])[0].float())
+        logits = model.logits(states[-1:])[0].float()
+        check_finite(logits, folder)
+        token = choose(logits)
         if token in ends:
             return
         yield token

@@ -2,8 +2,9 @@
 
     python eval.py knowledge MODEL ... --tasks medizin_de --shots 3
 
-lm-eval is the harness, with a model class of ours (scorer.py: the same log-probabilities, several times as fast). Each
-further model is compared with the first, question by question. The questions of `medizin_de` come with the project;
+lm-eval is the harness, with a model class of ours (scorer.py: the same log-probabilities, several times as fast): a task that
+says right or wrong of every question runs here if it runs there. Each further model is compared with the first, question by
+question. The questions of `medizin_de` come with the project;
 `eval.py convert` makes those of `german_medical` from the published files.
 
 The folder of a run: run.json, results.json, accuracy.svg, samples/MODEL/TASK.jsonl (every prompt, log-probability and
@@ -13,26 +14,22 @@ last complete samples file.
 
 import argparse
 import json
-import logging
+import shlex
 import sys
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
-import datasets
-import lm_eval.api.task
-import torch
-from tqdm import tqdm
+import numpy as np
 
-from nanomed import InputError, first_line
+from nanomed import InputError
 from nanomed.evaluation import accuracy, figure, record, tasks
-from nanomed.evaluation.loading import load_decoder
-from nanomed.evaluation.scorer import DecoderLM
 from nanomed.evaluation.tasks import Task
 from nanomed.files import read_jsonl, write_durably
 from nanomed.hf import fetch, find_weights
 from nanomed.prompts import chat_template, render
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "bfloat16")
+ONE_LETTER = 0.9  # share of the questions answered with one letter from which on a warning says so
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="[NAME=]MODEL",
         help="folder, hub id or run folder of train.py; the first is the reference",
     )
-    add("--tasks", default="medizin_de", metavar="T,T,...", help="tasks and groups of data/tasks (default medizin_de)")
+    add("--tasks", default="medizin_de", metavar="T,T,...", help="tasks, groups, patterns, YAML files (default medizin_de)")
     add(
         "--shots",
         type=int,
@@ -87,53 +84,82 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Score every model on every task without samples, then compare."""
-    for name in ("shots", "seeds", "limit", "batch_tokens"):
-        if (value := getattr(args, name)) is not None and value < (name != "shots"):
-            raise InputError(f"--{name.replace('_', '-')} {value}: expected a positive number")
-    quieten()
+    import torch
+
+    from nanomed.evaluation import finding, loading, scorer, scoring  # of the extra: --help does without
+
+    check_numbers(args)
+    scoring.quieten()
     models = named_models(args.models)
     out = args.out or Path("runs/eval") / f"knowledge-{next(iter(models))}"
-    folders = [tasks.FOLDER] if tasks.FOLDER.is_dir() else []
-    args.task_path = [*folders, *args.task_path]
-    group = tasks.find_tasks(args.tasks.split(","), args.task_path, args.include_defaults)
+    finder = finding.Finder([*([tasks.FOLDER] if tasks.FOLDER.is_dir() else []), *args.task_path], args.include_defaults)
+    names = finder.names(args.tasks.split(","))
     seeds = list(range(args.seeds if args.shots else 1))
+    ours = finder.ours(names)
+    own = {seed: {n: tasks.prepared(t, args.shots, seed, args.cue) for n, t in ours.items()} for seed in seeds}
+    loaded = {seed: finder.load(names, own[seed], args.shots, seed) for seed in seeds}
+    tops = loaded[0][1]
+    group = finding.group_of(tops, ours)
+    if foreign := [task.name for task in group.tasks() if task.test is None and args.cue != tasks.CUES[0]]:
+        raise InputError(f"--cue {args.cue}: the prompt of {foreign[0]} is its own; leave --cue out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     config = {
         "models": {name: {"path": str(path), "fingerprint": record.fingerprint(path)} for name, path in models.items()},
-        "tasks": {task.name: {k: v for k, v in task.config.items() if k != "dataset_kwargs"} for task in group.tasks()},
+        "tasks": {t.name: {k: v for k, v in t.config.items() if not (t.test and k == "dataset_kwargs")} for t in group.tasks()},
         "shots": args.shots, "seeds": seeds, "cue": args.cue, "chat": args.chat, "limit": args.limit, "dtype": dtype,
     }  # fmt: skip
-    own = [(seed, tasks.prepared(t, args.shots, seed, args.cue)) for t in group.tasks() if t.test for seed in seeds]
     for path in models.values() if args.chat else ():
         render(path, [{"role": "user", "content": "Frage"}])  # fail first if a model has no template
+    existed = out.exists()
     if record.open_run(out, "knowledge", config, [path for task in group.tasks() for path in task.files]):
         print(f"{out}: already finished; the results are in {out / 'results.json'}")
         return
-    for seed, yaml in own:
-        tasks.write_task(yaml, out / "tasks" / f"seed-{seed}")
     batch_tokens = args.batch_tokens or (16_384 if device.type == "cuda" else 512)
-    for name, path in models.items():
-        missing = [task for task in group.tasks() if not samples_path(out, name, task).exists()]
-        if missing:
-            lm = DecoderLM(load_decoder(path, DTYPES[dtype], device), path, batch_tokens)
+    with record.undone_on_failure(out, existed):
+        for seed in seeds:
+            for yaml in own[seed].values():
+                tasks.write_task(yaml, out / "tasks" / f"seed-{seed}")
+        for name, path in models.items():
+            missing = [task for task in group.tasks() if not samples_path(out, name, task).exists()]
+            lm = (
+                scorer.DecoderLM(loading.load_decoder(path, getattr(torch, dtype), device), path, batch_tokens) if missing else None
+            )
             for task in missing:
-                write_samples(samples_path(out, name, task), score(lm, task, out, seeds, args, name))
+                lines = [x for seed in seeds for x in scoring.score(lm, loaded[seed][0][task.name], seed, args, name)]
+                write_samples(samples_path(out, name, task), lines)
             del lm  # before the next one is loaded
     results = accuracy.results(group, models, seeds, args, lambda name, task: read_samples(samples_path(out, name, task)))
-    results["lm_eval"] = [command(path, out, args, dtype, group.tasks()) for path in models.values()]
+    requests = finder.requests(tops, ours, out / "tasks" / "seed-0")
+    results["lm_eval"] = [c for path in models.values() for c in commands(path, args, dtype, requests, ours)]
     (out / "accuracy.svg").write_text(figure.draw(results), encoding="utf-8")
     record.finish_run(out, results)
+    for warning in one_letter(results):
+        print(f"warning: {warning}", file=sys.stderr)
     print(accuracy.table(results), f"{out}: results.json, accuracy.svg, samples/", "the same by lm-eval:", sep="\n")
     print(*results["lm_eval"], sep="\n")
 
 
-def quieten() -> None:
-    """lm-eval and datasets log every step; here a progress bar shows what takes long, and says of what."""
-    datasets.disable_progress_bars()
-    lm_eval.api.task.tqdm = partial(tqdm, desc="prompts", delay=2, leave=False)  # its own has no name
-    for name in ("lm_eval", "lm-eval", "datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+def check_numbers(args: argparse.Namespace) -> None:
+    """InputError for a number that cannot be."""
+    for name in ("shots", "seeds", "limit", "batch_tokens"):
+        if (value := getattr(args, name)) is not None and value < (name != "shots"):
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected a positive number")
+
+
+def one_letter(results: dict) -> Iterator[str]:
+    """A warning for every model and task where nearly all answers are one letter: the model does not read the options."""
+    for model in results["models"]:
+        for entry in model["tasks"]:
+            if not entry["by_letter"] or not entry["letters"] or entry["n"] < 8:
+                continue
+            chosen, gold = (np.array(entry["letters"][key]) / sum(entry["letters"][key]) for key in ("chosen", "gold"))
+            place = int(chosen.argmax())
+            if chosen[place] >= ONE_LETTER > gold[place]:
+                yield (
+                    f"{model['name']}: {entry['task']}: {chosen[place]:.0%} of the answers are {'ABCDEFGHIJ'[place]}; a small "
+                    "model does not know what a letter stands for: score whole answers (as --tasks medizin_de_text does)"
+                )
 
 
 # --- models --------------------------------------------------------------------------------------------------------
@@ -160,66 +186,6 @@ def named_models(given: list[str]) -> dict[str, Path]:
 # --- samples -------------------------------------------------------------------------------------------------------
 
 
-def score(lm: DecoderLM, task: Task, out: Path, seeds: list[int], args: argparse.Namespace, name: str) -> list[dict]:
-    """One line per question and seed, by the model called `name`. lm-eval builds the prompts and scores the answers."""
-    from lm_eval.evaluator import evaluate  # simple_evaluate also lists every installed package, 1.3 s a call
-    from lm_eval.tasks import TaskManager
-
-    lines = []
-    for seed in seeds:
-        print(f"{name}: {task.name}, shots {args.shots}, seed {seed}", file=sys.stderr)
-        if task.test:  # as this run has prepared it
-            manager = TaskManager(include_path=out / "tasks" / f"seed-{seed}", include_defaults=False)
-        else:
-            manager = tasks.manager(tuple(args.task_path), args.include_defaults)
-        try:
-            loaded = manager.load([task.name])
-        except (ImportError, KeyError, ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-            # A missing package, file or network, a damaged file: what datasets says of the last stands in the cause.
-            what = ": ".join(first_line(e) for e in (error, error.__cause__) if e)
-            raise InputError(f"{task.name}: lm-eval cannot load it ({what})") from error
-        (leaf,) = loaded["tasks"].values()
-        if task.test is None and leaf.get_config("num_fewshot") != 0:  # ours have it in their YAML; a 0 there is the task's rule
-            leaf.set_config("num_fewshot", args.shots)
-        leaf.set_fewshot_seed(seed)
-        found = evaluate(
-            lm,
-            loaded,
-            limit=args.limit,
-            bootstrap_iters=0,
-            apply_chat_template=args.chat,
-            fewshot_as_multiturn=args.chat,
-        )
-        samples = found["samples"][task.name]  # every question once for each of the task's filters: the first one counts
-        lines += [sample_line(lm, task.name, s, seed) for s in samples if s["filter"] == samples[0]["filter"]]
-    if lm.cut:
-        print(
-            f"warning: {name}: {task.name}: {len(lm.cut)} prompts did not fit the context and lost their beginning",
-            file=sys.stderr,
-        )
-        lm.cut.clear()
-    return lines
-
-
-def sample_line(lm: DecoderLM, name: str, sample: dict, seed: int) -> dict:
-    """What is kept of lm-eval's sample."""
-    metric = sample["metrics"][0]
-    if sample[metric] not in (0, 1):
-        raise InputError(f"{name}: {metric} is not 0 or 1 for every question; run this task with lm-eval itself")
-    doc, prompt = sample["doc"], sample["arguments"][0][0]
-    line = {"id": doc.get("id", sample["doc_id"]) if isinstance(doc, dict) else sample["doc_id"], "seed": seed,
-            "correct": bool(sample[metric]), "metric": metric}  # fmt: skip
-    answers = sample["filtered_resps"]
-    if len(answers) > 1 and isinstance(sample["target"], int) and isinstance(answers[0], (tuple, list)):
-        options, log_p = [arguments[1] for arguments in sample["arguments"]], [float(answer[0]) for answer in answers]
-        per = [len(option.strip()) for option in options] if metric == "acc_norm" else [1] * len(options)
-        scores = [p / n for p, n in zip(log_p, per, strict=True)]
-        line |= {"gold": sample["target"], "chosen": scores.index(max(scores)), "log_p": log_p, "options": options}
-    else:
-        line["answer"] = answers[0]
-    return line | {"cut": prompt.rstrip() in lm.cut, "prompt": prompt}
-
-
 def samples_path(out: Path, name: str, task: Task) -> Path:
     """The file of a model's samples on a task."""
     return out / "samples" / name / f"{task.name}.jsonl"
@@ -236,16 +202,20 @@ def read_samples(path: Path) -> list[dict]:
     return [line for _, line in read_jsonl(path)]
 
 
-def command(path: Path, out: Path, args: argparse.Namespace, dtype: str, wanted: list[Task]) -> str:
-    """The lm-eval command line that reproduces the first seed."""
-    names = ",".join(task.name for task in wanted)
-    flags = f" --num_fewshot {args.shots}" if any(task.test is None for task in wanted) else ""
-    flags += " --apply_chat_template --fewshot_as_multiturn" if args.chat else ""
-    flags += f" --limit {args.limit}" if args.limit else ""
-    thinks = args.chat and "enable_thinking" in chat_template(path)  # by default, which lm-eval leaves to the template
-    answer = ",enable_thinking=False" if thinks else ""
-    folder = out / "tasks" / "seed-0" if any(task.test for task in wanted) else args.task_path[-1]
-    return (
-        f"lm-eval run --model hf --model_args pretrained={path},dtype={dtype}{answer} --include_path {folder} "
-        f"--tasks {names} --batch_size 8{flags}"
-    )
+def commands(path: Path, args: argparse.Namespace, dtype: str, requests: dict[Path | None, list[str]], ours: dict) -> list[str]:
+    """The lm-eval command lines that reproduce the first seed. requests: folder to include → names of its tasks."""
+    model = {"pretrained": str(path), "dtype": dtype}
+    if args.chat and "enable_thinking" in chat_template(path):  # on by default, which lm-eval leaves to the template
+        model["enable_thinking"] = False
+    plain = ",".join(f"{key}={value}" for key, value in model.items())
+    model_args = json.dumps(model) if set(str(path)) & set(",'\"[](){}") else plain
+    found = []
+    for folder, names in requests.items():
+        words = ["lm-eval", "run", "--model", "hf", "--model_args", model_args]
+        words += ["--include_path", str(folder)] if folder else []
+        words += ["--tasks", ",".join(names), "--batch_size", "8", "--seed", "0"]
+        words += [] if set(names) <= set(ours) else ["--num_fewshot", str(args.shots)]
+        words += ["--apply_chat_template", "--fewshot_as_multiturn"] if args.chat else []
+        words += ["--limit", str(args.limit)] if args.limit else []
+        found.append(shlex.join(words))
+    return found

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,6 +93,30 @@ def _lock(out: Path) -> None:
         raise InputError(f"--out {out}: another process is writing this run; wait for it, or choose another --out") from None
     except OSError:
         pass  # a file system without locks
+
+
+@contextmanager
+def undone_on_failure(out: Path, existed: bool, results: Path | None = None) -> Iterator[None]:
+    """Around the work of a run that open_run has begun in OUT: where it fails before its first result, OUT is as it was.
+
+    existed: whether OUT was there before. results: the file of results, if it is not in OUT. An interruption leaves the folder,
+    and so does a failure after the first result.
+    """
+    try:
+        yield
+    except Exception:
+        own = (out / "run.json", out / LOCK)
+        kept = [p for p in out.rglob("*") if p.is_file() and p not in own and out / "tasks" not in p.parents]
+        begun = results is not None and results.exists() and results.stat().st_size
+        if not kept and not begun:
+            shutil.rmtree(out / "tasks", ignore_errors=True)
+            for path in own:
+                path.unlink(missing_ok=True)
+            if results is not None:
+                results.unlink(missing_ok=True)  # empty
+            if not existed:
+                shutil.rmtree(out)  # folders without files
+        raise
 
 
 def finish_run(out: Path, results: dict) -> None:

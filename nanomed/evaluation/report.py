@@ -25,6 +25,8 @@ from nanomed.files import read_json, write_durably
 
 KINDS = ("knowledge", "generate", "judge", "failures")
 Namer = Callable[[str], str]
+P_NOTE = ("Intervals: 95 %; p: McNemar's exact test on the same questions; with several seeds of shots, the exact sign test of "
+          "the questions' mean differences.")  # fmt: skip
 PAPER_NOTE = ("The paper's averages of MMLU-de (medical) and MedQA-de are of other models and questions: for orientation, "
               "not for comparison.")  # fmt: skip
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
@@ -100,17 +102,17 @@ def read_run(given: Path) -> dict:
 
 def knowledge(runs: list[dict], out: Path, _: Namer) -> list[tuple]:
     """Accuracy of every model on every task: a picture per run, and one table."""
-    rows, drawn, notes = [], [], ["Intervals: 95 %; p: McNemar's exact test on the same questions."]
+    rows, drawn, notes = [], [], [P_NOTE]
     for number, about in enumerate(runs, 1):
         models, path, shots = about["results"]["models"], about["path"], str(about["config"]["shots"])
-        paper = (models[0]["group"] or {}).get("name") == figure.PAPER_GROUP
+        paper = (models[0]["group"] or {}).get("name") in figure.PAPER_GROUPS
         notes += [PAPER_NOTE] if paper and PAPER_NOTE not in notes else []
         drawn += [("text", f"{path.name}, {n_shots(shots)}:")]
         drawn += [("picture", f"accuracy-{number}", figure.draw(about["results"], paper))]
         for same in zip(*(model["tasks"] for model in models), strict=True):  # a task, by every model
             for model, task in zip(models, same, strict=True):
                 questions = link(task["n"], path / "samples" / model["name"] / f"{task['task']}.jsonl", out)
-                rows.append([task["task"], shots, model["name"], questions, *compared(task["accuracy"], task)])
+                rows.append([task["task"], str(task["shots"]), model["name"], questions, *compared(task["accuracy"], task)])
         for model in models:
             if group := model["group"]:
                 rows.append([f"{group['name']}, macro", shots, model["name"], "", *compared(group["macro"], group)])
@@ -133,9 +135,10 @@ def judge(runs: list[dict], out: Path, called: Namer) -> list[tuple]:
     for number, about in enumerate(runs, 1):
         r = about["results"]
         label = f"{called(r['a'])} against {called(r['b'])}"
+        p = f", p = {r['sign_p']:.2g}" if "sign_p" in r else ""  # of the exact sign test
         share = lambda value: "–" if value is None else f"{100 * value:.0f} %"  # noqa: E731
         rows.append([label, short(r["judge"]), link(r["n"], about["path"] / r.get("samples", "games.jsonl"), out),
-                     " / ".join(share(r[key]) for key in ("win", "tie", "loss")), rate(r["win_rate"], r["ci"]),
+                     " / ".join(share(r[key]) for key in ("win", "tie", "loss")), rate(r["win_rate"], r["ci"]) + p,
                      "–" if r["length_controlled"] is None else rate(r["length_controlled"], r["length_controlled_ci"]),
                      share(r["consistency"]),
                      share(r["first_position_rate"]), f"{r['unreadable']}"])  # fmt: skip

@@ -13,14 +13,15 @@ from pathlib import Path
 
 import torch
 from lm_eval.api.model import LM
+from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from nanomed import InputError
-from nanomed.evaluation.inference import KV, PREFIX_CHUNK, continuation, extend, greedy, hidden, pack, scores
+from nanomed.evaluation.inference import KV, PREFIX_CHUNK, check_finite, continuation, extend, greedy, hidden, pack, scores
 from nanomed.evaluation.loading import load_tokenizer
 from nanomed.evaluation.sharing import Question, groups, shared
 from nanomed.model import Decoder
-from nanomed.prompts import end_tokens, render
+from nanomed.prompts import end_tokens, template_renderer
 from nanomed.tokenizer import token_content, tokenizer_config
 
 SHOT_BORDER = "\n\n"  # lm-eval's default between shots
@@ -153,6 +154,7 @@ class DecoderLM(LM):
                 start += len(tokens) - 1
         index = torch.tensor(at, device=self._device)
         log_p, likeliest = scores(self.model, states[index], torch.tensor(targets, device=self._device))
+        check_finite(log_p, self.folder)
         lengths = [len(tokens) for question in batch for tokens in question.continuations]
         parts = zip(log_p.double().cpu().split(lengths), likeliest.cpu().split(lengths), strict=True)
         results = iter([(float(p.sum()), bool(g.all())) for p, g in parts])
@@ -166,15 +168,11 @@ class DecoderLM(LM):
 
     @torch.inference_mode()
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        """The likeliest next token again and again, up to a stop string, an end token or max_gen_toks (256)."""
+        """The likeliest next token again and again, up to a stop string, an end token or the task's limit of tokens."""
         found = []
         for request in tqdm(requests, "answers", delay=2, leave=False, disable=disable_tqdm):
             context, options = request.args
-            if options.get("do_sample") or options.get("temperature"):
-                raise InputError("a task with sampled answers is not supported; decoding is greedy here")
-            until = options.get("until") or []
-            until = [until] if isinstance(until, str) else until
-            found.append(self._generate(context, until, options.get("max_gen_toks", 256)))
+            found.append(self._generate(context, *stops(options)))
         return found
 
     def _generate(self, context: str, until: list[str], n_tokens: int) -> str:
@@ -186,21 +184,32 @@ class DecoderLM(LM):
             self.cut.add(context.rstrip())
         tokens = tokens[-room:] or [self.prefix_token]
         answer, text = [], ""
-        for token in continuation(self.model, tokens, n_tokens, self.ends, greedy):
+        for token in continuation(self.model, self.folder, tokens, n_tokens, self.ends, greedy):
             answer.append(token)
             text = self.tokenizer.decode(answer)
-            if any(stop in text for stop in until):
+            whole = self.tokenizer.decode(answer, skip_special_tokens=False)  # a stop string may be a special token
+            if any(stop in whole for stop in until):  # an empty one ends it at once, as in lm-eval's hf model
                 break
-        return text[: min((text.index(stop) for stop in until if stop in text), default=len(text))]
+        return text[: min((text.index(stop) for stop in until if stop and stop in text), default=len(text))]
 
     # --- chat template ---------------------------------------------------------------------------------------------
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation by the model's template. InputError if it has none."""
-        if not add_generation_prompt:
-            raise InputError("--chat: a task with a gen_prefix, which begins the model's answer, is not supported")
+        """The conversation by the model's template; without add_generation_prompt its last message is the answer's beginning.
+
+        As in lm-eval, a template that knows no system message is given the conversation without it. InputError if there is no
+        template, or it rejects the conversation.
+        """
         self.chat = True
-        return render(self.folder, chat_history)
+        how = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        to_text = template_renderer(self.folder, enable_thinking=False, **how)
+        try:
+            return to_text(chat_history)
+        except ValueError as error:
+            rest = [message for message in chat_history if message["role"] != "system"]
+            if len(rest) == len(chat_history):
+                raise InputError(f"{self.folder}: {error}") from None
+        return self.apply_chat_template(rest, add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """For lm-eval's records."""
@@ -210,3 +219,21 @@ class DecoderLM(LM):
     def tokenizer_name(self) -> str:
         """For lm-eval's cache of requests."""
         return str(self.folder)
+
+
+PLAIN = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "min_p"}  # cannot change a greedy answer
+
+
+def stops(options: dict) -> tuple[list[str], int]:
+    """(stop strings, limit of tokens) of a task's generation_kwargs, as lm-eval normalises them.
+
+    InputError for an option that plain greedy decoding would ignore.
+    """
+    options = normalize_gen_kwargs(options)
+    if options["do_sample"]:
+        raise InputError("a task with sampled answers is not supported; decoding is greedy here")
+    if options.get("num_beams", 1) == 1:
+        options.pop("num_beams", None)
+    if unknown := sorted(set(options) - PLAIN):
+        raise InputError(f"a task asks for {', '.join(unknown)}, which is not supported; decoding is greedy here")
+    return [stop for stop in options["until"] if stop is not None], options["max_gen_toks"]

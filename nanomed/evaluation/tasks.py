@@ -1,18 +1,17 @@
-"""Tasks: lm-eval's YAML files, found, checked and prepared.
+"""Tasks, and those of ours prepared for a run.
 
-A task of ours is a YAML file on JSONL files (`data/tasks`). lm-eval reads the same file, but on a damaged question it fails
-with a stack trace or, worse, gives a number. So questions are checked here first, and lm-eval gets a YAML of this run's own:
-absolute paths, the shots written out, the cue as given. It is kept in the run's folder, and `lm-eval run --include_path` on
-it repeats exactly these prompts with any other model class.
+A task of ours is a YAML file that includes data/tasks/letters.yaml and names local JSONL files. lm-eval reads it too, but on a
+damaged question it fails with a stack trace or, worse, gives a number. So its questions are checked first, and lm-eval gets a
+configuration of this run's own: absolute paths, the shots written out, the cue as given. It is kept in the run's folder, and
+`lm-eval run --include_path` on it repeats exactly these prompts with any other model class.
 """
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import yaml
-from lm_eval.tasks import TaskManager
 
 from nanomed import InputError
 from nanomed.evaluation.questions import read_questions
@@ -20,6 +19,7 @@ from nanomed.evaluation.questions import read_questions
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "data" / "tasks"
 CUES = ("Antwort:", "Answer:")
+FILES = ("dataset_kwargs", "fewshot_split", "fewshot_config")  # of a task of ours, what `prepared` writes anew
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,21 @@ class Task:
     """A leaf: one set of questions."""
 
     name: str
-    config: dict  # its YAML, includes merged; empty for a task of lm-eval's own
-    test: Path | None  # questions; None: lm-eval loads them
-    dev: Path | None  # questions with answers for shots
+    config: dict  # what defines it, JSON-able
+    test: tuple[Path, ...] | None  # files of questions; None: lm-eval alone reads them
+    dev: tuple[Path, ...] | None  # files of questions with answers for shots
 
     @property
     def files(self) -> list[Path]:
-        """The files that its score depends on."""
-        return [path for path in (self.test, self.dev) if path]
+        """The local files that its score depends on."""
+        if self.test is None:
+            return list(local_files(self.config.get("dataset_kwargs")))
+        return [*self.test, *(self.dev or ())]
 
     @property
     def source(self) -> str:
         """Where its questions are."""
-        return str(self.test) if self.test else "lm-eval"
+        return ", ".join(map(str, self.test)) if self.test else "lm-eval"
 
 
 @dataclass(frozen=True)
@@ -55,51 +57,16 @@ class Group:
         return [t for c in self.children for t in (c.tasks() if isinstance(c, Group) else [c])]
 
 
-@cache
-def manager(folders: tuple[Path, ...], defaults: bool) -> TaskManager:
-    """lm-eval's index of the tasks in the folders, and with defaults of its own 14,000 (9 seconds, hence cached)."""
-    return TaskManager(include_path=list(folders), include_defaults=defaults)
+def local_files(value) -> Iterator[Path]:
+    """The existing files that a part of a configuration names."""
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from local_files(item)
+    elif isinstance(value, str) and len(value) < 1000 and Path(value).is_file():
+        yield Path(value).resolve()
 
 
-def find_tasks(names: list[str], folders: list[Path], defaults: bool) -> Group:
-    """The wanted tasks and groups as one group: the one asked for, or one without a name.
-
-    defaults: also lm-eval's own. InputError for an unknown name.
-    """
-    for folder in folders:
-        if not folder.is_dir():
-            raise InputError(f"--task-path {folder}: no such folder")
-    index = manager(tuple(folders), defaults).task_index
-    found = [_find(name, index) for name in names]
-    group = found[0] if len(found) == 1 and isinstance(found[0], Group) else Group("", tuple(found), False)
-    leaves = [task.name for task in group.tasks()]
-    if twice := [name for name in leaves if leaves.count(name) > 1]:
-        raise InputError(f"--tasks: {twice[0]} is named twice")
-    return group
-
-
-def _find(name: str, index: dict) -> Task | Group:
-    if name not in index:
-        ours = ", ".join(sorted(n for n, entry in index.items() if entry.yaml_path and FOLDER in entry.yaml_path.parents))
-        raise InputError(f"--tasks {name}: no such task; --include-defaults adds lm-eval's own, and ours are {ours}")
-    entry = index[name]
-    config = entry.cfg or {}
-    if "group" in config:
-        members = [m if isinstance(m, str) else m.get("task", m.get("group")) for m in config["task"]]
-        sized = all(metric.get("weight_by_size", True) for metric in config.get("aggregate_metric_list") or [])
-        return Group(name, tuple(_find(m, index) for m in members), sized)
-    if entry.tags and entry.yaml_path is None:
-        return Group(name, tuple(_find(m, index) for m in sorted(entry.tags)), False)
-    files = (config.get("dataset_kwargs") or {}).get("data_files")
-    if config.get("dataset_path") != "json" or not isinstance(files, dict):
-        return Task(name, {}, None, None)
-    test, dev = (files.get(config.get(split)) for split in ("test_split", "fewshot_split"))
-    if test is None:
-        raise InputError(f"{entry.yaml_path}: data_files has no {config.get('test_split')!r}, which test_split names")
-    return Task(name, config, _locate(test), _locate(dev) if dev else None)
-
-
-def _locate(name: str) -> Path:
+def locate(name: str) -> Path:
     """A path in a YAML file: as it is, else relative to the clone's root."""
     for path in (Path(name), ROOT / name):
         if path.is_file():
@@ -109,7 +76,14 @@ def _locate(name: str) -> Path:
     raise InputError(f"{name}: no such file{hint}")
 
 
-# --- the run's own YAML --------------------------------------------------------------------------------------------
+def eval_split(config: dict) -> str | None:
+    """The split that lm-eval scores."""
+    return config.get("test_split") or config.get("validation_split")
+
+
+def as_list(value) -> list:
+    """One or several, as YAML may have it."""
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def shots_of(task: Task, n_shots: int, seed: int) -> list[dict]:
@@ -118,9 +92,9 @@ def shots_of(task: Task, n_shots: int, seed: int) -> list[dict]:
         return []
     if task.dev is None:
         raise InputError(f"{task.name}: has no fewshot_split, hence no shots; use --shots 0")
-    pool = read_questions(task.dev)
+    pool = [question for path in task.dev for question in read_questions(path)]
     if len(pool) < n_shots:
-        raise InputError(f"{task.dev}: has {len(pool)} questions, --shots {n_shots} asks for more")
+        raise InputError(f"{task.dev[0]}: has {len(pool)} questions, --shots {n_shots} asks for more")
     if seed:
         random.Random(seed).shuffle(pool)
     return pool[:n_shots]
@@ -129,13 +103,15 @@ def shots_of(task: Task, n_shots: int, seed: int) -> list[dict]:
 def prepared(task: Task, n_shots: int, seed: int, cue: str) -> dict:
     """The self-contained configuration of one seed. InputError if a question or the task does not allow it."""
     letters = task.config.get("doc_to_choice")
-    for question in read_questions(task.test):
-        if isinstance(letters, list) and len(letters) != len(question["options"]):
-            raise InputError(
-                f"{task.test}: {question['id']} has {len(question['options'])} options, {task.name} asks for {len(letters)}"
-            )
-    config = {key: value for key, value in task.config.items() if key not in ("fewshot_split", "fewshot_config")}
-    config["dataset_kwargs"] = {"data_files": {config["test_split"]: str(task.test)}}
+    for path in task.test:
+        for question in read_questions(path):
+            if isinstance(letters, list) and len(letters) != len(question["options"]):
+                raise InputError(
+                    f"{path}: {question['id']} has {len(question['options'])} options, {task.name} asks for {len(letters)}"
+                )
+    config = {key: value for key, value in task.config.items() if key not in FILES}
+    files = [str(path) for path in task.test]
+    config["dataset_kwargs"] = {"data_files": {eval_split(config): files[0] if len(files) == 1 else files}}
     config["num_fewshot"] = n_shots
     if shots := shots_of(task, n_shots, seed):
         config["fewshot_config"] = {"sampler": "first_n", "samples": shots}

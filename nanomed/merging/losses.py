@@ -53,7 +53,7 @@ class Text:
             batch = pack(self.stream, window, self.shape, self.stop)
             n_labels += int((batch.labels != IGNORED).sum())
             nll += model(batch.to(device), one)
-        return nll.item() / math.log(2) / (n_labels * self.bytes_per_label)
+        return finite(nll.item()) / math.log(2) / (n_labels * self.bytes_per_label)
 
 
 class Chat:
@@ -87,7 +87,14 @@ class Chat:
         states = model.hidden(batch)  # once; only the logits, over the whole vocabulary, are too large for one piece
         total = sum(F.kl_div(log_probs(model, states, r), b, reduction="sum", log_target=True).double()
                     for r, b in zip(rows.split(64), base.split(64), strict=True))  # fmt: skip
-        return max(0.0, total.item()) / math.log(2) / max(1, n_bytes)
+        return max(0.0, finite(total.item())) / math.log(2) / max(1, n_bytes)
+
+
+def finite(loss: float) -> float:
+    """The loss; InputError if it is NaN or infinite, since no comparison with it means anything."""
+    if not math.isfinite(loss):
+        raise InputError("a loss of the merged model is not finite: its numbers exceed what its dtype can represent")
+    return loss
 
 
 def log_probs(model: Decoder, states: Tensor, rows: Tensor) -> Tensor:  # (N, D), (R,) -> (R, V) float32

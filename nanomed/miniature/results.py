@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanomed.evaluation.stats import paired_bootstrap, wilson
+from nanomed.evaluation.stats import compare, wilson
 from nanomed.files import read_json, read_jsonl
 from nanomed.miniature.judge import follows, points
 from nanomed.miniature.stages import name_of
@@ -93,8 +93,8 @@ def best_merge(found: dict[str, dict], ts: tuple[float, ...]) -> float:
 
 def won_back(out: Path, best: str) -> dict:
     """The difference in instructions followed, best merge minus continued, on the `report` half, with its paired interval."""
-    exact = [followed(*read_answers(out, name))[1::2] for name in (best, "continued")]
-    share, ci = paired_bootstrap(*exact)
+    merged, continued = (followed(*read_answers(out, name))[1::2] for name in (best, "continued"))
+    share, ci, _ = compare(np.asarray(merged, float) - continued)
     return {"share": share, "ci": ci}
 
 
@@ -131,7 +131,8 @@ def measure(out: Path, ts: tuple[float, ...], stages: list[str]) -> dict:
     failures = [read_json(path) for path in sorted((out / "eval").glob("failures-*/results.json"))]
     check = checks.losses(out) | {"way": {name_of(t): checks.way_gone(out, name_of(t)) for t in ts}}
     done, found = {stage: read_json(out / "stages" / f"{stage}.json") for stage in stages}, models(out, ts)
-    forgotten, ci = paired_bootstrap(*(followed(*read_answers(out, name)) for name in ("base", "continued")))
+    base, continued = (followed(*read_answers(out, name)) for name in ("base", "continued"))
+    forgotten, ci, _ = compare(np.asarray(base, float) - continued)
     best = name_of(best_merge(found, ts))
     return {"models": found, "best": best, "won_back": won_back(out, best), "corpus": corpus(out), "meter": meter(out),
             "forgotten": {"share": forgotten, "ci": ci},
