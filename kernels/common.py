@@ -68,6 +68,18 @@ def check(what: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype | Non
         raise ValueError(f"{what}: Triton is not installed; use the function that ends in _torch")
 
 
+def check_width(what: str, n: int, most: int) -> None:
+    """ValueError if a row is too long for a program to hold in registers: it would spill to memory, or not launch at all."""
+    if n > most:
+        raise ValueError(f"{what} has {n:,} elements in a row, at most {most:,} fit; use the function that ends in _torch")
+
+
+def check_rows_apart(what: str, x: Tensor) -> None:
+    """ValueError if rows of x (N, D), which is written in place, share memory, as those of x.expand(N, D) do."""
+    if x.shape[0] > 1 and x.stride(0) < x.shape[1]:
+        raise ValueError(f"{what} has rows that share memory (stride {x.stride(0)}), but is written in place; call .clone()")
+
+
 def walkable(x: Tensor) -> Tensor:
     """x, or a copy of it where its last dimension is not contiguous: autograd hands over gradients of any layout."""
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import accumulator, check, jit, next_power_of_2, on_device_of, tl, triton, warps_for
+from .common import accumulator, check, check_rows_apart, jit, next_power_of_2, on_device_of, tl, triton, warps_for
 
 IGNORED = -100  # the target of a token without a label, as in F.cross_entropy
 MAX_BLOCK = 8192  # 16 warps, 57 registers: two programs fit a multiprocessor, so one computes while the other waits
@@ -95,6 +95,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, scale: Tensor, z_loss: float 
     check("cross_entropy: logits", logits, (targets.shape[0], logits.shape[-1]))
     check("cross_entropy: targets", targets, (targets.shape[0],), torch.int64)
     check("cross_entropy: scale", scale, ())
+    if logits.requires_grad and torch.is_grad_enabled():
+        check_rows_apart("cross_entropy: logits", logits)
     return _CrossEntropy.apply(logits, targets, scale, z_loss, torch.is_grad_enabled(), TRITON)
 
 

@@ -18,9 +18,11 @@ Bytes an element in bf16: forward 4 (x → y), backward 6 (dy, x → dx). The fl
 import torch
 from torch import Tensor
 
-from .common import accumulator, check, jit, n_programs, next_power_of_2, on_device_of, tl, walkable
+from .common import accumulator, check, check_width, jit, n_programs, next_power_of_2, on_device_of, tl, walkable
 from .rms_norm import rms_norm_torch
-from .rope import angles, check_heads, halves, put, rope_torch
+from .rope import angles, check_heads, halves, padded_width, put, rope_torch
+
+MAX_WIDTH = 8192  # elements of all heads of a token; twice as many spill in the backward pass
 
 
 @jit
@@ -93,6 +95,8 @@ def norm_rope(
     The weights, of one dtype, may be wider than q (float32 masters); their gradients come in their own dtype.
     """
     check_heads("norm_rope", q, k, cos, sin)
+    for name, x in (("q", q), ("k", k)):
+        check_width(f"norm_rope: {name}", padded_width(x), MAX_WIDTH)
     check("norm_rope: q_weight", q_weight, q.shape[2:])
     check("norm_rope: k_weight", k_weight, q.shape[2:], q_weight.dtype)
     return _norm_rope(q, k, q_weight, k_weight, eps, cos, sin)

@@ -9,6 +9,7 @@ float, so many registers that few programs fit a multiprocessor. Triton brings N
 so this needs no GPU. Half a minute for all three models and three generations.
 """
 
+import argparse
 import json
 import re
 import subprocess
@@ -71,6 +72,30 @@ def launches(m: Model) -> Iterator[tuple]:
         yield f"adamw with {name} moments", adamw._step, args, const, adamw.WARPS
 
 
+def largest_launches() -> Iterator[tuple]:
+    """As launches: the widest rows that the ops accept, in the dtype that takes most room."""
+    d, n = rms_norm.MAX_COLUMNS, 8192
+    norm = dict(ADD=True, BLOCK=d, ACC=tl.float32)
+    args = (FP32, d, FP32, d, FP32, FP32, FP32, FP32, d, 1e-6)
+    yield "largest add_rms_norm forward", rms_norm._forward, args, norm, warps_for(d)
+    args = (FP32, d, FP32, d, FP32, d, FP32, FP32, FP32, FP32, n, d)
+    stages = dict(STAGES=rms_norm.stages_for(4 * d))
+    yield "largest add_rms_norm backward", rms_norm._backward, args, norm | stages, warps_for(d)
+    heads, half = rope.MAX_WIDTH // 128, 64
+    x = (FP32, 2 * heads * half, 2 * half)
+    blocks = dict(Q_HEADS=heads, K_HEADS=heads, HALF=half, ACC=tl.float32)
+    args = (*x, *x, FP32, FP32, FP32, FP32, heads, heads, half)
+    yield "largest rope", rope._rotate, args, dict(INVERSE=False) | blocks, rope.WARPS
+    heads = norm_rope.MAX_WIDTH // 128
+    x, warps = (FP32, 2 * heads * half, 2 * half), norm_rope.warps_for(heads, half)
+    blocks = dict(Q_HEADS=heads, K_HEADS=heads, HALF=half, ACC=tl.float32)
+    args = (*x, *x, FP32, FP32, FP32, FP32, FP32, FP32, heads, heads, half, 1e-6)
+    yield "largest norm_rope forward", norm_rope._forward, args, blocks, warps
+    block = dict(HEADS=heads, HALF=half, ACC=tl.float32)
+    args = (*x, *x, FP32, FP32, FP32, FP32, FP32, n, heads, half, 1e-6)
+    yield "largest norm_rope backward", norm_rope._backward, args, block, warps
+
+
 def compile_for(kernel, args: tuple, constexprs: dict, warps: int, generation: int):
     """The kernel compiled as a launch with these arguments would compile it."""
     signature, constants, attributes = {}, dict(constexprs), {}
@@ -117,8 +142,8 @@ def measure(compiled) -> dict[str, int]:
 def table(generations=tuple(GENERATIONS), models=tuple(MODELS)) -> dict[str, dict[str, int]]:
     """`measure` of every launch: {"rms_norm forward, 4096, sm_90": {...}}. Same launches of several models stand once."""
     jobs = {}
-    for model in models:
-        for name, kernel, args, constexprs, warps in launches(MODELS[model]):
+    for of_one in (*(launches(MODELS[model]) for model in models), largest_launches()):
+        for name, kernel, args, constexprs, warps in of_one:
             sizes = ", ".join(
                 str(v) for k, v in constexprs.items() if k in ("BLOCK", "Q_HEADS", "K_HEADS", "HEADS", "ROWS", "COLS")
             )
@@ -136,9 +161,12 @@ def as_text(rows: dict[str, dict[str, int]]) -> str:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m nanomed.kernels.registers", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    args = parser.parse_args()
     if triton is None:
         sys.exit("error: Triton is not installed, which has the compiler; pip install triton (Linux)")
     if INTERPRETED:
         sys.exit("error: TRITON_INTERPRET is set; unset it, the interpreter does not compile")
     rows = table()
-    print(json.dumps(rows, indent=1) if "--json" in sys.argv[1:] else as_text(rows))
+    print(json.dumps(rows, indent=1) if args.json else as_text(rows))

@@ -21,7 +21,9 @@ Unfused, addition and norm move 10 bytes forward.
 import torch
 from torch import Tensor
 
-from .common import accumulator, check, jit, n_programs, next_power_of_2, on_device_of, tl, walkable, warps_for
+from .common import accumulator, check, check_width, jit, n_programs, next_power_of_2, on_device_of, tl, walkable, warps_for
+
+MAX_COLUMNS = 8192  # of a row; twice as many spill in the backward pass, and in float32 pass an A100's shared memory
 
 
 @jit
@@ -72,6 +74,7 @@ def _backward(
 def rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:  # (N, D), (D,) -> (N, D) in x's dtype
     """RMSNorm over the last dimension. w may be wider than x (float32 masters); its gradient comes in its own dtype."""
     check("rms_norm: x", x, (x.shape[0], w.shape[0]))
+    check_width("rms_norm: x", w.shape[0], MAX_COLUMNS)
     check("rms_norm: w", w, (w.shape[0],))
     return _rms_norm(x, w, eps)[0]
 
@@ -79,6 +82,7 @@ def rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:  # (N, D), (D,) -> (N,
 def add_rms_norm(x: Tensor, residual: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(y, s): s = x + residual, y = rms_norm(s, w, eps). x and residual (N, D), of one dtype; w (D,)."""
     check("add_rms_norm: x", x, (x.shape[0], w.shape[0]))
+    check_width("add_rms_norm: x", w.shape[0], MAX_COLUMNS)
     check("add_rms_norm: residual", residual, x.shape, x.dtype)
     check("add_rms_norm: w", w, (w.shape[0],))
     return _add_rms_norm(x, residual, w, eps)[:2]

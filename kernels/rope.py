@@ -15,9 +15,10 @@ Bytes an element of q and k in bf16: 4, forward and backward. The floor at 8,192
 import torch
 from torch import Tensor
 
-from .common import accumulator, check, jit, next_power_of_2, on_device_of, tl, walkable
+from .common import accumulator, check, check_width, jit, next_power_of_2, on_device_of, tl, walkable
 
 WARPS = 4
+MAX_WIDTH = 16384  # elements of all heads of a token; twice as many spill
 
 
 @jit
@@ -73,7 +74,14 @@ def _rotate(
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """q (N, H, d) and k (N, K, d) turned; cos and sin (N, 1, d/2) float32, or wider."""
     check_heads("rope", q, k, cos, sin)
+    for name, x in (("q", q), ("k", k)):
+        check_width(f"rope: {name}", padded_width(x), MAX_WIDTH)
     return _rope(q, k, cos, sin, False)
+
+
+def padded_width(x: Tensor) -> int:
+    """Elements of a token (H, d) as a program holds them: both sizes rounded up to powers of two."""
+    return next_power_of_2(x.shape[1]) * next_power_of_2(x.shape[2])
 
 
 def check_heads(what: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:

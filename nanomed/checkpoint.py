@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nanomed import InputError, first_line
 from nanomed.files import sha256, write_durably
 from nanomed.guard import Guard
+from nanomed.lowbit import FORMER_SCALE
 from nanomed.parallel import IO_TIMEOUT, World, print0
 from nanomed.weights import local
 
@@ -124,6 +125,12 @@ class Checkpointer:
                 raise ValueError(f"{name} is not what was written")
 
     def _load(self, path: Path) -> None:
+        names = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        if any(name.startswith(f"{FORMER_SCALE}.") for name in names):
+            raise InputError(
+                f"{path}: has 8-bit moments of an older format (codes of exp_avg_sq, now of its square root), which lost small "
+                "values; finish the run with the version that began it, or start a new one from its model"
+            )
         dcp.load(self._state(), checkpoint_id=path, process_group=self._group)
 
     def save(self, step: int) -> None:

@@ -13,10 +13,11 @@ E[round(x)] = x. The same is done when micro-batches' gradients are summed: the 
 
 8-bit moments are those of Dettmers et al., 2021 (arXiv 2110.02861) in torchao's map: blocks of up to 256 numbers
 share a float32 scale, codes index a map that is finest near 0. The step around them is ours, not torchao's AdamW8bit,
-because: it skips a step on the device (`found_inf`, as torch's fused AdamW does, no host sync), it works on a rank's own
-rows (AdamW8bit of torchao 0.18 stops at the first step on bf16 DTensors), and blocks never cross a row, so that a
-checkpoint can be cut anew for any number of ranks. Same numbers otherwise (tests hold the twin to AdamW8bit, bit by bit,
-and the kernel to the twin, whose codes it may miss by one within rounding of the middle of two).
+because: it keeps codes of sqrt(v) instead of v (kernels/adamw.py says why), it skips a step on the device (`found_inf`, as
+torch's fused AdamW does, no host sync), it works on a rank's own rows (AdamW8bit of torchao 0.18 stops at the first step on
+bf16 DTensors), and blocks never cross a row, so that a checkpoint can be cut anew for any number of ranks. The first moment
+is AdamW8bit's, bit by bit (a test); the kernel's codes are those of the torch reference, except by one within rounding of
+the middle of two.
 
 Cost: a kernel a parameter, kernels/adamw.py: each reads gradient, weight and moments and writes weight and moments, once: 14
 bytes a parameter with bf16 moments, 10 with int8. On the CPU, --offload included, its torch twin: compiled, or without a
@@ -43,8 +44,9 @@ def block_size(row: int) -> int | None:
 class LowbitAdamW(torch.optim.Optimizer):
     """AdamW over float32 or bf16 parameters, plain tensors or DTensors cut by rows; moments in fp32, bf16 or int8.
 
-    State of a parameter: `step`, `exp_avg`, `exp_avg_sq`, in its own shape and placement, and for int8 (matrices only;
-    vectors keep float32) their scales, (rows, row / block). All are there before the first step and keep their memory.
+    State of a parameter, in its shape and placement: `step`, `exp_avg`, `exp_avg_sq`; for int8 (matrices only; vectors keep
+    float32) `step`, the codes `exp_avg` and `exp_avg_sqrt`, and their scales, (rows, row / block). All are there before the
+    first step and keep their memory.
     """
 
     def __init__(self, groups: list[dict], lr: float, betas: tuple, eps: float, moments: str, backend: str):
@@ -85,16 +87,19 @@ class LowbitAdamW(torch.optim.Optimizer):
                 if p.grad is None or not (x := local(p)).numel():  # a rank may own no row of a small one
                     continue
                 state = {key: local(value) for key, value in self.state[p].items()}
-                scales = [state[f"{key}_scale"].view(-1) if f"{key}_scale" in state else None for key in _MOMENTS]
+                keys = QUANTIZED if QUANTIZED[1] in state else MOMENTS
+                scales = [state[f"{key}_scale"].view(-1) if keys is QUANTIZED else None for key in keys]
                 shape = (-1,) if scales[0] is None else (len(scales[0]), -1)
-                tensors = (t.view(shape) for t in (x, local(p.grad), *(state[key] for key in _MOMENTS)))
+                tensors = (t.view(shape) for t in (x, local(p.grad), *(state[key] for key in keys)))
                 self._update(
                     *tensors, scales, self._maps, lr, decay, corrections, skip, grad_scale, adamw.draw_seed(),
                     beta1, beta2, group["eps"],
                 )  # fmt: skip
 
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+QUANTIZED = ("exp_avg", "exp_avg_sqrt")  # an older format kept codes of exp_avg_sq: FORMER_SCALE tells its checkpoints
+FORMER_SCALE = "exp_avg_sq_scale"
 
 
 def _maps() -> tuple[list, list]:
@@ -108,9 +113,9 @@ def _maps() -> tuple[list, list]:
 def _zeros(p: Tensor, moments: str) -> dict[str, Tensor]:
     block = block_size(p.shape[1]) if moments == "int8" and p.ndim == 2 else None
     dtype = torch.uint8 if block else torch.bfloat16 if moments == "bf16" else torch.float32
-    zeros = {key: torch.zeros_like(p, dtype=dtype) for key in _MOMENTS}
+    zeros = {key: torch.zeros_like(p, dtype=dtype) for key in (QUANTIZED if block else MOMENTS)}
     if block:  # of codes; under a scale of 0 any code means 0
-        zeros |= {f"{key}_scale": torch.zeros_like(p[:, ::block], dtype=torch.float32) for key in _MOMENTS}
+        zeros |= {f"{key}_scale": torch.zeros_like(p[:, ::block], dtype=torch.float32) for key in QUANTIZED}
     return zeros
 
 

@@ -5,6 +5,7 @@ A test suite is worth what it catches. Each mutation is a bug that some project 
 temporary folder, the line is changed there, and the kernels' tests must fail. Exit status 1 if one survives.
 """
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -57,7 +58,9 @@ MUTATIONS = [  # (what, file, old, new): old must stand in the file, tests/test_
     ("-1 as 1", "adamw", "code = 127 + tl.where(x < 0, -code, tl.where(top, 128.0, code))", "code = 127 + tl.where(x < 0, -1.0, 1.0) * tl.where(top, 128.0, code)"),
     ("skipped steps made", "adamw", "if tl.load(skip_ptr) != 0:", "if tl.load(skip_ptr) == 2:"),
     ("gradients not divided", "adamw", "g *= 1 / tl.load(grad_scale_ptr)", "g *= 1.0"),
-    ("the other moment's scale", "adamw", "_keep(tl.where(mask, v, 0.0), v_ptr, v_scale_ptr", "_keep(tl.where(mask, v, 0.0), v_ptr, m_scale_ptr"),
+    ("the other moment's scale", "adamw", "_keep(tl.where(mask, kept, 0.0), v_ptr, v_scale_ptr", "_keep(tl.where(mask, kept, 0.0), v_ptr, m_scale_ptr"),
+    ("codes of v read as its root", "adamw", "        v *= v", "        v = v"),
+    ("small second moments rounded to 0", "adamw", "tl.where(a > 0, tl.maximum(code, 1.0), 0.0)", "tl.where(a > 1e-6, tl.maximum(code, 1.0), 0.0)"),
     ("scaled twice", "cross_entropy", "if factor == 1:", "if factor != 1:"),
 ]  # fmt: skip
 TESTS = ["kernels", "kernel_ops", "rms_norm", "rope", "cross_entropy", "linear_cross_entropy", "adamw"]
@@ -80,6 +83,7 @@ def survives(file: str, old: str, new: str) -> bool:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     if not survives("rope", "sin", "sin"):
         sys.exit("error: the tests fail before any mutation")
     survivors = 0

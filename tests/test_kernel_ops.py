@@ -9,6 +9,7 @@ from torch.distributed.tensor import distribute_tensor
 
 from conftest import ROOT
 from kernel_cases import CASES, DEVICE, angles, outputs_and_gradients, targets_for
+from nanomed.kernels import adamw
 from nanomed.kernels.cross_entropy import _cross_entropy_, _scale_, cross_entropy
 from nanomed.kernels.linear_cross_entropy import linear_cross_entropy
 from nanomed.kernels.norm_rope import _norm_rope, _norm_rope_backward, norm_rope
@@ -147,3 +148,39 @@ def test_a_dtensor_is_refused(tmp_path):
                 call()
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_rows_that_share_memory_are_refused_where_they_would_be_written():
+    """x.expand(N, V) has one row in memory: every gradient would land on it."""
+    logits = torch.randn(1, 64, device=DEVICE, requires_grad=True).expand(4, 64)
+    targets, scale = torch.zeros(4, dtype=torch.int64, device=DEVICE), torch.ones((), device=DEVICE)
+    with pytest.raises(ValueError, match=r"cross_entropy: logits has rows that share memory \(stride 0\)"):
+        cross_entropy(logits, targets, scale)
+    overlapping = torch.randn(256, device=DEVICE).as_strided((4, 64), (32, 1)).requires_grad_()
+    with pytest.raises(ValueError, match="rows that share memory"):
+        cross_entropy(overlapping, targets, scale)
+    with torch.no_grad():  # nothing is written
+        assert cross_entropy(logits, targets, scale).isfinite()
+
+
+def test_moments_that_are_not_contiguous_are_refused():
+    x = torch.zeros(8, 8, device=DEVICE, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="total is not contiguous"):
+        adamw.add_rounded_(x.T, x, adamw.draw_seed())
+    with pytest.raises(ValueError, match="grad is not contiguous"):
+        adamw.add_rounded_(x, x[:1].expand(8, 8), adamw.draw_seed())
+
+
+def test_rows_wider_than_a_program_are_refused_by_name():
+    """They spilled, or did not launch. tests/test_registers.py compiles the widest that are accepted."""
+    wide, weight = torch.zeros(2, 8193, device=DEVICE), torch.zeros(8193, device=DEVICE)
+    with pytest.raises(ValueError, match=r"rms_norm: x has 8,193 elements in a row, at most 8,192 fit"):
+        rms_norm(wide, weight, 1e-6)
+    with pytest.raises(ValueError, match="add_rms_norm: x has 8,193"):
+        add_rms_norm(wide, wide, weight, 1e-6)
+    q, k = torch.zeros(2, 65, 128, device=DEVICE), torch.zeros(2, 1, 128, device=DEVICE)
+    angle = torch.zeros(2, 1, 64, device=DEVICE)
+    with pytest.raises(ValueError, match="norm_rope: q has 16,384"):
+        norm_rope(q, k, weight[:128], weight[:128], 1e-6, angle, angle)
+    with pytest.raises(ValueError, match="rope: k has 32,768"):
+        rope(k, torch.zeros(2, 129, 128, device=DEVICE), angle, angle)

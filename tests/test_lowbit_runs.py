@@ -12,7 +12,7 @@ from torch import nn
 
 import train
 from conftest import read_losses
-from nanomed import InputError, config, lowbit, optim, parallel
+from nanomed import InputError, checkpoint, config, lowbit, optim, parallel
 from nanomed.checkpoint import Checkpointer
 from nanomed.config import Config
 from nanomed.guard import Guard
@@ -156,3 +156,14 @@ def test_float8_on_a_cpu_and_on_an_old_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert "--precision" in refused(float8=True, precision="fp32")
     assert "multiple of 16" in refused(float8=True, seq_len=8, batch_tokens=8)
+
+
+def test_a_checkpoint_with_the_older_8_bit_moments_is_refused(tiny, tmp_path, run, monkeypatch, capsys):
+    """It kept codes of v, which lost small values; read as codes of sqrt(v), every step would be wrong."""
+    out, flags = tmp_path / "run", dict(optimizer_states="int8", steps=8, checkpoint_every=2, val=None)
+    assert run(tiny.flags(out, **flags))
+    shutil.rmtree(out / "hf")  # as if it had not finished
+    capsys.readouterr()
+    monkeypatch.setattr(checkpoint, "FORMER_SCALE", "exp_avg_sqrt_scale")  # so that today's counts as the older format
+    assert not run(tiny.flags(out, **flags))
+    assert "has 8-bit moments of an older format" in capsys.readouterr().err
