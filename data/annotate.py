@@ -26,9 +26,11 @@ from pathlib import Path
 from audit import audit
 from documents import read_about, read_documents, write_parquet
 from nanomed import InputError, run_script
-from nanomed.chat import Answer, ask
+from nanomed.chat import Answer, ask, parse_body, with_extra
+from nanomed.evaluation.answers import without_thoughts
 
 PROMPT = Path(__file__).resolve().parent / "prompts" / "medical-de-v1.toml"
+N_CHECKED = 100  # answers, after which a run whose answers are mostly invalid stops
 COLUMNS = dict.fromkeys(("id", "text", "label", "answer", "finish_reason", "model", "prompt_sha256"), "string")
 
 
@@ -42,7 +44,11 @@ class Prompt:
     sha256: str  # of the file
 
     def parse(self, answer: str) -> str:
-        """medical, not_medical or invalid: the answer begins with one word, in any case, and does not contain the other."""
+        """medical, not_medical or invalid: the answer begins with one word, in any case, and does not contain the other.
+
+        <think>...</think> blocks are not part of the answer.
+        """
+        answer = without_thoughts(answer)
         found = {label for label in ("medical", "not_medical") if _has_word(answer, getattr(self, label))}
         if len(found) == 1:
             (label,) = found
@@ -85,13 +91,37 @@ def read_sample(path: Path) -> Iterator[dict]:
         yield document
 
 
-def annotate(sample: Path, out: Path, url: str, model: str, prompt: Prompt, max_chars: int, max_tokens: int, **how) -> Counter:
+def check_first(answers: dict[int, Answer], prompt: Prompt) -> None:
+    """InputError if most of the first N_CHECKED answers are invalid: the rest would be paid for in vain."""
+    invalid = [answer for answer in answers.values() if prompt.parse(answer.text) == "invalid"]
+    if len(invalid) <= len(answers) / 2:
+        return
+    example = " ".join((invalid[0].text or invalid[0].finish_reason).split())[:120]
+    raise InputError(
+        f"{len(invalid)} of the first {len(answers)} answers are neither {prompt.medical!r} nor {prompt.not_medical!r}, such as "
+        f"{example!r}; another model or prompt is needed, more --max-tokens, or thinking switched off by --body"
+    )
+
+
+def annotate(
+    sample: Path,
+    out: Path,
+    url: str,
+    model: str,
+    prompt: Prompt,
+    max_chars: int,
+    max_tokens: int,
+    extra: dict | None = None,
+    **how,
+) -> Counter:
     """Label every document of the sample into `out`; returns the count of each label.
 
-    An empty text is `invalid` and not asked about. how: concurrency, timeout_s, tries of nanomed.chat.ask.
+    An empty text is `invalid` and not asked about. extra: fields of --body. how: concurrency, timeout_s, tries of nanomed.chat.ask.
     InputError if anything is wrong with what was given, or the endpoint gives up; run again to resume.
     """
     settings = {"model": model, "prompt_sha256": prompt.sha256, "max_chars": max_chars, "max_tokens": max_tokens}
+    if extra:
+        settings["body"] = extra
     n_documents, digest = 0, hashlib.sha256()
     for document in read_sample(sample):  # everything is checked before the first request is paid for
         n_documents += 1
@@ -107,12 +137,14 @@ def annotate(sample: Path, out: Path, url: str, model: str, prompt: Prompt, max_
             if text := document["text"].strip():
                 content = prompt.template.replace("{text}", text[:max_chars])
                 body = {"model": model, "messages": [{"role": "user", "content": content}]}
-                yield number, body | {"temperature": 0, "max_tokens": max_tokens}
+                yield number, with_extra(body | {"temperature": 0, "max_tokens": max_tokens}, extra or {})
 
     answers: dict[int, Answer] = {}
     cache = out.with_name(out.name + ".answers.sqlite")
     for number, answer in ask(requests(), url, cache, n_documents, desc="annotate", **how):
         answers[number] = answer
+        if len(answers) == N_CHECKED:
+            check_first(answers, prompt)
 
     counts: Counter = Counter()
 
@@ -161,6 +193,7 @@ def main() -> None:
     add("--max-tokens", type=int, default=8, metavar="N", help="tokens per answer (default: %(default)s)")
     add("--concurrency", type=int, default=64, metavar="N", help="requests in flight (default: %(default)s)")
     add("--timeout", type=float, default=120, metavar="S", help="seconds per attempt (default: %(default)s)")
+    add("--body", metavar="JSON", help='fields to add to every request; null removes one: {"max_tokens": null}')
     add("--audit", type=int, metavar="N", help="write a sheet of N documents to label by hand; once filled in, print F1")
     args = parser.parse_args()
     for name in ("max_chars", "max_tokens", "concurrency", "timeout", "audit"):
@@ -172,6 +205,7 @@ def main() -> None:
     if missing := [f"--{name}" for name in ("url", "model", "out") if getattr(args, name) is None]:
         raise InputError(f"{', '.join(missing)} is missing; see --help for an example")
     how = {"concurrency": args.concurrency, "timeout_s": args.timeout}
+    how["extra"] = parse_body(args.body)
     prompt = read_prompt(args.prompt)
     counts = annotate(args.input, args.out, args.url, args.model, prompt, args.max_chars, args.max_tokens, **how)
     total = sum(counts.values())

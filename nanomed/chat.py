@@ -10,15 +10,19 @@ Every answer is committed to the cache, an SQLite file keyed by the SHA-256 of t
 kill -9 the same command pays only for what was in flight. A body that comes twice in a run is asked once. The key has
 no URL in it: another port is the same model; a model that changes must change its name.
 
-What may pass is tried again, up to `tries` times, waiting 1, 2, 4, ... 60 s or what Retry-After says: no connection, a
-time-out, 408, 409, 429, 5xx, a body that is cut or no chat completion. Then, and at once for most other statuses (a wrong
-key, an unknown model) and where nobody has listened yet, the run ends with one line; what is in flight is waited for and
-kept first.
+What may pass is tried again, waiting 1, 2, 4, ... 60 s or what Retry-After says: no connection, a time-out, 408, 409, 429,
+5xx, a body that is cut or no chat completion. A rate limit (429, 503) pauses all requests and halves how many are in flight
+(nanomed.pacing). The run gives up only when nothing has been answered for PATIENCE_S, and at once for most other statuses
+(a wrong key, an unknown model) and where nobody has listened yet: it ends with one line; what is in flight is waited for and
+kept first. A request that failed `tries` times while others were answered is one failure of its own: it gets an Answer without
+words, which is not kept, so that another run tries it again.
 
-400, 413 and 422 are said of one request: its words are filtered, or it is too long. It gets an Answer without words, kept
-like any other, whose finish_reason is what the endpoint said. But some endpoints also say 400 to a wrong model or setting,
-that is to everything: so nothing is believed before another request of the run has been answered, and 20 refusals with
-none answered end the run.
+400, 403, 413 and 422 are said of one request: its words are filtered, or it is too long. It gets an Answer without words,
+kept like any other, whose finish_reason is what the endpoint said. But some endpoints also say 400 to a wrong model or
+setting, that is to everything: so nothing is believed before another request of the run has been answered, and 20 refusals
+with none answered end the run.
+
+Keys and passwords are taken out of whatever the endpoint says, before it is shown or kept.
 """
 
 import asyncio
@@ -32,16 +36,21 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from tqdm import tqdm
 
 from nanomed import InputError, first_line
+from nanomed.pacing import Pace
+from nanomed.redaction import redact
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
+PATIENCE_S = 300.0  # without a single answer: then the endpoint is given up
 RETRIED = (408, 409, 429)  # and 5xx
-REFUSED = (400, 413, 422)  # this request, and maybe every other
-MEND = "mend that and run again, what is answered is kept"
+RATE_LIMITS = (429, 503)
+REFUSED = (400, 403, 413, 422)  # this request, and maybe every other
+FIXED = "fix this and run again; what is answered is kept"
+RESERVED = ("model", "messages", "stream", "n")  # of a body: not for --body
 N_REFUSED = 20  # with none answered: then it is every other
 
 
@@ -96,6 +105,24 @@ class Cache:
         self._db.close()
 
 
+def parse_body(text: str | None) -> dict:
+    """--body: a JSON object with fields to add to every request, or to remove where they are null. InputError if it is none."""
+    try:
+        extra = json.loads(text or "{}")
+    except ValueError as error:
+        raise InputError(f"--body {text}: not valid JSON ({error})") from None
+    if not isinstance(extra, dict):
+        raise InputError(f'--body {text}: expected a JSON object, such as \'{{"max_tokens": null, "max_completion_tokens": 16}}\'')
+    if reserved := sorted(extra.keys() & set(RESERVED)):
+        raise InputError(f"--body: {reserved[0]} is set by the command and cannot be changed")
+    return extra
+
+
+def with_extra(body: dict, extra: dict) -> dict:
+    """The body with the fields of --body: null removes one."""
+    return {key: value for key, value in (body | extra).items() if value is not None}
+
+
 def request_hash(body: dict) -> str:
     """SHA-256 of the body's canonical JSON."""
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
@@ -113,8 +140,9 @@ def ask(
 ) -> Iterator[tuple[object, Answer]]:
     """(key, Answer) of every request, in order of completion, under a progress bar.
 
-    url: the endpoint's base, with its /v1. n_requests: for the bar. concurrency: requests in flight. timeout_s: of one
-    try, from sending to the last byte. The API key, where one is needed, is OPENAI_API_KEY's. InputError: see above.
+    url: the endpoint's base, with its /v1. n_requests: for the bar. concurrency: requests in flight, at most. timeout_s: of
+    one try, from sending to the last byte. tries: of one request, while others are answered. The API key, where one is
+    needed, is OPENAI_API_KEY's. InputError: see above.
     """
     store = Cache(cache)
     try:
@@ -122,7 +150,7 @@ def ask(
             asyncio.Runner() as runner,
             tqdm(total=n_requests, desc=desc, unit="answer", smoothing=0, disable=None) as bar,
         ):
-            endpoint = Endpoint(url, timeout_s, tries)
+            endpoint = Endpoint(url, timeout_s, tries, concurrency)
             try:
                 for key, answer in _answers(requests, endpoint, store, runner, concurrency):
                     bar.set_postfix_str(f"{endpoint.n_paid:,} new, {endpoint.n_retries:,} tried again", refresh=False)
@@ -174,7 +202,8 @@ def _answers(requests, endpoint: "Endpoint", store: Cache, runner, concurrency: 
         if answered or at_end:  # of a run that goes on, the few that are left may all be refused
             for request, error in refused.items():
                 answers[request] = error.answer
-                store.put(request, error.answer)
+                if error.keep:
+                    store.put(request, error.answer)
             refused.clear()
         for request, answer in answers.items():
             for key in keys.pop(request):
@@ -194,66 +223,123 @@ async def _keep_rest(tasks: dict[asyncio.Task, str], endpoint: "Endpoint", store
 
 
 class Refused(InputError):
-    """The endpoint will not answer this request, whatever it does with others. answer: what stands for one."""
+    """The endpoint will not answer this request, whatever it does with others. answer: what stands for one.
 
-    def __init__(self, line: str, answer: Answer):
+    keep: whether another try would be in vain, so that the cache may hold it.
+    """
+
+    def __init__(self, line: str, answer: Answer, keep: bool = True):
         super().__init__(line)
-        self.answer = answer
+        self.answer, self.keep = answer, keep
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong with one try."""
+
+    reason: str
+    may_pass: bool  # whether another try may help
+    wait_s: float | None = None  # as the endpoint asks
+    is_rate_limit: bool = False
 
 
 class Endpoint:
     """A URL that answers, sooner or later or with an InputError."""
 
-    def __init__(self, url: str, timeout_s: float, tries: int):
+    def __init__(self, url: str, timeout_s: float, tries: int, concurrency: int):
         try:
             import openai
         except ImportError:
             raise InputError("asking an endpoint needs the package openai: pip install -e '.[data]'") from None
         if not url.startswith(("http://", "https://")):
             raise InputError(f"{url}: not the URL of an endpoint; expected one such as http://localhost:8000/v1")
-        self.url, self.timeout_s, self.tries = url, timeout_s, tries
+        self.timeout_s, self.tries = timeout_s, tries
         self.n_paid = self.n_retries = 0
         self.stop = asyncio.Event()
+        self.pace = Pace(concurrency, self.stop)
         key = os.environ.get("OPENAI_API_KEY") or "none"  # one's own server wants no key, but the package does
+        self._secrets = [key, unquote(urlsplit(url).password or "")]
+        self._listens_at, self.url = url, self._redact(url)  # the second to be shown
         self.client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=0, timeout=timeout_s)
+
+    def _redact(self, text: str) -> str:
+        return redact(text, *self._secrets)
 
     async def answer(self, body: dict) -> Answer:
         """The answer to one request, tried again while that may help and no other request has failed for good."""
-        for attempt in range(self.tries):
-            answer, reason, may_pass, wait_s = await self._try(body)
-            if answer:
+        answered_before, attempt = self.pace.n_answered, 0
+        while True:
+            await self.pace.enter()
+            try:
+                outcome = await self._try(body)
+            finally:
+                self.pace.leave()
+            if isinstance(outcome, Answer):
+                self.pace.answered()
                 self.n_paid += 1
-                return answer
-            if not may_pass:
-                raise InputError(f"{self.url}: {reason}; {MEND}")
-            if attempt + 1 < self.tries and not self.stop.is_set():
-                self.n_retries += 1
-                wait_s = wait_s or FIRST_WAIT_S * 2**attempt * random.uniform(0.5, 1.0)  # not all at once again
-                await self._sleep(min(wait_s, LONGEST_WAIT_S))
-        raise InputError(f"{self.url}: {reason}, tried {self.tries} times; run again later, what is answered is kept")
+                return outcome
+            attempt += 1
+            wait_s = outcome.wait_s or FIRST_WAIT_S * 2 ** min(attempt - 1, 10) * random.uniform(0.5, 1.0)
+            wait_s = min(wait_s, LONGEST_WAIT_S)
+            if not outcome.may_pass:
+                raise InputError(f"{self.url}: {outcome.reason}; {FIXED}")
+            if attempt >= self.tries or self.stop.is_set():
+                self._give_up(outcome, attempt, answered_before, body)
+            self.n_retries += 1
+            if outcome.is_rate_limit:
+                self.pace.limited(wait_s)
+            else:
+                await self._sleep(wait_s)
 
-    async def _try(self, body: dict) -> tuple[Answer | None, str, bool, float | None]:
-        """(answer or None, what went wrong, whether it may pass, how long the endpoint asks to wait)."""
+    def _give_up(self, outcome: "Failure", attempt: int, answered_before: int, body: dict) -> None:
+        """Raise if the request, or the endpoint, is beyond hope; return if another try is worth it."""
+        line = f"{self.url}: {outcome.reason}, tried {attempt} times"
+        if self.pace.n_answered > answered_before and not outcome.is_rate_limit:  # it is this request
+            raise Refused(line, Answer("", outcome.reason, str(body.get("model")), 0, 0), keep=False)
+        if self.stop.is_set() or self.pace.seconds_without_answer() >= PATIENCE_S:
+            raise InputError(f"{line}; run again later, what is answered is kept")
+
+    async def _try(self, body: dict) -> "Answer | Failure":
+        """One request. Refused if the endpoint will not answer it."""
         import openai
 
+        named = {key: body[key] for key in ("model", "messages") if key in body}
+        rest = {key: value for key, value in body.items() if key not in named}  # the package knows not every field of a server
         try:
             async with asyncio.timeout(self.timeout_s):  # the package's own starts anew with every byte
-                return _read(await self.client.chat.completions.create(**body)), "", False, None
+                return self._read(await self.client.chat.completions.create(**named, extra_body=rest))
         except openai.APIStatusError as error:
-            reason = f"answers {error.status_code} ({first_line(error)})"
+            reason = self._redact(f"answers {error.status_code} ({first_line(error)})")
             if error.status_code in REFUSED:
                 nothing = Answer("", reason, str(body.get("model")), 0, 0)
-                raise Refused(f"{self.url}: {reason}; {MEND}", nothing) from None
+                raise Refused(f"{self.url}: {reason}; {FIXED}", nothing) from None
             may_pass = error.status_code in RETRIED or error.status_code >= 500
-            return None, reason, may_pass, _seconds(error.response.headers.get("retry-after"))
+            wait_s = _seconds(error.response.headers.get("retry-after"))
+            return Failure(reason, may_pass, wait_s, error.status_code in RATE_LIMITS)
         except (TimeoutError, openai.APITimeoutError):
-            return None, f"no answer within {self.timeout_s:g} s", True, None
+            return Failure(f"no answer within {self.timeout_s:g} s", True)
         except openai.APIConnectionError as error:
-            if not self.n_paid and nobody_listens(self.url):
-                return None, "nobody listens there (connection refused)", False, None
-            return None, f"no connection, or one cut off ({first_line(error.__cause__ or error)})", True, None
+            if not self.n_paid and nobody_listens(self._listens_at):
+                return Failure("nobody listens there (connection refused)", False)
+            return Failure(self._redact(f"no connection, or one cut off ({first_line(error.__cause__ or error)})"), True)
         except ValueError as error:  # not JSON, not UTF-8, or not a completion
-            return None, f"answers what is no chat completion ({first_line(error)})", True, None
+            return Failure(self._redact(f"the response is not a chat completion ({first_line(error)})"), True)
+
+    def _read(self, completion) -> Answer:
+        """The first choice of a completion, which the package builds without checking; ValueError if it is none.
+
+        Of a model that reasons, the thoughts are a field of their own (reasoning_content, reasoning): they are not read.
+        """
+        try:
+            choice, usage = completion.choices[0], completion.usage
+            text = choice.message.content
+        except (AttributeError, TypeError, IndexError):
+            raise ValueError(f"no choices in {str(completion)[:80]!r}") from None
+        if not isinstance(text, str | None):
+            raise ValueError(f"content is of type {type(text).__name__}")
+        n_tokens = (getattr(usage, name, None) or 0 for name in ("prompt_tokens", "completion_tokens"))
+        words = (self._redact(str(x)) for x in (text or "", choice.finish_reason, completion.model))
+        return Answer(*words, *n_tokens)
 
     async def _sleep(self, seconds: float) -> None:
         """Wait, but not on when the run has failed."""
@@ -273,19 +359,6 @@ def nobody_listens(url: str) -> bool:
     except (OSError, ValueError):
         pass
     return False
-
-
-def _read(completion) -> Answer:
-    """The first choice of a completion, which the package builds without checking; ValueError if it is none."""
-    try:
-        choice, usage = completion.choices[0], completion.usage
-        text = choice.message.content
-    except (AttributeError, TypeError, IndexError):
-        raise ValueError(f"no choices in {str(completion)[:80]!r}") from None
-    if not isinstance(text, str | None):
-        raise ValueError(f"content is of type {type(text).__name__}")
-    n_tokens = (getattr(usage, name, None) or 0 for name in ("prompt_tokens", "completion_tokens"))
-    return Answer(text or "", str(choice.finish_reason), str(completion.model), *n_tokens)
 
 
 def _seconds(retry_after: str | None) -> float | None:

@@ -11,6 +11,7 @@ def _quick(monkeypatch):
     """Waits between tries of milliseconds, and no key from the environment."""
     monkeypatch.setattr(chat, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(chat, "LONGEST_WAIT_S", 0.1)
+    monkeypatch.setattr(chat, "PATIENCE_S", 0.0)  # gives up after `tries`
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 

@@ -34,7 +34,8 @@ class Endpoint:
 def serving(behave: Callable[[dict, int], object]) -> Iterator[Endpoint]:
     """An endpoint for the length of a with block.
 
-    behave returns a text (a good answer), a dict (this JSON), bytes (this body), a status, (status, headers), "hang",
+    behave returns a text (a good answer), a dict (this JSON), bytes (this body), a status, (status, headers),
+    (status, {"error": ...}), "hang",
     "cut" (half a body), "trickle" (byte after byte for six seconds), "drop" (no answer at all), or
     ("after", seconds, one of these).
     """
@@ -77,6 +78,8 @@ def serving(behave: Callable[[dict, int], object]) -> Iterator[Endpoint]:
                 self.close_connection = True
             elif isinstance(action, int):
                 self.send(action, json.dumps({"error": {"message": f"said {action}"}}).encode())
+            elif isinstance(action, tuple) and "error" in action[1]:
+                self.send(action[0], json.dumps(action[1]).encode())
             elif isinstance(action, tuple):
                 self.send(action[0], b"{}", **action[1])
             elif isinstance(action, bytes):

@@ -26,7 +26,9 @@ def answers(path: Path, texts: dict[str, str], model: str, finish_reason: str = 
 
 @pytest.fixture(name="command")
 def fixture_command(monkeypatch, capsys):
-    """Run eval.py in this process; (exit status, what it printed)."""
+    """Run eval.py in this process; (exit status, what it printed). It gives an endpoint up after few tries."""
+    monkeypatch.setattr("nanomed.chat.PATIENCE_S", 0.0)
+    monkeypatch.setattr("nanomed.chat.FIRST_WAIT_S", 0.01)
 
     def run(*argv) -> tuple[int, str]:
         monkeypatch.setattr("sys.argv", ["eval.py", *map(str, argv)])
@@ -46,7 +48,7 @@ def fixture_command(monkeypatch, capsys):
 def parts(body: dict) -> tuple[str, str]:
     """The two answers that a judge was shown."""
     text = body["messages"][0]["content"]
-    return tuple(re.search(rf"<<<ANTWORT {i}\n(.*?)\nANTWORT {i}>>>", text, re.DOTALL)[1] for i in (1, 2))
+    return tuple(re.search(rf"<<<ANTWORT {i} \w+\n(.*?)\nANTWORT {i} \w+>>>", text, re.DOTALL)[1] for i in (1, 2))
 
 
 def refused(command, *argv) -> str:

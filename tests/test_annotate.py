@@ -26,6 +26,7 @@ NUMBERS = ("{text}", "JA", "NEIN", "0" * 64)
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr(chat, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(chat, "PATIENCE_S", 0.0)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
@@ -79,6 +80,18 @@ def test_what_cannot_be_read_is_invalid_and_kept(tmp_path):
     assert rows[2]["finish_reason"] == "content_filter"
 
 
+def test_a_run_whose_first_answers_are_mostly_invalid_stops(tmp_path):
+    """A model that reasons and has too few tokens: every answer would be paid for and none read."""
+    sample = write(tmp_path / "sample.parquet", [f"text {i}" for i in range(400)])
+    thoughts = completion(None) | {"choices": [{"index": 0, "finish_reason": "length",
+                                                "message": {"role": "assistant", "content": None, "reasoning": "Hm"}}]}  # fmt: skip
+    with serving(lambda *_: thoughts) as endpoint:
+        with pytest.raises(InputError, match=r"100 of the first 100 answers are neither 'JA' nor 'NEIN', such as 'length'"):
+            run(sample, tmp_path / "labels.parquet", endpoint)
+        assert len(endpoint.bodies) < 200
+    assert not (tmp_path / "labels.parquet").exists()
+
+
 # ---- reading answers ----
 
 
@@ -87,6 +100,7 @@ def test_what_cannot_be_read_is_invalid_and_kept(tmp_path):
     [
         ("JA", "medical"), ("ja", "medical"), (" Ja.\n", "medical"), ("**JA**", "medical"), ("„Ja“", "medical"),
         ("Ja, der Text behandelt", "medical"), ("JA\n\nBegründung: Der", "medical"), ("(JA)", "medical"),
+        ("<think>Also JA oder NEIN?</think>JA", "medical"), ("Hm, NEIN?</think>\n\nJA", "medical"),
         ("NEIN", "not_medical"), ("Nein, denn es", "not_medical"), ("'nein'", "not_medical"),
         ("", "invalid"), ("Jain", "invalid"), ("JANEIN", "invalid"), ("Ja oder Nein?", "invalid"), ("ja_", "invalid"),
         ("Nein, ja doch", "invalid"), ("Der Text ist medizinisch: JA", "invalid"), ("Januar", "invalid"),
@@ -240,4 +254,4 @@ def test_an_error_is_one_line(tmp_path):
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if not line.startswith("annotate:") and line]
     assert line.startswith(f"error: {endpoint.url}: answers 404 (Error code: 404")
-    assert line.endswith("said 404); mend that and run again, what is answered is kept") or "'said 404'" in line
+    assert line.endswith("said 404); fix this and run again; what is answered is kept") or "'said 404'" in line

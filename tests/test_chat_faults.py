@@ -1,6 +1,8 @@
 """An endpoint that misbehaves: what may pass is tried again, what will not ends in one line, and nothing is lost."""
 
+import base64
 import time
+from urllib.parse import quote
 
 import pytest
 
@@ -109,7 +111,7 @@ def refusing(*texts, status=400):
 
 
 @pytest.mark.parametrize("concurrency", [1, 64])
-@pytest.mark.parametrize("status", [400, 413, 422])
+@pytest.mark.parametrize("status", [400, 403, 413, 422])
 def test_one_request_that_is_refused_is_an_answer_without_words(tmp_path, status, concurrency):
     """Though it is the first to come back. It is kept as any other."""
     with serving(refusing("text 0", "text 3", status=status)) as endpoint:
@@ -141,7 +143,7 @@ def test_where_everything_is_refused_the_run_ends_and_keeps_none(tmp_path, monke
     with serving(echo) as endpoint:
         collect(endpoint, tmp_path / "cache", requests(n_kept, first=500))
         endpoint.behave = lambda *_: 400
-        with pytest.raises(InputError, match=r"answers 400 .*mend that and run again"):
+        with pytest.raises(InputError, match=r"answers 400 .*fix this and run again"):
             collect(endpoint, tmp_path / "cache", requests(80), concurrency=concurrency)
         assert len(endpoint.bodies) <= n_kept + chat.N_REFUSED + concurrency
         endpoint.behave = echo
@@ -163,15 +165,109 @@ def test_an_answer_without_words_is_an_answer(tmp_path):
     assert (answer.text, answer.finish_reason) == ("", "content_filter")
 
 
-def test_after_a_failure_the_same_call_goes_on(tmp_path):
-    with serving(lambda request, n: 500 if "9" in request["messages"][0]["content"] else echo(request, n)) as endpoint:
-        with pytest.raises(InputError, match="500"):
-            collect(endpoint, tmp_path / "cache", requests(20), tries=2, concurrency=2)
-        kept = len(set(endpoint.paid()))
+def test_a_request_that_always_fails_is_one_failure(tmp_path):
+    """While others are answered. It is not kept: another run tries it again."""
+    with serving(lambda request, n: 500 if request["messages"][0]["content"] == "text 9" else echo(request, n)) as endpoint:
+        answers = dict(ask(requests(20), endpoint.url, tmp_path / "cache", tries=3, concurrency=2))
+        assert len(answers) == 20
+        assert answers[9].text == ""
+        assert "answers 500" in answers[9].finish_reason
+        endpoint.behave = echo
+        assert collect(endpoint, tmp_path / "cache", requests(20))[9] == "to text 9"
+    assert len(endpoint.bodies) == 19 + 3 + 1
+
+
+def test_an_endpoint_that_fails_for_good_ends_the_run_and_it_goes_on_later(tmp_path):
+    with serving(lambda request, n: 500 if len(endpoint.bodies) > 10 else echo(request, n)) as endpoint:
+        with pytest.raises(InputError, match=r"answers 500 .*, tried 2 times; run again later"):
+            collect(endpoint, tmp_path / "cache", requests(20), tries=2, concurrency=1)
         endpoint.behave = echo
         assert len(collect(endpoint, tmp_path / "cache", requests(20))) == 20
-    assert kept >= 10
-    assert sum("9" not in text for text in endpoint.paid()) == 18
+    assert len(endpoint.bodies) == 10 + 2 + 10
+
+
+@pytest.mark.parametrize("concurrency", [8, 64])
+def test_a_rate_limit_slows_all_requests_and_loses_none(tmp_path, monkeypatch, concurrency):
+    """Twenty in a window of 0.2 s, then 429 with Retry-After: each request's own tries would be used up."""
+    monkeypatch.setattr(chat, "PATIENCE_S", 60.0)
+    window = [0.0, 0]
+
+    def behave(request, number):
+        with endpoint.lock:
+            if time.monotonic() - window[0] > 0.2:
+                window[:] = [time.monotonic(), 0]
+            window[1] += 1
+            if window[1] > 20:
+                return 429, {"Retry_After": "0.1"}
+        return echo(request, number)
+
+    with serving(behave) as endpoint:
+        got = collect(endpoint, tmp_path / "cache", requests(200), concurrency=concurrency, tries=2)
+    assert got == {i: f"to text {i}" for i in range(200)}
+    assert len(endpoint.bodies) < 2 * 200
+
+
+def test_the_limit_shrinks_and_grows():
+    import asyncio
+
+    from nanomed.pacing import Pace
+
+    pace = Pace(64, asyncio.Event())
+    for _ in range(50):  # one rate limit, said to all that were in flight
+        pace.limited(0.5)
+    assert pace.limit == 32
+    for _ in range(10_000):
+        pace.answered()
+    assert pace.limit == 64
+
+
+def test_extra_fields_are_sent_and_null_removes_one(tmp_path):
+    from nanomed.chat import parse_body, with_extra
+
+    extra = parse_body('{"max_tokens": null, "max_completion_tokens": 8, "chat_template_kwargs": {"enable_thinking": false}}')
+    asked = [(key, with_extra(request, extra)) for key, request in requests(1)]
+    with serving(echo) as endpoint:
+        collect(endpoint, tmp_path / "cache", asked)
+        collect(endpoint, tmp_path / "cache", requests(1))
+    first, second = endpoint.bodies  # two requests: the fields belong to what the cache knows
+    assert first["max_completion_tokens"] == 8
+    assert first["chat_template_kwargs"] == {"enable_thinking": False}
+    assert "max_tokens" not in first
+    assert second["max_tokens"] == 8
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"model": "other"}', '{"stream": true}'])
+def test_a_body_that_is_none_is_refused(text):
+    from nanomed.chat import parse_body
+
+    with pytest.raises(InputError, match="--body"):
+        parse_body(text)
+
+
+SECRET = "sk-verysecret/123456"
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 500])
+def test_no_secret_reaches_the_terminal_or_a_file(status, tmp_path, monkeypatch, capfd):
+    """Of an endpoint that repeats the key, as it is and encoded, in its errors and in its answers."""
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    said = f"no such key {SECRET} (Bearer {SECRET}, {base64.b64encode(SECRET.encode()).decode()}, {quote(SECRET, safe='')})"
+
+    def behave(request, number):
+        if "text 0" in request["messages"][0]["content"] and status != 200:
+            return (status, {"error": {"message": said}})
+        return said
+
+    with serving(behave) as endpoint:
+        endpoint.url = endpoint.url.replace("http://", "http://user:hunter22@")
+        try:
+            print(list(ask(requests(3), endpoint.url, tmp_path / "cache", tries=1, concurrency=1)))
+        except InputError as error:
+            print(error)
+    shown = "".join(capfd.readouterr()) + "".join(p.read_bytes().decode("latin-1") for p in tmp_path.iterdir())
+    for secret in (SECRET, "hunter22", base64.b64encode(SECRET.encode()).decode(), quote(SECRET, safe="")):
+        assert secret not in shown
+    assert "***" in shown
 
 
 def test_ctrl_c_in_the_loop_leaves_a_whole_cache(tmp_path):

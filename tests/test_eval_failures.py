@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import unicodedata
 
 import pytest
 
@@ -24,6 +25,42 @@ def test_mixing_is_found_and_german_is_left_alone():
     assert sum(x.mixed or x.wholly_english for x in found["german"]) <= 0.02 * 51
     assert sum(x.mixed for x in found["mixed"]) >= 0.95 * 30
     assert sum(x.wholly_english for x in found["english"]) >= 0.95 * 20
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_abbreviations_and_titles_are_no_mixing(form):
+    """A second labelled set: abbreviations spelled out, titles of journals and studies, and sentences that do mix."""
+    found = {"german": [], "mixed": []}
+    for line in (ROOT / "tests/language_answers.tsv").read_text(encoding="utf-8").splitlines():
+        kind, text = line.split("\t")
+        found[kind].append(language.examine(unicodedata.normalize(form, text)))
+    assert [len(found[kind]) for kind in found] == [70, 42]
+    assert sum(x.mixed or x.wholly_english for x in found["german"]) <= 0.02 * 70
+    assert sum(x.mixed or x.wholly_english for x in found["mixed"]) >= 0.95 * 42
+
+
+@pytest.mark.parametrize(
+    ("abbreviation", "words", "expected"),
+    [
+        ("GERD", "gastroesophageal reflux disease", True),
+        ("HFpEF", "heart failure with preserved ejection fraction", True),
+        ("ROSC", "return of spontaneous circulation", True),
+        ("ROSC", "return of the patient", False),
+        ("SIRS", "a serious condition", False),
+        ("DNA", "do not delay", False),
+    ],
+)
+def test_initials_tell_what_an_abbreviation_stands_for(abbreviation, words, expected):
+    assert language.stands_for(abbreviation, words.split()) == expected
+
+
+def test_turns_written_with_special_tokens_count(tmp_path):
+    """They are not in the answer's text: generate counts them before it removes them."""
+    sample = Sample("1", [{"role": "user", "content": "Was hilft?"}], "Ruhe.user Und nun?", "length", 9, "m", turn_tokens=2)
+    (tmp_path / "a.jsonl").write_text(sample.line())
+    read = read_answers(tmp_path / "a.jsonl")["1"]
+    assert read.turn_tokens == 2
+    assert verbosity.examine(read, len).continued
 
 
 @pytest.mark.parametrize(

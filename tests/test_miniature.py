@@ -98,7 +98,7 @@ def test_the_verdict_is_read_from_the_prompt_that_judge_sends():
 
 
 def test_the_endpoint_answers_as_one():
-    content = "<<<ANFRAGE\n{}\nANFRAGE>>>\n<<<ANTWORT 1\n* Neurologie *\nANTWORT 1>>>\n<<<ANTWORT 2\n\nANTWORT 2>>>"
+    content = "<<<ANFRAGE 7\n{}\nANFRAGE 7>>>\n<<<ANTWORT 1 7\n* Neurologie *\nANTWORT 1 7>>>\n<<<ANTWORT 2 7\n\nANTWORT 2 7>>>"
     body = {"model": "stand-in", "messages": [{"role": "user", "content": content.format(ASKED["prompt"])}]}
     with judge.serving({ASKED["prompt"]: ASKED}) as url:
         data, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}

@@ -30,6 +30,7 @@ class Sample:
     finish_reason: str
     completion_tokens: int  # in the model's own tokens, the end token included
     model: str
+    turn_tokens: int = 0  # special tokens inside the answer with which the chat template marks turns
     thought: bool = False  # whether a <think> block was removed from the answer
 
     @property
@@ -62,7 +63,9 @@ def read_answers(path: Path) -> dict[str, Sample]:
                 raise InputError(f"{where}: {field} is {record.get(field)!r}, expected {kind.__name__}")
         said = without_thoughts(record["answer"])
         about = (record[field] for field in kinds if field != "answer")
-        sample = Sample(str(record["id"]), record["prompt"], said, *about, thought=said != record["answer"])
+        turn_tokens = record.get("turn_tokens", 0)
+        turn_tokens = turn_tokens if isinstance(turn_tokens, int) else 0
+        sample = Sample(str(record["id"]), record["prompt"], said, *about, turn_tokens, said != record["answer"])
         if sample.id in samples:
             raise InputError(f"{where}: duplicate id {sample.id!r}")
         samples[sample.id] = sample

@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", type=int, default=512, metavar="N", help="limit of an answer (default: %(default)s)")
     add("--limit", type=int, metavar="N", help="only the first N prompts")
     add("--batch", type=int, default=8, metavar="N", help="prompts at once, in this process (default: %(default)s)")
+    add("--body", metavar="JSON", help='at a URL: fields to add to every request; null removes one: {"max_tokens": null}')
     add("--concurrency", type=int, default=64, metavar="N", help="requests in flight, at a URL (default: %(default)s)")
     add(
         "--timeout",
@@ -61,6 +62,11 @@ def run(args: argparse.Namespace) -> None:
     at_url = args.source.startswith(("http://", "https://"))
     if at_url and not args.model:
         raise InputError("--model is missing: the name of the model at this URL (curl URL/models lists them)")
+    from nanomed.chat import parse_body
+
+    if args.body and not at_url:
+        raise InputError("--body: is for a model at a URL; in this process there is no request")
+    extra = parse_body(args.body)
     if args.out.suffix != ".jsonl":
         raise InputError(f"--out {args.out}: expected a name that ends in .jsonl")
     prompts = dict(list(read_prompts(args.prompts).items())[: args.limit])
@@ -72,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--out {args.out}: exists already, without {folder}; choose another, or delete it")
     model = None if at_url else fetch(args.source, "MODEL")
     config |= {"fingerprint": fingerprint(model)} if model else {}
+    config |= {"body": extra} if extra else {}
     existed = folder.exists()
     if open_run(folder, "generate", config, [args.prompts]) and args.out.exists():
         return print(f"{args.out}: already finished")
@@ -80,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
         if model:
             in_process(args, prompts, name, model)
         else:
-            from_url(args, prompts, folder / "answers.sqlite")
+            from_url(args, prompts, folder / "answers.sqlite", extra)
     results = summary(list(read_answers(args.out).values()), args.out)
     finish_run(folder, results)
     print(f"{args.out}: {results['n']} answers of {name}, {results['cut']} of them cut at {args.max_new_tokens} tokens, "
@@ -106,18 +113,19 @@ def summary(samples: list[Sample], path: Path) -> dict:
 # --- at a URL ------------------------------------------------------------------------------------------------------
 
 
-def from_url(args: argparse.Namespace, prompts: dict[str, list[dict]], cache: Path) -> None:
-    """Ask the endpoint; the file is written when all answers are there, in the order of the prompts."""
-    from nanomed.chat import ask
+def from_url(args: argparse.Namespace, prompts: dict[str, list[dict]], cache: Path, extra: dict) -> None:
+    """Ask the endpoint; the file is written when all answers are there, in the order of the prompts. extra: of --body."""
+    from nanomed.chat import ask, with_extra
 
     settings = {"model": args.model, "temperature": 0, "max_tokens": args.max_new_tokens}
-    requests = [(name, {"messages": messages} | settings) for name, messages in prompts.items()]
+    requests = [(name, with_extra({"messages": messages} | settings, extra)) for name, messages in prompts.items()]
     how = {"concurrency": args.concurrency, "timeout_s": args.timeout, "desc": "generate"}
     answers = dict(ask(requests, args.source, cache, len(requests), **how))
     lines = []
     for name, messages in prompts.items():
         found = answers[name]
-        lines.append(Sample(name, messages, found.text, found.finish_reason, found.completion_tokens, args.model).line())
+        about = (found.text, found.finish_reason, found.completion_tokens, args.model)
+        lines.append(Sample(name, messages, *about).line())
     write_durably(args.out, "".join(lines))
 
 
@@ -139,7 +147,10 @@ def in_process(args: argparse.Namespace, prompts: dict[str, list[dict]], name: s
     bar = tqdm(total=len(prompts), initial=n_done, desc="generate", unit="answer", smoothing=0, disable=None)
     with bar, args.out.open("ab") as file:
         for batch in answer(model, tokenizer, tokens, args.batch, args.max_new_tokens):
-            lines = [Sample(i, prompts[i], *found, name).line() for i, found in batch]
+            lines = [
+                Sample(i, prompts[i], text, reason, n_tokens, name, turn_tokens=n_turn).line()
+                for i, (text, reason, n_tokens, n_turn) in batch
+            ]
             file.write("".join(lines).encode())
             file.flush()
             os.fsync(file.fileno())
@@ -201,8 +212,8 @@ def check_lengths(prompts: dict[str, list[int]], model, max_new_tokens: int) -> 
 
 def answer(
     model, tokenizer, prompts: dict[str, list[int]], batch: int, max_new_tokens: int
-) -> Iterator[list[tuple[str, tuple[str, str, int]]]]:
-    """For every slice of `batch` prompts: [(id, (answer, finish_reason, completion_tokens))]."""
+) -> Iterator[list[tuple[str, tuple[str, str, int, int]]]]:
+    """For every slice of `batch` prompts: [(id, (answer, finish_reason, completion_tokens, turn tokens))]."""
     import torch
     from transformers import GenerationConfig
 
@@ -235,9 +246,21 @@ def answer(
         yield [(name, _read(tokenizer, ids, ends)) for name, ids in zip(part, full[:, length:].tolist(), strict=True)]
 
 
-def _read(tokenizer, ids: list[int], ends: list[int]) -> tuple[str, str, int]:
-    """(answer, finish_reason, tokens with the end) of what was generated, without the padding after the end."""
+def turn_token_ids(tokenizer) -> set[int]:
+    """Special tokens with which the model's chat template marks turns: those whose text occurs in it."""
+    template = tokenizer.chat_template
+    text = " ".join(template.values()) if isinstance(template, dict) else template or ""
+    return {i for i, token in zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True) if token in text}
+
+
+def _read(tokenizer, ids: list[int], ends: list[int]) -> tuple[str, str, int, int]:
+    """(answer, finish_reason, tokens with the end, turn tokens inside) of what was generated, without the padding after it.
+
+    The answer's text has no special tokens, so turns that the model wrote with them are counted before they are removed.
+    """
     n_tokens = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
     ended = bool(ids) and ids[n_tokens - 1] in ends
     text = tokenizer.decode(ids[:n_tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return text, "stop" if ended else "length", n_tokens
+    inside = ids[: n_tokens - ended]
+    n_turn_tokens = sum(token in turn_token_ids(tokenizer) for token in inside) if text.strip() else 0
+    return text, "stop" if ended else "length", n_tokens, n_turn_tokens

@@ -5,11 +5,13 @@
 The judge sees the whole conversation and both answers, without <think> blocks. Every prompt is played twice, with A's and
 with B's answer first, since judges favour a position. A wins a prompt that it wins in both orders; verdicts that disagree
 are a tie. An unreadable verdict is asked for again in the same conversation, twice; after that it is no decision, and the
-results say how many. The prompt is a versioned file (data/tasks/judge-de-v1.toml); it tells the judge that German is
+results say how many. The prompt is a versioned file (data/tasks/judge-de-v2.toml); it tells the judge that German is
 expected, so language mixing counts here too: `failures` measures it separately.
 
 Reported beside the win rate and its interval: the rate at equal lengths, how often both orders agree, how often the first
-position wins. A judge favours models of its own family: then there is a warning.
+position wins; where the orders mostly disagree there is a warning. The marks around the answers carry a number that no
+answer's writer can know, so that no answer can forge the other's block. A judge favours models of its own family: then
+there is a warning.
 
 OUT/games.jsonl holds every game with the judge's replies; thanks to OUT/answers.sqlite each is paid for once
 (nanomed/chat.py). Costs two requests per prompt, each with both answers.
@@ -26,14 +28,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanomed import InputError
-from nanomed.chat import Answer, ask
+from nanomed.chat import Answer, ask, parse_body, with_extra
 from nanomed.evaluation.answers import Sample, model_name, read_pair, thoughts_left_out, without_thoughts
 from nanomed.evaluation.generate import check_positive
-from nanomed.evaluation.record import finish_run, open_run
+from nanomed.evaluation.record import finish_run, open_run, undone_on_failure
 from nanomed.evaluation.win_rate import summarise
 
-PROMPT = Path(__file__).resolve().parents[2] / "data" / "tasks" / "judge-de-v1.toml"
+PROMPT = Path(__file__).resolve().parents[2] / "data" / "tasks" / "judge-de-v2.toml"
 UNREADABLE = 0.1  # share of verdicts above which there is a warning
+LEAST_AGREEMENT = 0.6  # share of prompts with one verdict in both orders, below which there is a warning
 N_AGAIN = 2  # times that an unreadable verdict is asked for again
 # A line of its own, maybe after a word (Mein URTEIL), with brackets before or after the verdict: both quote the prompt.
 BRACKETS = r"(?:\([^()\n]*\)\W*)?"
@@ -61,10 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=PROMPT,
         metavar="TOML",
-        help="the judge's prompt (default: data/tasks/judge-de-v1.toml)",
+        help="the judge's prompt (default: data/tasks/judge-de-v2.toml)",
     )
     add("--out", type=Path, help="folder of the run (default: runs/eval/judge-A-B)")
     add("--max-tokens", type=int, default=256, metavar="N", help="of a verdict with its reasons (default: %(default)s)")
+    add("--body", metavar="JSON", help='fields to add to every request; null removes one: {"max_tokens": null}')
     add("--concurrency", type=int, default=64, metavar="N", help="requests in flight (default: %(default)s)")
     add("--timeout", type=float, default=120, metavar="S", help="seconds for one try (default: %(default)s)")
 
@@ -79,12 +83,16 @@ def run(args: argparse.Namespace) -> None:
         print(f"warning: {line}", file=sys.stderr)
     out = args.out or Path("runs/eval") / f"judge-{args.a.stem}-{args.b.stem}"
     config = {"judge": args.judge, "prompt": f"{prompt.version} ({prompt.sha256[:12]})", "max_tokens": args.max_tokens}
+    extra = parse_body(args.body)
+    config |= {"body": extra} if extra else {}
+    existed = out.exists()
     if open_run(out, "judge", config, [args.a, args.b]):
         print(f"{out}: already finished")
         return print_results(json.loads((out / "results.json").read_text(encoding="utf-8")))
-    settings = {"model": args.judge, "temperature": 0, "max_tokens": args.max_tokens}
+    settings = with_extra({"model": args.judge, "temperature": 0, "max_tokens": args.max_tokens}, extra)
     how = {"concurrency": args.concurrency, "timeout_s": args.timeout}
-    games = play(pairs, prompt, settings, args.url, out / "answers.sqlite", how)
+    with undone_on_failure(out, existed):
+        games = play(pairs, prompt, settings, args.url, out / "answers.sqlite", how)
     worth = [decide(first["winner"], second["winner"]) for first, second in zip(games[::2], games[1::2], strict=True)]
     write_games(out / "games.jsonl", games)
     behaviour = orders(games)
@@ -94,6 +102,7 @@ def run(args: argparse.Namespace) -> None:
     results = {"a": a, "b": b, "judge": args.judge, "prompt": prompt.version}
     lengths = [[len(pair[i].answer) for pair in pairs] for i in (0, 1)]
     results |= summarise(worth, *lengths) | behaviour
+    results["warning"] = doubtful(behaviour)
     results["points"] = [{"id": pair[0].id, "worth": w, "length_a": la, "length_b": lb}
                          for pair, w, la, lb in zip(pairs, worth, *lengths, strict=True)]  # fmt: skip
     results |= {"cut": {key: sum(pair[i].finish_reason == "length" for pair in pairs) for i, key in enumerate("ab")},
@@ -103,7 +112,19 @@ def run(args: argparse.Namespace) -> None:
     if behaviour["unreadable"] > len(games) * UNREADABLE:
         print(f"warning: {behaviour['unreadable']} of {len(games)} verdicts are unreadable and count as no decision, "
               f"{cut_replies(behaviour, args)}: these rates say little", file=sys.stderr)  # fmt: skip
+    if results["warning"]:
+        print(f"warning: {results['warning']}", file=sys.stderr)
     print(f"{out}: every verdict is in games.jsonl")
+
+
+def doubtful(behaviour: dict) -> str | None:
+    """Why the rates say little: the judge's verdicts follow the order of the answers; None if they do not."""
+    agreement, first = behaviour["consistency"], behaviour["first_position_rate"]
+    if agreement is None or agreement >= LEAST_AGREEMENT:
+        return None
+    shown = f", and the first position wins {first:.0%} of decisions" if first is not None else ""
+    return (f"the judge gives the same verdict in both orders for only {agreement:.0%} of prompts{shown}: "
+            "it follows the order of the answers, and these rates say little; use a stronger judge")  # fmt: skip
 
 
 def cut_replies(behaviour: dict, args: argparse.Namespace) -> str:
@@ -127,7 +148,9 @@ class Prompt:
     def messages(self, question: str, answer_1: str, answer_2: str) -> list[dict]:
         """The conversation that asks for a verdict. Inserted texts are never searched for fields."""
         texts = {"question": question, "answer_1": answer_1, "answer_2": answer_2}
-        content = re.sub(r"\{(question|answer_1|answer_2)\}", lambda match: texts[match[1]].strip(), self.template)
+        # Known to nobody who wrote one of the texts; the same for the same game, so that the cache finds its answer.
+        texts["nonce"] = hashlib.sha256(json.dumps([self.sha256, question, answer_1, answer_2]).encode()).hexdigest()[:12]
+        content = re.sub(r"\{(question|answer_1|answer_2|nonce)\}", lambda match: texts[match[1]].strip(), self.template)
         return [{"role": "user", "content": content}]
 
 
@@ -144,6 +167,8 @@ def read_prompt(path: Path) -> Prompt:
     for field in ("{question}", "{answer_1}", "{answer_2}"):
         if (n := spec["prompt"].count(field)) != 1:
             raise InputError(f"{path}: {field} occurs {n} times in its prompt, expected once")
+    if "{nonce}" not in spec["prompt"]:
+        raise InputError(f"{path}: has no {{nonce}} in its prompt; put it into the marks around the answers, as {PROMPT.name} does")
     texts = (spec[key].strip() for key in ("version", "prompt", "again"))
     return Prompt(*texts, hashlib.sha256(raw).hexdigest())
 

@@ -131,7 +131,7 @@ def compared(value: float, entry: dict) -> tuple[str, str]:
 
 def judge(runs: list[dict], out: Path, called: Namer) -> list[tuple]:
     """Win rates, the judge's behaviour, and length against win."""
-    rows, blocks = [], []
+    rows, blocks, doubts = [], [], []
     for number, about in enumerate(runs, 1):
         r = about["results"]
         label = f"{called(r['a'])} against {called(r['b'])}"
@@ -142,12 +142,14 @@ def judge(runs: list[dict], out: Path, called: Namer) -> list[tuple]:
                      "–" if r["length_controlled"] is None else rate(r["length_controlled"], r["length_controlled_ci"]),
                      share(r["consistency"]),
                      share(r["first_position_rate"]), f"{r['unreadable']}"])  # fmt: skip
+        if r.get("warning"):
+            doubts.append(("text", f"Warning, {label}: {r['warning']}."))
         if r.get("points"):
             blocks.append(("picture", f"length-{number}", pictures.length_and_win(label, r["points"], r["length_controlled"])))
     header = ["comparison", "judge", "prompts", "win / tie / loss", "win rate", "at equal lengths", "orders agree",
               "first position wins", "unreadable"]  # fmt: skip
     bars = pictures.win_rates([(row[0], about["results"]) for row, about in zip(rows, runs, strict=True)])
-    return [("Win rates", [("picture", "win-rates", bars), ("table", header, rows)]), ("Length against win", blocks)]
+    return [("Win rates", [("picture", "win-rates", bars), ("table", header, rows), *doubts]), ("Length against win", blocks)]
 
 
 def failures(runs: list[dict], out: Path, called: Namer) -> list[tuple]:

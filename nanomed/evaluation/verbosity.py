@@ -6,6 +6,7 @@ answers, then writes the user's next question too.
 """
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from nanomed.evaluation.answers import Sample
 WORD = re.compile(r"\w+(?:[-'’]\w+)*")
 TURN = re.compile(  # what a German answer does not contain
     r"^[\s#*>\-]*(?:user|human|assistant|instruction)\**\s*:|"
-    r"<\|im_(?:start|end)\|>|\[/?INST\]|<\|(?:user|assistant|eot_id|start_header_id)\|>|</?s>",
+    r"<\|[a-z][a-z_]*\|>|<(?:start|end)_of_turn>|\[/?INST\]|</?s>",
     re.IGNORECASE | re.MULTILINE,
 )
 ROLE = re.compile(r"^(?:#+ *|\*\*)?(?:(frage|anfrage|nutzer|benutzer)|antwort|assistent)\**\s*:", re.IGNORECASE | re.MULTILINE)
@@ -57,15 +58,16 @@ def counter(tokenizer: str | None) -> tuple[str, Callable[[str], int], list[Path
 
 
 def examine(sample: Sample, length: Callable[[str], int]) -> Verbosity:
-    """One answer."""
-    words = [word.lower() for word in WORD.findall(sample.answer)]
+    """One answer, in Unicode's composed form (NFC): else ä is two characters in some files, and no letter."""
+    answer, question = (unicodedata.normalize("NFC", text) for text in (sample.answer, sample.question))
+    words = [word.lower() for word in WORD.findall(answer)]
     return Verbosity(
-        length=length(sample.answer),
+        length=length(answer),
         ended=sample.finish_reason != "length",
         repeated=repeated_share(words),
-        continued=continues(sample.answer),
-        echo=echoes(words, [word.lower() for word in WORD.findall(sample.question)]),
-        empty=not sample.answer.strip(),
+        continued=sample.turn_tokens > 0 or continues(answer),
+        echo=echoes(words, [word.lower() for word in WORD.findall(question)]),
+        empty=not answer.strip(),
     )
 
 

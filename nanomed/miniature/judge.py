@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from nanomed.miniature.forms import FORMS
 
-PARTS = re.compile(r"<<<(ANFRAGE|ANTWORT 1|ANTWORT 2)\n(.*?)\n?\1>>>", re.DOTALL)  # of data/tasks/judge-de-v1.toml
+PARTS = re.compile(r"<<<(ANFRAGE|ANTWORT 1|ANTWORT 2) (\w+)\n(.*?)\n?\1 \2>>>", re.DOTALL)  # of data/tasks/judge-de-v2.toml
 
 
 def has_form(prompt: str, answer: str) -> bool:
@@ -39,7 +39,7 @@ def points(record: dict, answer: str) -> int:
 
 def verdict(key: dict[str, dict], content: str) -> str:
     """The judge's words on a prompt of eval.py judge. key: record by prompt."""
-    parts = dict(PARTS.findall(content))
+    parts = {name: text for name, _, text in PARTS.findall(content)}
     if parts.keys() != {"ANFRAGE", "ANTWORT 1", "ANTWORT 2"} or parts["ANFRAGE"] not in key:
         return "Die Anfrage ist nicht zu erkennen."
     one, two = (points(key[parts["ANFRAGE"]], parts[f"ANTWORT {i}"]) for i in (1, 2))
