@@ -4,7 +4,7 @@
 
 1. Each input, in parallel: documents at or above the threshold that contain no question of an evaluation set
    (decontaminate.py), to OUT/kept/NAME.parquet with the hash of their text.
-2. Over all inputs: of equal texts the first stays (equal after Unicode composition, white space ignored), and of equal
+2. Over all inputs: of equal texts the first stays (equal as normalising.py sees them), and of equal
    ids; what stays goes to OUT/corpus/NAME.parquet: id, text, url, dump, date, score. url, dump and date are kept so that
    anybody can attribute a document, rebuild the corpus, or have a document taken down. The folder is rebuilt as
    OUT/corpus.partial and renamed when complete.
@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import normalising
 from card import write_card, write_report
 from decontaminate import Questions
 from documents import EXTRA, read_documents, read_record, write_parquet
@@ -194,7 +195,7 @@ def plan(args: argparse.Namespace) -> tuple[Job, dict]:
             raise InputError(f"{path}: cannot be read: {error.strerror}; expected an evaluation set") from None
     keys = {"text_key": args.text_key, "id_key": args.id_key}
     scored = {key: swept.get(key) for key in ("max_chars", "max_tokens", "dtype", "text_key")}  # what else decides a score
-    identity = hashlib.sha256(json.dumps([found, scored, threshold, sets, keys]).encode()).hexdigest()
+    identity = hashlib.sha256(json.dumps([found, scored, threshold, sets, keys, normalising.VERSION]).encode()).hexdigest()
     job = Job(str(args.scores), str(args.out), threshold, tuple(map(str, args.eval)), **keys, identity=identity)
     facts = {"threshold": threshold, "classifier_sha256": found, "source": args.source, "language": args.language}
     measured = ("precision", "recall", "target_precision", "n_report") if threshold == about["threshold"] else ()

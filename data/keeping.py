@@ -8,16 +8,16 @@ OUT/kept/NAME.json, written last, holds the counts and every hit, and says that 
 import functools
 import hashlib
 import math
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from decontaminate import Questions, find_hits, read_questions
+from decontaminate import Questions, find_hits_in_words, read_questions
 from documents import EXTRA, parquet_batches, read_documents, write_parquet
 from nanomed import InputError
 from nanomed.files import read_json, write_json
+from normalising import is_blank, words_of
 from scoring import score_path
 
 CORPUS = {"id": "string", "text": "string", "url": "string", "dump": "string", "date": "string", "score": "float32"}
@@ -67,17 +67,19 @@ def kept_documents(job: Job, path: Path, record: dict) -> Iterator[dict]:
     questions, counts = load_questions(job.eval_sets), record["counts"]
     for row, (document, score) in enumerate(scored_documents(job, path)):
         counts["documents"] += 1
-        if score is None or score < job.threshold:
-            counts["empty" if score is None else "below_threshold"] += 1
-            continue
         text = document[job.text_key]
-        hits = find_hits(text, questions)
+        is_empty = score is None or is_blank(text)
+        if is_empty or score < job.threshold:
+            counts["empty" if is_empty else "below_threshold"] += 1
+            continue
+        words = words_of(text)
+        hits = find_hits_in_words(words, questions)
         record["hits"] += [{"id": document[job.id_key], "file": path.name, "row": row} | hit for hit in hits]
         if any(hit["drop"] for hit in hits):
             counts["contaminated"] += 1
             continue
         kept = {"id": document[job.id_key], "text": text, "score": score} | {key: document[key] for key in EXTRA}
-        yield kept | {"text_hash": hash_of(normalise(text)), "id_hash": hash_of(kept["id"])}
+        yield kept | {"text_hash": text_hash(text, words), "id_hash": hash_of(kept["id"])}
 
 
 def scored_documents(job: Job, path: Path) -> Iterator[tuple[dict, float | None]]:
@@ -108,9 +110,9 @@ def load_questions(paths: tuple[str, ...]) -> Questions:
     return read_questions([Path(path) for path in paths])
 
 
-def normalise(text: str) -> str:
-    """What two texts must share to count as equal: the characters, composed, without the layout of white space."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
+def text_hash(text: str, words: list[str]) -> str:
+    """The hash that equal texts share: of the words, or of the characters that are not white space where there are no words."""
+    return hash_of(" ".join(words) if words else "".join(text.split()))
 
 
 def hash_of(text: str) -> str:

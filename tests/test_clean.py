@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 import clean as script
 from card import write_card
 from clean import first_of_equals
-from decontaminate import words_of
 from documents import write_parquet
-from keeping import normalise
 from nanomed import InputError
+from normalising import words_of
 from personal import PATTERNS, count_personal
 from scoring import COLUMNS, classifier_identity, score_path
 from test_sweep import make_classifier, text_of, write_documents
@@ -209,10 +208,6 @@ def test_the_command_line(case):
 def test_first_of_equals(values):
     expected = [value not in values[:i] for i, value in enumerate(values)]
     assert first_of_equals(np.array(values, "S32")).tolist() == expected
-
-
-def test_normalise():
-    assert normalise(" Gro\u0308ße\n\n  x\u00a0y ") == "Größe x y"
 
 
 PERSONAL = {
