@@ -30,8 +30,10 @@ from tqdm import tqdm
 
 from documents import read_documents, write_parquet
 from encoder import LABELS, Settings, encode, learn, load_base
+from finding import check_file
 from nanomed import InputError, run_script
 from nanomed.files import read_json, write_json
+from normalising import is_blank
 from scoring import Scoring, classifier_identity, score_documents
 from threshold import check_target, set_threshold, summary
 
@@ -63,7 +65,7 @@ def read_labels(path: Path, max_chars: int) -> tuple[dict[str, list[dict]], dict
             raise InputError(f"{path}: row {number}: duplicate id {row['id']!r}; remove one")
         seen.add(row["id"])
         text = row["text"][:max_chars]
-        label = row["label"] if text.strip() else "invalid"  # no text, no score
+        label = "invalid" if is_blank(text) else row["label"]  # no text, no score
         counts[label] += 1
         origin[row["model"], row["prompt_sha256"]] += 1
         digest.update(json.dumps([row["id"], row["text"], row["label"]]).encode())
@@ -118,6 +120,7 @@ def classify(path: Path, out: Path, model_name: str, target_precision: float, **
         what = "exists; choose another --out, or delete it (another threshold: data/threshold.py)"
         raise InputError(f"{out}: {what}")
     check_target(target_precision)  # now, not when it is trained
+    check_file(path, "the labels that data/annotate.py writes")
     max_chars = CHARS_PER_TOKEN * knobs["max_tokens"]
     parts, about = read_labels(path, max_chars)
     settings = Settings(about["labels_sha256"], model_name, max_chars=max_chars, **knobs)

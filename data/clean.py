@@ -34,8 +34,9 @@ from tqdm import tqdm
 import normalising
 from card import write_card, write_report
 from decontaminate import Questions
-from documents import EXTRA, read_documents, read_record, write_parquet
+from documents import EXTRA, read_documents, write_parquet
 from encoding import start_worker
+from finding import check_file, read_record
 from keeping import CORPUS, Job, keep_file, load_questions, part_of
 from nanomed import InputError, run_script
 from nanomed.files import lock, sha256, write_json
@@ -189,6 +190,7 @@ def plan(args: argparse.Namespace) -> tuple[Job, dict]:
     threshold = about["threshold"] if args.threshold is None else args.threshold
     sets = []
     for path in args.eval:
+        check_file(path, "an evaluation set")
         try:
             sets.append([str(path), sha256(path)])  # hits name their set
         except OSError as error:

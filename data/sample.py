@@ -31,8 +31,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from documents import EXTRA, check_keys, find_files, read_about, read_documents, read_numbered, write_parquet
+from documents import EXTRA, check_keys, read_about, read_documents, read_numbered, write_parquet
+from finding import find_files
 from nanomed import InputError, run_script
+from normalising import is_blank
 
 NO_LIMIT = np.iinfo(np.int64).max
 FAILED = 1  # user_version of a database whose run ended in an error
@@ -279,8 +281,11 @@ def main() -> None:
             raise InputError(f"--{name} is {getattr(args, name)}, expected 1 or more")
     n_documents = sample(args.inputs, args.out, args.n, args.seed, (args.id_key, args.text_key), args.workers)
     print(f"{args.out}: {args.n:,} of {n_documents:,} documents, seed {args.seed}")
-    counts = [len(row["text"]) for row in read_documents(args.out, ("text",))]
-    print(f"characters: {np.median(counts):,.0f} in the median, {max(counts):,} in the longest, {counts.count(0):,} empty")
+    counts, n_blank = [], 0
+    for row in read_documents(args.out, ("text",)):
+        counts.append(len(row["text"]))
+        n_blank += is_blank(row["text"])
+    print(f"characters: {np.median(counts):,.0f} in the median, {max(counts):,} in the longest; {n_blank:,} texts are empty")
 
 
 if __name__ == "__main__":

@@ -24,10 +24,12 @@ from pathlib import Path
 
 import numpy as np
 
-from documents import find_files, first_twice, read_about, read_documents, write_parquet
+from documents import read_about, read_documents, write_parquet
+from finding import find_files, first_twice
 from nanomed import InputError, first_line
 from nanomed.files import sha256_of
 from nanomed.prefetch import Prefetch
+from normalising import is_blank
 from reading import SUFFIXES
 
 WINDOW = 8192  # documents that are sorted together
@@ -165,7 +167,7 @@ def read_windows(task: Scoring, documents: Iterable[tuple[str, str]]) -> Iterato
 
     for identifier, text in documents:
         ids.append(identifier)
-        texts.append(text[: task.max_chars] if text[: task.max_chars].strip() else "")
+        texts.append("" if is_blank(text[: task.max_chars]) else text[: task.max_chars])
         if len(texts) == 512 or len(ids) == WINDOW:  # few texts at a time: they are long, their tokens not
             tokenise()
         if len(ids) == WINDOW:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from documents import read_record
+from finding import read_record
 from nanomed import InputError, run_script
 from nanomed.files import lock, write_json
 from scoring import Scoring, classifier_identity, find_inputs, is_committed, score_path

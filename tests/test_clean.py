@@ -98,6 +98,12 @@ def test_exactly_what_should_stay_stays(case):
     assert json.loads((folder / "out/report.json").read_text("utf-8"))["counts"]["kept"] == 14
 
 
+def test_a_text_of_invisible_characters_is_empty_whatever_its_score(case):
+    folder, files, texts, stays = case
+    write_documents(files[0], ["\u200b \ufeff", *texts[1:10]])
+    assert run_clean(folder, files)["counts"]["empty"] == 2
+
+
 def test_the_card_loads_as_yaml(case):
     yaml = pytest.importorskip("yaml")
     folder, files, *_ = case
