@@ -16,6 +16,7 @@ is written last. Costs: see data/README.md; memory 150 bytes per kept document.
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -37,13 +38,15 @@ from decontaminate import Questions
 from documents import EXTRA, read_documents, write_parquet
 from encoding import start_worker
 from finding import check_file, read_record
-from keeping import CORPUS, Job, keep_file, load_questions, part_of
+from keeping import CORPUS, Job, keep_file, load_questions, part_of, scores_of
 from nanomed import InputError, run_script
-from nanomed.files import lock, sha256, write_json
+from nanomed.files import sha256, write_json
+from outputs import claimed_folder, release_empty
 from personal import PATTERNS, count_personal
 from scoring import classifier_identity, find_inputs
 from sweep import read_classifier
 
+SCRIPT = "data/clean.py"
 REPORTS = ("report.json", "decontamination.jsonl", "report.md", "README.md")
 
 
@@ -107,17 +110,15 @@ def withdraw_corpus(out: Path) -> Path:
 def clean(inputs: list[str], job: Job, facts: dict, workers: int) -> dict:
     """Both stages and the reports; returns what report.json holds. facts: of classifier and source, for the card."""
     files, out = find_inputs(inputs, Path(job.out)), Path(job.out)
-    try:
-        (out / "kept").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out / 'kept'}: cannot be made: {error.strerror}; choose another --out") from None
-    descriptor = lock(out)
-    try:
-        questions = load_questions(job.eval_sets)
+    questions = load_questions(job.eval_sets)
+    for path in files:
+        scores_of(path, job)
+    with claimed_folder(out, ("kept", "corpus", "corpus.partial", *REPORTS), SCRIPT):
         records = list(tqdm(keep_all(job, files, workers), total=len(files), desc="keep", unit=" files", disable=None))
         counts = sum((Counter(record["counts"]) for record in records), Counter())
         stays = choose_first(files, out, counts)
         if not any(rows.any() for rows in stays):
+            withdraw_kept(files, out)
             raise InputError(f"{', '.join(map(str, inputs))}: no document was kept; the threshold is {job.threshold}")
         hits = [hit for record in records for hit in record["hits"]]
         report = about_questions(questions, hits) | facts
@@ -126,9 +127,18 @@ def clean(inputs: list[str], job: Job, facts: dict, workers: int) -> dict:
             write_reports(out, report, hits)
         except OSError as error:
             raise InputError(f"{out}: cannot be written: {error.strerror}; free space, then run again") from None
-    finally:
-        os.close(descriptor)
     return report
+
+
+def withdraw_kept(files: list[Path], out: Path) -> None:
+    """Remove what stage 1 wrote, where it is of no use: it would hinder another threshold in the same folder."""
+    for path in files:
+        kept = part_of(path, out, "kept")
+        kept.with_suffix(".json").unlink()
+        kept.unlink()
+    with contextlib.suppress(OSError):  # other inputs' are there
+        (out / "kept").rmdir()
+    release_empty(out, SCRIPT)
 
 
 def write_corpus(files: list[Path], out: Path, stays: list[np.ndarray], counts: Counter) -> dict:

@@ -1,8 +1,8 @@
 """Documents: whole records from local files or the hub, several columns at once, and Parquet written whole or not at all.
 
 reading.py reads one column as fast as it can, for prepare.py; here a stage reads a few (`id`, `text`, `label`, ...) by
-name. A path (finding.py) may be local or any URL that fsspec knows (`hf://datasets/HuggingFaceFW/fineweb-2/data/deu_Latn/train`): the
-hub is streamed by range requests, so that columns that are not needed are not fetched.
+name. A path (finding.py) may be local or any URL that fsspec knows (`hf://datasets/HuggingFaceFW/fineweb-2/...`): the hub
+is streamed by range requests, so that columns that are not needed are not fetched.
 
 Memory: 256 rows at a time. Whatever is not a whole document is an InputError that names file and row (line, for JSONL).
 """

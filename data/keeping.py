@@ -82,11 +82,17 @@ def kept_documents(job: Job, path: Path, record: dict) -> Iterator[dict]:
         yield kept | {"text_hash": text_hash(text, words), "id_hash": hash_of(kept["id"])}
 
 
-def scored_documents(job: Job, path: Path) -> Iterator[tuple[dict, float | None]]:
-    """Documents beside their scores; InputError if the scores are not those of this file's documents."""
+def scores_of(path: Path, job: Job) -> Path:
+    """The scores of an input; InputError where there are none."""
     source = score_path(path, Path(job.scores))
     if not source.exists():
         raise InputError(f"{source}: missing, expected the scores of {path}; run data/sweep.py on it")
+    return source
+
+
+def scored_documents(job: Job, path: Path) -> Iterator[tuple[dict, float | None]]:
+    """Documents beside their scores; InputError if the scores are not those of this file's documents."""
+    source = scores_of(path, job)
     documents = read_documents(path, (job.id_key, job.text_key), EXTRA)
     row = 0
     for batch in parquet_batches(source, 1024, ["id", "score"]):

@@ -16,6 +16,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -26,9 +27,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from documents import read_about
 from finding import read_record
 from nanomed import InputError, run_script
-from nanomed.files import lock, write_json
+from nanomed.files import write_json
+from outputs import claimed_folder
 from scoring import Scoring, classifier_identity, find_inputs, is_committed, score_path
 
 FINISHED = "sweep.json"
@@ -94,28 +97,42 @@ def make_executor(step: Scoring, args: argparse.Namespace):
 def progress_bar(step: Scoring) -> Iterator[None]:
     """Documents scored so far, from the notes that tasks leave, on whichever machine they run.
 
-    What datatrove and others print to stderr meanwhile goes to SWEEP/logs/console.log: it would break the bar.
+    What datatrove and others print to stderr meanwhile goes to SWEEP/logs/console.log: it would break the bar. InputError
+    where a worker of the local executor was killed, for which its pool would wait for ever.
     """
     folder, done, terminal = Path(step.out, "progress"), threading.Event(), os.dup(2)
     for note in folder.glob("*"):
         note.unlink()
+    workers, killed = {}, []
 
     def watch() -> None:
         with os.fdopen(terminal, "w") as file, tqdm(unit=" documents", desc="sweep", file=file, disable=None) as bar:
             last = False
             while not last:
                 last = done.wait(1)
+                workers.update((child.pid, child) for child in multiprocess.active_children())
+                killed.extend(child.exitcode for child in workers.values() if (child.exitcode or 0) < 0)
+                if killed and not last:
+                    signal.raise_signal(signal.SIGINT)
+                    last = True
                 counts = [note.read_text() for note in folder.glob("*")]
                 bar.set_postfix_str(f"{len(counts)} of {len(step.files)} files begun", refresh=False)
                 bar.update(sum(int(count or 0) for count in counts) - bar.n)
 
     Path(step.out, "logs").mkdir(parents=True, exist_ok=True)
+    import multiprocess  # datatrove's, a fork of multiprocessing
+
     thread, stderr = threading.Thread(target=watch, daemon=True), os.dup(2)
     with Path(step.out, "logs", "console.log").open("ab") as log:
         os.dup2(log.fileno(), 2)
     thread.start()
     try:
         yield
+    except KeyboardInterrupt:
+        if not killed:
+            raise
+        what = f"a worker was killed (signal {-killed[0]}), probably out of memory"
+        raise InputError(f"{what}; run again with fewer --workers (finished files are kept)") from None
     finally:
         done.set()
         thread.join()
@@ -148,15 +165,10 @@ def finish(step: Scoring, files: list[Path], threshold: float) -> dict:
 def sweep(inputs: list[str], classifier: Path, out: Path, args: argparse.Namespace) -> None:
     """Score `inputs` into `out`; run again after an interruption, it scores what is missing."""
     step, files = plan(inputs, classifier, out, args)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be made: {error.strerror}; choose another --out") from None
-    descriptor = lock(out)
-    try:
+    first = next(out.glob("scores/*.parquet"), None)
+    is_ours = first is not None and "classifier_sha256" in read_about(first)  # of a version that left no mark
+    with claimed_folder(out, ("scores", "progress", "errors", "logs", FINISHED), "data/sweep.py", is_ours):
         score_missing(step, files, read_classifier(classifier)["threshold"], args)
-    finally:
-        os.close(descriptor)
 
 
 def score_missing(step: Scoring, files: list[Path], threshold: float, args: argparse.Namespace) -> None:

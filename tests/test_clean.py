@@ -99,7 +99,7 @@ def test_exactly_what_should_stay_stays(case):
 
 
 def test_a_text_of_invisible_characters_is_empty_whatever_its_score(case):
-    folder, files, texts, stays = case
+    folder, files, texts, _ = case
     write_documents(files[0], ["\u200b \ufeff", *texts[1:10]])
     assert run_clean(folder, files)["counts"]["empty"] == 2
 
