@@ -152,18 +152,18 @@ def _parquet_records(
                 raise InputError(f"{path}: {what}; fetch it again") from None
 
 
-def write_parquet(path: Path, documents: Iterable[dict], columns: dict[str, str], about: dict) -> int:
+def write_parquet(path: Path, documents: Iterable[dict], columns: dict, about: dict) -> int:
     """Write documents, as they come, to a Parquet file that is there whole or not at all; returns their number.
 
-    columns: name → Arrow type ("string", "float32", ...); what is no string in a column of strings, such as a date, becomes
-    one. about: goes into the file's metadata under `nanomed`, as JSON.
+    columns: name → Arrow type, or its name ("string", "float32", ...); what is no string in a column of "string", such as a
+    date, becomes one. about: goes into the file's metadata under `nanomed`, as JSON.
     """
     pa = pyarrow()
     import pyarrow.parquet as pq
 
-    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in columns.items()])
+    schema = pa.schema({name: pa.type_for_alias(kind) if isinstance(kind, str) else kind for name, kind in columns.items()})
     schema = schema.with_metadata({"nanomed": json.dumps(about, ensure_ascii=False)})
-    spelled = lambda value, kind: str(value) if kind == "string" and value is not None else value  # noqa: E731
+    spelled = lambda value, kind: str(value) if isinstance(kind, str) and kind == "string" and value is not None else value  # noqa: E731
     prefix, n_written, rows = f"{path.name}.{socket.gethostname()}.", 0, []
     tmp = path.with_name(f"{prefix}{os.getpid()}.tmp")  # of this process alone: another may be writing the same file
     try:

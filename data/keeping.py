@@ -35,6 +35,7 @@ class Job:
     text_key: str
     id_key: str
     identity: str  # of everything above that decides what is kept
+    kept_columns: tuple[tuple[str, object], ...] = ()  # (name, Arrow type) of more columns; None before the inputs are read
 
 
 def part_of(path: Path, out: Path, folder: str) -> Path:
@@ -54,7 +55,7 @@ def keep_file(job: Job, path: Path) -> dict:
                 raise InputError(f"{target}: from another run: {what}; choose another --out, or delete it")
         return found
     record |= {"counts": Counter(), "hits": []}
-    write_parquet(target, kept_documents(job, path, record), KEPT, {})
+    write_parquet(target, kept_documents(job, path, record), KEPT | dict(job.kept_columns), {})
     try:
         write_json(target.with_suffix(".json"), record)
     except OSError as error:
@@ -78,7 +79,8 @@ def kept_documents(job: Job, path: Path, record: dict) -> Iterator[dict]:
         if any(hit["drop"] for hit in hits):
             counts["contaminated"] += 1
             continue
-        kept = {"id": document[job.id_key], "text": text, "score": score} | {key: document[key] for key in EXTRA}
+        kept = {"id": document[job.id_key], "text": text, "score": score}
+        kept |= {key: document[key] for key in (*EXTRA, *dict(job.kept_columns))}
         yield kept | {"text_hash": text_hash(text, words), "id_hash": hash_of(kept["id"])}
 
 
@@ -93,7 +95,7 @@ def scores_of(path: Path, job: Job) -> Path:
 def scored_documents(job: Job, path: Path) -> Iterator[tuple[dict, float | None]]:
     """Documents beside their scores; InputError if the scores are not those of this file's documents."""
     source = scores_of(path, job)
-    documents = read_documents(path, (job.id_key, job.text_key), EXTRA)
+    documents = read_documents(path, (job.id_key, job.text_key), (*EXTRA, *dict(job.kept_columns)))
     row = 0
     for batch in parquet_batches(source, 1024, ["id", "score"]):
         for identifier, score in zip(batch["id"].to_pylist(), batch["score"].to_pylist(), strict=True):

@@ -239,8 +239,9 @@ def test_personal_data_is_counted(name):
 
 
 def small_report() -> dict:
-    return {"counts": Counter(kept=5, documents=9), "text_bytes": 7, "dumps": {}, "personal": {}, "eval_sets": {},
-              "eval_records": {"by_options": 0, "too_short": 0}, "threshold": 0.5, "source": "a/b", "language": "de"}  # fmt: skip
+    return {"counts": Counter(kept=5, documents=9), "text_bytes": 7, "columns": ["id"], "dumps": {}, "personal": {},
+            "eval_sets": {}, "eval_records": {"by_options": 0, "too_short": 0}, "threshold": 0.5, "source": "a/b",
+            "language": "de"}  # fmt: skip
 
 
 def test_the_card_says_what_is_unknown(tmp_path):
