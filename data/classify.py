@@ -36,7 +36,7 @@ from nanomed import InputError, run_script
 from nanomed.files import read_json, write_json
 from normalising import is_blank
 from outputs import claimed_folder
-from scoring import Scoring, classifier_identity, score_documents
+from scoring import Scoring, classifier_identity, dtype_of, score_documents
 from threshold import check_target, set_threshold, summary
 
 PARTS = {"train": 0.8, "choose": 0.9, "report": 1.0}  # upper ends of the hash's ranges
@@ -100,9 +100,8 @@ def start(partial: Path, settings: Settings) -> None:
     write_json(path, mine)
 
 
-def score_held_out(folder: Path, parts: dict[str, list[dict]], settings: Settings, path: Path) -> list[dict]:
+def score_held_out(task: Scoring, parts: dict[str, list[dict]], path: Path) -> list[dict]:
     """The documents of `choose` and `report` with their scores: those that a sweep with this classifier would give them."""
-    task = Scoring(str(folder), classifier_identity(folder), settings.max_chars, settings.max_tokens)
     rows = [row | {"part": part} for part in ("choose", "report") for row in parts[part]]
     scores = []
     with tqdm(total=len(rows), desc="score", unit="doc", disable=None) as bar:
@@ -159,11 +158,12 @@ def train(parts: dict, about: dict, partial: Path, tokenizer, model, settings: S
 
 def finish(path: Path, parts: dict, about: dict, folder: Path, target_precision: float, model, settings: Settings) -> dict:
     """Score the held-out parts, choose the threshold, and write both to the classifier's folder."""
-    rows = score_held_out(folder, parts, settings, path)
+    task = Scoring(str(folder), classifier_identity(folder), settings.max_chars, settings.max_tokens)
+    rows = score_held_out(task, parts, path)
     columns = {"id": "string", "part": "string", "label": "string", "score": "float32"}
     write_parquet(folder / "held_out.parquet", rows, columns, about)
-    revision = getattr(model.config, "_commit_hash", None)
-    return set_threshold(folder, target_precision, asdict(settings) | about | {"base_revision": revision})
+    more = {"base_revision": getattr(model.config, "_commit_hash", None), "computed_in": dtype_of(task)}
+    return set_threshold(folder, target_precision, asdict(settings) | about | more)
 
 
 def main() -> None:

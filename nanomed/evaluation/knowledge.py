@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from nanomed import InputError, first_line
+from nanomed.config import has_bf16_hardware
 from nanomed.evaluation import accuracy, figure, record, tasks
 from nanomed.evaluation.loading import load_decoder
 from nanomed.evaluation.scorer import DecoderLM
@@ -75,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="more tasks: lm-eval YAML files on JSONL",
     )
     add("--include-defaults", action="store_true", help="lm-eval's own tasks too; finding them takes 9 seconds")
-    add("--dtype", choices=DTYPES, help="of weights and products (default: float32 on a CPU, bfloat16 on a GPU)")
+    add("--dtype", choices=DTYPES, help="of weights and products (default: bfloat16 on a GPU that has it, else float32)")
     add(
         "--batch-tokens",
         type=int,
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
     group = tasks.find_tasks(args.tasks.split(","), args.task_path, args.include_defaults)
     seeds = list(range(args.seeds if args.shots else 1))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    dtype = args.dtype or ("bfloat16" if device.type == "cuda" and has_bf16_hardware() else "float32")
     config = {
         "models": {name: {"path": str(path), "fingerprint": record.fingerprint(path)} for name, path in models.items()},
         "tasks": {task.name: {k: v for k, v in task.config.items() if k != "dataset_kwargs"} for task in group.tasks()},
