@@ -39,7 +39,7 @@ configs:
 # Domain corpus from {source}
 
 {kept:,} documents, {text_bytes:,} bytes of text (UTF-8), chosen by a classifier from the {documents:,} documents of
-{source} that were swept. Columns: `id`, `text`, `url`, `dump`, `date`, `score`.
+{source} that were swept. Columns: {columns}.
 
 ## How the documents were chosen
 
@@ -121,6 +121,7 @@ def write_card(out: Path, report: dict) -> None:
     counts = report["counts"]
     values = {key: report.get(key, "unknown") for key in ("base_model", "prompt_sha256", "classifier_sha256")}
     values |= {key: report[key] for key in ("source", "language", "threshold", "text_bytes")}
+    values["columns"] = ", ".join(f"`{name}`" for name in report["columns"])
     size = next((name for limit, name in SIZES if counts["kept"] < limit), "100M<n<1B")
     card = CARD.format(**values, **sections(report), quality=quality(report), size=size, kept=counts["kept"],
                        documents=counts["documents"])  # fmt: skip

@@ -19,6 +19,7 @@ run resumes after the last whole epoch, and on the CPU ends with the same bits.
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections import Counter
@@ -30,9 +31,12 @@ from tqdm import tqdm
 
 from documents import read_documents, write_parquet
 from encoder import LABELS, Settings, encode, learn, load_base
+from finding import check_file
 from nanomed import InputError, run_script
 from nanomed.files import read_json, write_json
-from scoring import Scoring, classifier_identity, score_documents
+from normalising import is_blank
+from outputs import claimed_folder
+from scoring import Scoring, classifier_identity, dtype_of, score_documents
 from threshold import check_target, set_threshold, summary
 
 PARTS = {"train": 0.8, "choose": 0.9, "report": 1.0}  # upper ends of the hash's ranges
@@ -63,7 +67,7 @@ def read_labels(path: Path, max_chars: int) -> tuple[dict[str, list[dict]], dict
             raise InputError(f"{path}: row {number}: duplicate id {row['id']!r}; remove one")
         seen.add(row["id"])
         text = row["text"][:max_chars]
-        label = row["label"] if text.strip() else "invalid"  # no text, no score
+        label = "invalid" if is_blank(text) else row["label"]  # no text, no score
         counts[label] += 1
         origin[row["model"], row["prompt_sha256"]] += 1
         digest.update(json.dumps([row["id"], row["text"], row["label"]]).encode())
@@ -85,7 +89,7 @@ def read_labels(path: Path, max_chars: int) -> tuple[dict[str, list[dict]], dict
 
 
 def start(partial: Path, settings: Settings) -> None:
-    """Make PARTIAL, or resume in it; InputError if it was made with other settings."""
+    """Record the settings in PARTIAL, or check them there; InputError if it was made with others."""
     path, mine = partial / "settings.json", asdict(settings)
     if path.exists():
         found = read_json(path)
@@ -93,13 +97,11 @@ def start(partial: Path, settings: Settings) -> None:
             key = differs[0]
             what = f"{key} was {found.get(key)}, now it is {mine[key]}"
             raise InputError(f"{partial}: of an interrupted run in which {what}; delete that folder to start over")
-    partial.mkdir(parents=True, exist_ok=True)
     write_json(path, mine)
 
 
-def score_held_out(folder: Path, parts: dict[str, list[dict]], settings: Settings, path: Path) -> list[dict]:
+def score_held_out(task: Scoring, parts: dict[str, list[dict]], path: Path) -> list[dict]:
     """The documents of `choose` and `report` with their scores: those that a sweep with this classifier would give them."""
-    task = Scoring(str(folder), classifier_identity(folder), settings.max_chars, settings.max_tokens)
     rows = [row | {"part": part} for part in ("choose", "report") for row in parts[part]]
     scores = []
     with tqdm(total=len(rows), desc="score", unit="doc", disable=None) as bar:
@@ -114,10 +116,9 @@ def classify(path: Path, out: Path, model_name: str, target_precision: float, **
 
     knobs: epochs, lr, batch_size, max_tokens, seed (see Settings). InputError if anything is wrong with what was given.
     """
-    if out.exists():
-        what = "exists; choose another --out, or delete it (another threshold: data/threshold.py)"
-        raise InputError(f"{out}: {what}")
+    check_absent(out)
     check_target(target_precision)  # now, not when it is trained
+    check_file(path, "the labels that data/annotate.py writes")
     max_chars = CHARS_PER_TOKEN * knobs["max_tokens"]
     parts, about = read_labels(path, max_chars)
     settings = Settings(about["labels_sha256"], model_name, max_chars=max_chars, **knobs)
@@ -125,23 +126,44 @@ def classify(path: Path, out: Path, model_name: str, target_precision: float, **
     if settings.max_tokens > tokenizer.model_max_length:
         raise InputError(f"--max-tokens {settings.max_tokens}: {model_name} takes {tokenizer.model_max_length} at most")
     partial = out.with_name(f".{out.name}.partial")
-    start(partial, settings)
+    names = [path.name for path in partial.glob("*")]  # all of it: the folder is removed at the end
+    is_ours = (partial / "settings.json").exists()
+    with claimed_folder(partial, names, "data/classify.py", is_ours):
+        check_absent(out)  # a run that has just ended may have made it
+        start(partial, settings)
+        train(parts, about, partial, tokenizer, model, settings)
+        result = finish(path, parts, about, partial / "clf", target_precision, model, settings)
+        check_absent(out)
+        (partial / "clf").rename(out)
+        shutil.rmtree(partial)
+    return result
+
+
+def check_absent(out: Path) -> None:
+    """InputError if the folder to make exists."""
+    if os.path.lexists(out):
+        raise InputError(f"{out}: exists; choose another --out, or delete it (another threshold: data/threshold.py)")
+
+
+def train(parts: dict, about: dict, partial: Path, tokenizer, model, settings: Settings) -> None:
+    """Train on the part `train`, and save to PARTIAL/clf."""
     tokens = encode(tokenizer, [row["text"] for row in parts["train"]], settings.max_tokens)
     started = time.perf_counter()
     labels = np.array([LABELS.index(row["label"]) for row in parts["train"]], np.int64)
     learn(model, tokens, labels, settings, partial, tokenizer.pad_token_id)
     print(f"trained in {time.perf_counter() - started:,.0f} s on {len(parts['train']):,} documents, {about['counts']}")
-    folder = partial / "clf"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    rows = score_held_out(folder, parts, settings, path)
+    model.save_pretrained(partial / "clf")
+    tokenizer.save_pretrained(partial / "clf")
+
+
+def finish(path: Path, parts: dict, about: dict, folder: Path, target_precision: float, model, settings: Settings) -> dict:
+    """Score the held-out parts, choose the threshold, and write both to the classifier's folder."""
+    task = Scoring(str(folder), classifier_identity(folder), settings.max_chars, settings.max_tokens)
+    rows = score_held_out(task, parts, path)
     columns = {"id": "string", "part": "string", "label": "string", "score": "float32"}
     write_parquet(folder / "held_out.parquet", rows, columns, about)
-    revision = getattr(model.config, "_commit_hash", None)
-    result = set_threshold(folder, target_precision, asdict(settings) | about | {"base_revision": revision})
-    folder.rename(out)
-    shutil.rmtree(partial)
-    return result
+    more = {"base_revision": getattr(model.config, "_commit_hash", None), "computed_in": dtype_of(task)}
+    return set_threshold(folder, target_precision, asdict(settings) | about | more)
 
 
 def main() -> None:

@@ -4,10 +4,10 @@
 
 1. Each input, in parallel: documents at or above the threshold that contain no question of an evaluation set
    (decontaminate.py), to OUT/kept/NAME.parquet with the hash of their text.
-2. Over all inputs: of equal texts the first stays (equal after Unicode composition, white space ignored), and of equal
-   ids; what stays goes to OUT/corpus/NAME.parquet: id, text, url, dump, date, score. url, dump and date are kept so that
-   anybody can attribute a document, rebuild the corpus, or have a document taken down. The folder is rebuilt as
-   OUT/corpus.partial and renamed when complete.
+2. Over all inputs: of equal texts the first stays (equal as normalising.py sees them), and of equal ids; what stays goes
+   to OUT/corpus/NAME.parquet: id, text, url, dump, date, score, and what --keep-columns names. url, dump and date are
+   kept so that anybody can attribute a document, rebuild the corpus, or have a document taken down. The folder is rebuilt
+   as OUT/corpus.partial and renamed when complete.
 3. decontamination.jsonl (every hit, kept documents too), report.json, report.md, README.md (the data card).
 
 FineWeb2 is already filtered and near-deduplicated; heuristics for prose are not applied again, since dosages, tables
@@ -16,6 +16,7 @@ is written last. Costs: see data/README.md; memory 150 bytes per kept document.
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -26,22 +27,28 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+import normalising
 from card import write_card, write_report
+from columns import check_names, types_of
 from decontaminate import Questions
-from documents import EXTRA, read_documents, read_record, write_parquet
+from documents import EXTRA, read_documents, write_parquet
 from encoding import start_worker
-from keeping import CORPUS, Job, keep_file, load_questions, part_of
+from finding import check_file, read_record
+from keeping import CORPUS, Job, keep_file, load_questions, part_of, scores_of
 from nanomed import InputError, run_script
-from nanomed.files import lock, sha256, write_json
+from nanomed.files import sha256, write_json
+from outputs import claimed_folder, release_empty
 from personal import PATTERNS, count_personal
 from scoring import classifier_identity, find_inputs
 from sweep import read_classifier
 
+SCRIPT = "data/clean.py"
 REPORTS = ("report.json", "decontamination.jsonl", "report.md", "README.md")
 
 
@@ -77,9 +84,9 @@ def read_hashes(files: list[Path], out: Path, key: str) -> tuple[np.ndarray, lis
     return np.concatenate(parts), [part.size for part in parts]
 
 
-def chosen_documents(kept: Path, stays: np.ndarray, totals: dict) -> Iterator[dict]:
-    """Stage 2 of one input: what stays; personal data and dumps are counted here."""
-    for document, stay in zip(read_documents(kept, ("id", "text"), (*EXTRA, "score")), stays, strict=True):
+def chosen_documents(kept: Path, stays: np.ndarray, totals: dict, more: tuple[str, ...] = ()) -> Iterator[dict]:
+    """Stage 2 of one input: what stays, with `more` columns; personal data and dumps are counted here."""
+    for document, stay in zip(read_documents(kept, ("id", "text"), (*EXTRA, "score", *more)), stays, strict=True):
         if stay:
             totals["counts"]["kept"] += 1
             totals["text_bytes"] += len(document["text"].encode())
@@ -105,39 +112,49 @@ def withdraw_corpus(out: Path) -> Path:
 def clean(inputs: list[str], job: Job, facts: dict, workers: int) -> dict:
     """Both stages and the reports; returns what report.json holds. facts: of classifier and source, for the card."""
     files, out = find_inputs(inputs, Path(job.out)), Path(job.out)
-    try:
-        (out / "kept").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out / 'kept'}: cannot be made: {error.strerror}; choose another --out") from None
-    descriptor = lock(out)
-    try:
-        questions = load_questions(job.eval_sets)
+    questions = load_questions(job.eval_sets)
+    for path in files:
+        scores_of(path, job)
+    job = replace(job, kept_columns=tuple(types_of(files, [name for name, _ in job.kept_columns]).items()))
+    columns = CORPUS | dict(job.kept_columns)
+    with claimed_folder(out, ("kept", "corpus", "corpus.partial", *REPORTS), SCRIPT):
         records = list(tqdm(keep_all(job, files, workers), total=len(files), desc="keep", unit=" files", disable=None))
         counts = sum((Counter(record["counts"]) for record in records), Counter())
         stays = choose_first(files, out, counts)
         if not any(rows.any() for rows in stays):
+            withdraw_kept(files, out)
             raise InputError(f"{', '.join(map(str, inputs))}: no document was kept; the threshold is {job.threshold}")
         hits = [hit for record in records for hit in record["hits"]]
         report = about_questions(questions, hits) | facts
         try:
-            report = write_corpus(files, out, stays, counts) | report
+            report = write_corpus(files, out, stays, counts, columns) | report
             write_reports(out, report, hits)
         except OSError as error:
             raise InputError(f"{out}: cannot be written: {error.strerror}; free space, then run again") from None
-    finally:
-        os.close(descriptor)
     return report
 
 
-def write_corpus(files: list[Path], out: Path, stays: list[np.ndarray], counts: Counter) -> dict:
-    """Stage 2 of all inputs: OUT/corpus, which is there whole or not at all; what was counted."""
+def withdraw_kept(files: list[Path], out: Path) -> None:
+    """Remove what stage 1 wrote, where it is of no use: it would hinder another threshold in the same folder."""
+    for path in files:
+        kept = part_of(path, out, "kept")
+        kept.with_suffix(".json").unlink()
+        kept.unlink()
+    with contextlib.suppress(OSError):  # other inputs' are there
+        (out / "kept").rmdir()
+    release_empty(out, SCRIPT)
+
+
+def write_corpus(files: list[Path], out: Path, stays: list[np.ndarray], counts: Counter, columns: dict) -> dict:
+    """Stage 2 of all inputs: OUT/corpus, which is there whole or not at all; what was counted. columns: as of write_parquet."""
+    more = tuple(name for name in columns if name not in CORPUS)
     totals = {"counts": counts, "text_bytes": 0, "dumps": Counter(), "personal": {name: Counter() for name in PATTERNS}}
     partial = withdraw_corpus(out)
     for path, rows in tqdm([*zip(files, stays, strict=True)], desc="corpus", unit=" files", disable=None):
         kept = part_of(path, out, "kept")
-        write_parquet(partial / kept.name, chosen_documents(kept, rows, totals), CORPUS, {})
+        write_parquet(partial / kept.name, chosen_documents(kept, rows, totals, more), columns, {})
     os.replace(partial, out / "corpus")
-    return totals
+    return totals | {"columns": [*columns]}
 
 
 def about_questions(questions: Questions, hits: list[dict]) -> dict:
@@ -188,14 +205,18 @@ def plan(args: argparse.Namespace) -> tuple[Job, dict]:
     threshold = about["threshold"] if args.threshold is None else args.threshold
     sets = []
     for path in args.eval:
+        check_file(path, "an evaluation set")
         try:
             sets.append([str(path), sha256(path)])  # hits name their set
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}; expected an evaluation set") from None
     keys = {"text_key": args.text_key, "id_key": args.id_key}
     scored = {key: swept.get(key) for key in ("max_chars", "max_tokens", "dtype", "text_key")}  # what else decides a score
-    identity = hashlib.sha256(json.dumps([found, scored, threshold, sets, keys]).encode()).hexdigest()
-    job = Job(str(args.scores), str(args.out), threshold, tuple(map(str, args.eval)), **keys, identity=identity)
+    keep = check_names(args.keep_columns, ("id", "text", *EXTRA), ("score", "text_hash", "id_hash"))
+    decides = [found, scored, threshold, sets, keys, normalising.VERSION, keep]
+    identity = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+    job = Job(str(args.scores), str(args.out), threshold, tuple(map(str, args.eval)), **keys, identity=identity,
+              kept_columns=tuple((name, None) for name in keep))  # fmt: skip
     facts = {"threshold": threshold, "classifier_sha256": found, "source": args.source, "language": args.language}
     measured = ("precision", "recall", "target_precision", "n_report") if threshold == about["threshold"] else ()
     facts |= {key: about[key] for key in (*measured, "base_model", "prompt_sha256", "annotator") if key in about}
@@ -231,6 +252,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--language", default="de", metavar="CODE", help="the same (default: %(default)s)")
     add("--text-key", default="text", metavar="KEY", help="column of the text (default: %(default)s)")
     add("--id-key", default="id", metavar="KEY", help="column of the identifier (default: %(default)s)")
+    add("--keep-columns", nargs="+", default=[], metavar="KEY", help="more columns to keep (url, dump and date always are)")
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: the CPUs)")
     return parser.parse_args(argv)
 

@@ -1,51 +1,55 @@
 """Decontaminate: does a document contain a question of an evaluation set?
 
-Two tiers over words (letters and digits, lower case, accents composed): 13 consecutive words in common are a hit, as in
+Two tiers over words (as normalising.py forms them): 13 consecutive words in common are a hit, as in
 GPT-3's and Llama's reports; so are runs of 8 that cover at least half of a question, since German multiple-choice stems
 are often shorter than 13 words. A weaker match, 8 consecutive words of a longer question, is listed and the document
 kept: legal and clinical phrases of that length are common property.
 
-A stem of fewer than 8 words is a hit where all its options follow it closely, in any order and with any letters before
-them. Alone it is listed at best: "Welche Aussage ist richtig?" or "Wo liegt die Hypophyse?" is on pages that never saw
-the exam. What has fewer than 8 words with its options cannot be detected, and is counted.
+A stem of fewer than 8 words is a hit where all its options stand close to it, before or after, in any order and with any
+letters before them. Alone it is listed at best: "Welche Aussage ist richtig?" or "Wo liegt die Hypophyse?" is on pages
+that never saw the exam. What has fewer than 8 words with its options cannot be detected, and is counted.
+
+A question with umlauts or other letters beyond ASCII is also looked for as broken encodings leave it (`GARBLED`).
 
 Why it is fast: only words of the evaluation sets can be part of a hit, so a document's words are looked up one by one
 (a dictionary), and numpy hashes the n-grams where 8 known words follow each other. Hashes only propose; the words
-decide. Costs: 10 to 20 MB/s of text per core; memory 100 bytes per word of the evaluation sets.
+decide. Costs: about 20 MB/s of text per core; memory 100 bytes per word of the evaluation sets.
 """
 
 import re
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 
 from documents import json_records, parquet_batches
 from nanomed import InputError
+from normalising import words_of
 
 LONG, SHORT, COVERAGE = 13, 8, 0.5
 LEAST = 3  # words of a stem that is looked for beside its options
-WORD = re.compile(r"\w+")
 FACTORS = np.array([pow(6364136223846793005, power, 1 << 64) for power in range(SHORT)], np.uint64)
+BEYOND_ASCII = re.compile(r"[^\W\d_\x00-\x7f]")
+GARBLED = (  # what broken encodings make of letters beyond ASCII
+    lambda text: BEYOND_ASCII.sub("", text),
+    lambda text: BEYOND_ASCII.sub("?", text),
+    lambda text: text.encode("utf-8", "replace").decode("cp1252", "replace"),
+)
 # Keys, in lower case, of the sets that `eval.py convert` reads and writes, of prompts, and of the hub's usual layouts.
 STEM = re.compile(r"question(_translated)?|stem|prompt|messages|query|problem|passage|contexts?|ctx|text")
 OPTION = re.compile(r"options(_translated)?|choices|endings|option_?[a-j\d]|op[a-e]|[a-j]")
 BESIDE = ("label", "key", "role", "type")  # keys beside an option's or a message's text, which hold none
 
 
-def words_of(text: str) -> list[str]:
-    """The words of a text as they are compared."""
-    return WORD.findall(unicodedata.normalize("NFC", text).lower())
-
-
 @dataclass
 class Questions:
     """The n-grams of evaluation sets: 8 words, or a whole stem that is shorter."""
 
-    texts: list[tuple[str, int, list[str]]] = field(default_factory=list)  # [q]: (set, record from 0, words)
+    # [q]: (set, record from 0, which string of the record, words); a string has an entry for each spelling
+    texts: list[tuple[str, int, int, list[str]]] = field(default_factory=list)
     options: dict[int, list[str]] = field(default_factory=dict)  # q → what must follow, for short stems
     vocabulary: dict[str, int] = field(default_factory=dict)
     places: dict[tuple[int, ...], list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
@@ -62,7 +66,7 @@ def read_questions(paths: list[Path]) -> Questions:
     for path in paths:
         name, n_records = path.name if names.count(path.name) == 1 else str(path), 0
         for record in read_records(path):
-            parts = [(role, words_of(string)) for role, string in parts_of(record)]
+            parts = [*parts_of(record)]
             if not any(role == "stem" for role, _ in parts):
                 what = f"record {n_records + 1} has no question, it has {', '.join([*record][:12])}"
                 raise InputError(f"{path}: {what}; expected it as question, stem, prompt, passage, ...: rename the key")
@@ -77,28 +81,41 @@ def read_questions(paths: list[Path]) -> Questions:
     return questions
 
 
-def add_record(questions: Questions, name: str, number: int, parts: list[tuple[str, list[str]]]) -> None:
-    """Index a record. Its strings of 8 words or more are questions of their own (stem, passage, long options)."""
-    stems, options = ([words for role, words in parts if words and role == wanted] for wanted in ("stem", "option"))
-    long = [words for words in (*stems, *options) if len(words) >= SHORT]
-    for words in long:
-        add_text(questions, name, number, words)
-    stem, n_words = max(stems, key=len, default=[]), sum(map(len, options))
-    if options and LEAST <= len(stem) < SHORT <= len(stem) + n_words:
-        questions.options[len(questions.texts)] = [" ".join(words) for words in options]
-        add_text(questions, name, number, stem)
-        questions.by_options += not long
-    elif not long:
-        questions.too_short += 1
+def add_record(questions: Questions, name: str, number: int, parts: list[tuple[str, str]]) -> None:
+    """Index a record. Its strings of 8 words or more are questions of their own (stem, passage, long options).
+
+    parts: (role, string), as of `parts_of`.
+    """
+    words = [words_of(string) for _, string in parts]
+    lengths = [len(string) for string in words]
+    long = [part for part, length in enumerate(lengths) if length >= SHORT]
+    options = [part for part, (role, _) in enumerate(parts) if role == "option" and words[part]]
+    stem = max((part for part, (role, _) in enumerate(parts) if role == "stem"), key=lengths.__getitem__)
+    n_words = lengths[stem] + sum(lengths[part] for part in options)
+    is_short = bool(options) and LEAST <= lengths[stem] < SHORT <= n_words
+    spellings = [words]
+    for garble in GARBLED:
+        spelled = [words_of(garble(string)) for _, string in parts]
+        if spelled not in spellings:
+            spellings.append(spelled)
+    for spelled in spellings:
+        for part in long:
+            if len(spelled[part]) >= SHORT:
+                add_text(questions, name, number, part, spelled[part])
+        if is_short and spelled[stem]:
+            questions.options[len(questions.texts)] = [" ".join(spelled[part]) for part in options if spelled[part]]
+            add_text(questions, name, number, stem, spelled[stem])
+    questions.by_options += is_short and not long
+    questions.too_short += not is_short and not long
 
 
-def add_text(questions: Questions, name: str, number: int, words: list[str]) -> None:
-    """Index the n-grams of some words."""
+def add_text(questions: Questions, name: str, number: int, part: int, words: list[str]) -> None:
+    """Index the n-grams of one spelling of a record's string."""
     ids = tuple(questions.vocabulary.setdefault(word, len(questions.vocabulary) + 1) for word in words)
     n = min(SHORT, len(ids))
     for place in range(len(ids) - n + 1):
         questions.places[ids[place : place + n]].append((len(questions.texts), place))
-    questions.texts.append((name, number, words))
+    questions.texts.append((name, number, part, words))
 
 
 def read_records(path: Path) -> Iterator[dict]:
@@ -127,41 +144,56 @@ def parts_of(value, role: str | None = None) -> Iterator[tuple[str, str]]:
 
 def find_hits(text: str, questions: Questions) -> list[dict]:
     """The questions that a text contains, each once: set, record, the longest run in common, coverage, drop."""
-    words = words_of(text)
-    ids = np.fromiter((questions.vocabulary.get(word, 0) for word in words), np.uint64)
+    return find_hits_in_words(words_of(text), questions)
+
+
+def find_hits_in_words(words: list[str], questions: Questions) -> list[dict]:
+    """`find_hits` in the words of a text."""
+    ids = np.fromiter(map(questions.vocabulary.get, words, repeat(0)), np.uint64, len(words))
     matches = defaultdict(list)  # question → [(place in the question, place in the text)]
     known = np.cumsum(np.append(0, ids != 0))  # before each word
     for n, hashes in questions.hashes.items():
         for start in proposed(ids, known, n, hashes):
             for question, place in questions.places.get(tuple(ids[start : start + n].tolist()), ()):
                 matches[question].append((place, start))
-    hits = []
+    hits: dict[tuple[str, int, int], dict] = {}
     for question, places in matches.items():
-        name, record, stem = questions.texts[question]
+        name, record, part, stem = questions.texts[question]
         options = questions.options.get(question)
         found = describe_short(stem, options, places, words) if options else describe(stem, places)
-        if found:
-            hits.append({"set": name, "record": record} | found)
-    return hits
+        best = hits.get((name, record, part))  # of the spellings of one string
+        if found and (best is None or (found["drop"], found["coverage"]) > (best["drop"], best["coverage"])):
+            hits[name, record, part] = {"set": name, "record": record} | found
+    return [*hits.values()]
 
 
 def proposed(ids: np.ndarray, known: np.ndarray, n: int, hashes: np.ndarray) -> list[int]:
     """Where n known words in a row have the hash of an n-gram."""
     starts = np.flatnonzero(known[n:] - known[:-n] == n)
-    grams = ids[starts[:, None] + np.arange(n)]
-    return starts[np.isin((grams * FACTORS[:n]).sum(1), hashes)].tolist()
+    if starts.size == 0:
+        return []
+    grams = (ids[starts[:, None] + np.arange(n)] * FACTORS[:n]).sum(1)
+    nearest = hashes[np.minimum(np.searchsorted(hashes, grams), hashes.size - 1)]  # np.isin would sort both anew
+    return starts[nearest == grams].tolist()
 
 
 def describe_short(stem: list[str], options: list[str], places: list[tuple[int, int]], words: list[str]) -> dict | None:
     """One hit of a stem of fewer than 8 words; None where it stands alone and is too short to be listed."""
     n_words = sum(option.count(" ") + 1 for option in options)
     reach = n_words + SHORT * len(options)  # a letter and a remark may stand beside each option
-    follows = (f" {' '.join(words[start + len(stem) :][:reach])} " for _, start in places)
-    beside = any(all(f" {option} " in after for option in options) for after in follows)
+    starts = {start - place for place, start in places}
+    beside = any(has_all_options(options, words, start, start + len(stem), reach) for start in starts)
     if not beside and len(stem) < SHORT / 2:
         return None
     coverage = 1.0 if beside else round(len(stem) / (len(stem) + n_words), 4)
     return {"words": len(stem), "coverage": coverage, "match": " ".join(stem), "drop": beside}
+
+
+def has_all_options(options: list[str], words: list[str], start: int, stop: int, reach: int) -> bool:
+    """Whether all options occur in the `reach` words before or after the stem, which is words[start:stop]."""
+    before, after = words[max(0, start - reach) : start], words[stop : stop + reach]
+    nearby = f" {' '.join(before)} | {' '.join(after)} "
+    return all(f" {option} " in nearby for option in options)
 
 
 def describe(words: list[str], places: list[tuple[int, int]]) -> dict:

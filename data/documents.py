@@ -1,8 +1,8 @@
 """Documents: whole records from local files or the hub, several columns at once, and Parquet written whole or not at all.
 
 reading.py reads one column as fast as it can, for prepare.py; here a stage reads a few (`id`, `text`, `label`, ...) by
-name. A path may be local or any URL that fsspec knows (`hf://datasets/HuggingFaceFW/fineweb-2/data/deu_Latn/train`): the
-hub is streamed by range requests, so that columns that are not needed are not fetched.
+name. A path (finding.py) may be local or any URL that fsspec knows (`hf://datasets/HuggingFaceFW/fineweb-2/...`): the hub
+is streamed by range requests, so that columns that are not needed are not fetched.
 
 Memory: 256 rows at a time. Whatever is not a whole document is an InputError that names file and row (line, for JSONL).
 """
@@ -11,61 +11,17 @@ import glob
 import json
 import os
 import socket
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from finding import is_local
 from nanomed import InputError, first_line
-from nanomed.files import read_json
-from reading import SUFFIXES, pyarrow, read_batches
+from reading import pyarrow, read_batches
 
 BATCH_ROWS = 256
 EXTRA = ("url", "dump", "date")  # kept where an input has them, so that a document can be traced and taken down
-
-
-def find_files(inputs: list[str]) -> list[Path]:
-    """Inputs as paths, local or remote (UPath), in sorted order: a file as it is, a folder or glob as what it holds.
-
-    InputError for what does not exist, holds nothing readable, or is given twice.
-    """
-    found: list[Path] = []
-    for name in map(str, inputs):
-        try:
-            matches = _matches(name)
-        except OSError as error:
-            raise InputError(f"{name}: cannot be listed: {first_line(error)}; expected a file or URL") from None
-        if not matches:
-            raise InputError(f"{name}: no such input; expected files, folders or URLs of {', '.join(SUFFIXES)}")
-        found += matches
-    for path in found:
-        if not path.name.endswith(SUFFIXES):
-            raise InputError(f"{path}: unknown file type, expected {', '.join(SUFFIXES)}")
-    if twice := first_twice(os.path.abspath(path) if isinstance(path, os.PathLike) else str(path) for path in found):
-        raise InputError(f"{twice}: given twice, expected each input once")
-    return sorted(found, key=str)
-
-
-def first_twice(names: Iterable[str]) -> str | None:
-    """The first name that is there more than once."""
-    return next((name for name, n in Counter(names).items() if n > 1), None)
-
-
-def _matches(name: str) -> list[Path]:
-    """The files behind one argument."""
-    try:
-        from upath import UPath
-    except ImportError:
-        raise InputError("the corpus scripts need more packages: pip install -e '.[data]'") from None
-    if "*" in name:
-        folder, slash, _ = name[: name.index("*")].rpartition("/")
-        pattern = name.removeprefix(folder + slash)
-        return [path for path in UPath(folder or slash or ".").glob(pattern) if path.is_file()]
-    path = UPath(name)
-    if path.is_dir():
-        return [child for child in path.iterdir() if child.name.endswith(SUFFIXES)]
-    return [path] if path.exists() else []
 
 
 def open_parquet(path: Path):
@@ -73,9 +29,8 @@ def open_parquet(path: Path):
     import pyarrow.parquet as pq
 
     try:
-        is_local = isinstance(path, os.PathLike)
         # pre_buffer fetches ahead, in few requests, and keeps what was read until its row group is done: for the hub alone
-        return pq.ParquetFile(path if is_local else path.open("rb"), buffer_size=1 << 20, pre_buffer=not is_local)
+        return pq.ParquetFile(path if is_local(path) else path.open("rb"), buffer_size=1 << 20, pre_buffer=not is_local(path))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected a Parquet file") from None
     except (OSError, ValueError) as error:  # pyarrow's are of both kinds
@@ -127,6 +82,7 @@ def check_keys(path: Path, options: dict[str, str]) -> None:
     """
     if path.name.endswith(".parquet"):
         with open_parquet(path) as file:
+            check_columns(path, file.schema_arrow.names, tuple(options))
             where, first = path, dict.fromkeys(file.schema_arrow.names, "")
     else:
         number, first = next(json_records(path), (0, options))  # an empty file lacks none
@@ -134,6 +90,13 @@ def check_keys(path: Path, options: dict[str, str]) -> None:
     for key, option in options.items():
         if key not in first or isinstance(first[key], dict | list):
             raise InputError(f"{where}: {_what(first, key)}; name another with {option}")
+
+
+def check_columns(path: Path, names: list[str], wanted: tuple[str, ...]) -> None:
+    """InputError where two columns of a Parquet file share a name that is wanted: which one was meant?"""
+    if twice := [key for key in wanted if names.count(key) > 1]:
+        what = f"{names.count(twice[0])} columns are named {twice[0]!r}"
+        raise InputError(f"{path}: {what}, expected one; rename the others")
 
 
 def _what(record: dict, key: str) -> str:
@@ -170,6 +133,7 @@ def _parquet_records(
         names = file.schema_arrow.names
         if missing := [key for key in needed if key not in names]:
             raise InputError(f"{path}: no column {missing[0]!r}, it has {', '.join(names)}")
+        check_columns(path, names, (*needed, *extra))
         columns, end = [key for key in (*needed, *extra) if key in names], 0
         for group in range(file.num_row_groups):
             number, end = end, end + file.metadata.row_group(group).num_rows
@@ -188,18 +152,18 @@ def _parquet_records(
                 raise InputError(f"{path}: {what}; fetch it again") from None
 
 
-def write_parquet(path: Path, documents: Iterable[dict], columns: dict[str, str], about: dict) -> int:
+def write_parquet(path: Path, documents: Iterable[dict], columns: dict, about: dict) -> int:
     """Write documents, as they come, to a Parquet file that is there whole or not at all; returns their number.
 
-    columns: name → Arrow type ("string", "float32", ...); what is no string in a column of strings, such as a date, becomes
-    one. about: goes into the file's metadata under `nanomed`, as JSON.
+    columns: name → Arrow type, or its name ("string", "float32", ...); what is no string in a column of "string", such as a
+    date, becomes one. about: goes into the file's metadata under `nanomed`, as JSON.
     """
     pa = pyarrow()
     import pyarrow.parquet as pq
 
-    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in columns.items()])
+    schema = pa.schema({name: pa.type_for_alias(kind) if isinstance(kind, str) else kind for name, kind in columns.items()})
     schema = schema.with_metadata({"nanomed": json.dumps(about, ensure_ascii=False)})
-    spelled = lambda value, kind: str(value) if kind == "string" and value is not None else value  # noqa: E731
+    spelled = lambda value, kind: str(value) if isinstance(kind, str) and kind == "string" and value is not None else value  # noqa: E731
     prefix, n_written, rows = f"{path.name}.{socket.gethostname()}.", 0, []
     tmp = path.with_name(f"{prefix}{os.getpid()}.tmp")  # of this process alone: another may be writing the same file
     try:
@@ -234,13 +198,6 @@ def remove_orphans(folder: Path, prefix: str) -> None:
             path.unlink(missing_ok=True)
         except (PermissionError, ValueError):
             pass  # alive and another user's; or of another machine, whose name begins like ours
-
-
-def read_record(path: Path, script: str) -> dict:
-    """The JSON object that a script leaves in its folder; InputError names the script where it is not there."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected a folder of {script}")
-    return read_json(path)
 
 
 def read_about(path: Path) -> dict:

@@ -1,7 +1,8 @@
 """Encoder: a transformer that learns to say whether a text is of class 1. Load it, tokenise, batch, train.
 
 The pieces that classify.py puts together; scores come from scoring.py, as in the sweep. Batches hold documents of similar
-length, so that little is padding: sorted within random windows. bf16 autocast on a GPU.
+length, so that little is padding: sorted within random windows. On a GPU with autocast to bf16, or to fp16, with the loss
+scaled, where the GPU has no bf16.
 """
 
 import sys
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from nanomed import InputError, first_line
 from nanomed.files import whole_file
-from scoring import claim_device
+from scoring import claim_device, half_precision
 
 LABELS = ("not_medical", "medical")  # in the order of their class numbers
 WINDOW = 50  # batches that are sorted by length together
@@ -83,7 +84,7 @@ def batches(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> l
 
 
 def logits(model: nn.Module, rows: list[np.ndarray], pad_id: int) -> Tensor:  # (B, 2) fp32
-    """A batch through the model, bf16 on a GPU."""
+    """A batch through the model, in half precision on a GPU."""
     longest = max(row.size for row in rows)
     ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
     mask = torch.zeros((len(rows), longest), dtype=torch.int64)
@@ -91,8 +92,14 @@ def logits(model: nn.Module, rows: list[np.ndarray], pad_id: int) -> Tensor:  # 
         ids[i, : row.size] = torch.from_numpy(row)
         mask[i, : row.size] = 1
     device = next(model.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    dtype = torch.float16 if needs_scaling(device) else torch.bfloat16
+    with torch.autocast(device.type, dtype, enabled=device.type == "cuda"):
         return model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float()
+
+
+def needs_scaling(device: torch.device) -> bool:
+    """Whether training is in fp16, whose small gradients are 0 unless the loss is scaled."""
+    return device.type == "cuda" and half_precision(device) == "fp16"
 
 
 def learn(model: nn.Module, tokens: list[np.ndarray], labels: np.ndarray, s: Settings, partial: Path, pad_id: int) -> None:
@@ -106,7 +113,8 @@ def learn(model: nn.Module, tokens: list[np.ndarray], labels: np.ndarray, s: Set
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=s.lr)
-    first = load_epoch(partial, model, optimizer)
+    scaler = torch.amp.GradScaler(enabled=needs_scaling(next(model.parameters()).device))  # does nothing if not enabled
+    first = load_epoch(partial, model, optimizer, scaler)
     with tqdm(total=s.epochs * n_batches, initial=first * n_batches, desc="train", unit="batch", disable=None) as bar:
         for epoch in range(first, s.epochs):
             torch.manual_seed(s.seed * 1000 + epoch)  # dropout: the same whether or not the run was interrupted
@@ -117,13 +125,15 @@ def learn(model: nn.Module, tokens: list[np.ndarray], labels: np.ndarray, s: Set
                     group["lr"] = s.lr * schedule(epoch * n_batches + len(losses), s.epochs * n_batches)
                 out = logits(model, [tokens[i] for i in rows], pad_id)
                 loss = nn.functional.cross_entropy(out, targets[rows].to(out.device))
-                loss.backward()
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
+                scaler.step(optimizer)
+                scaler.update()
                 optimizer.zero_grad()
                 losses.append(loss.detach())
                 bar.update()
-            save_epoch(partial, epoch + 1, model, optimizer)
+            save_epoch(partial, epoch + 1, model, optimizer, scaler)
             bar.write(f"epoch {epoch + 1} of {s.epochs}: loss {torch.stack(losses).mean():.4f}", file=sys.stderr)
 
 
@@ -133,17 +143,20 @@ def schedule(step: int, n_steps: int) -> float:
     return min((step + 1) / warm_up, (n_steps - step) / max(1, n_steps - warm_up))
 
 
-def save_epoch(partial: Path, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def save_epoch(partial: Path, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
     """Write PARTIAL/epoch.pt, whole or not at all."""
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
     with whole_file(partial / "epoch.pt") as file:
-        torch.save({"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+        torch.save({"epoch": epoch} | state, file)
 
 
-def load_epoch(partial: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """How many epochs are done; their weights and states go into model and optimizer."""
+def load_epoch(partial: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
+    """How many epochs are done; their weights and states go into model, optimizer and scaler."""
     if not (partial / "epoch.pt").exists():
         return 0
     state = torch.load(partial / "epoch.pt", map_location="cpu", weights_only=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
+    if scaler.is_enabled() and state.get("scaler"):
+        scaler.load_state_dict(state["scaler"])
     return state["epoch"]

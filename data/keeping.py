@@ -8,16 +8,16 @@ OUT/kept/NAME.json, written last, holds the counts and every hit, and says that 
 import functools
 import hashlib
 import math
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from decontaminate import Questions, find_hits, read_questions
+from decontaminate import Questions, find_hits_in_words, read_questions
 from documents import EXTRA, parquet_batches, read_documents, write_parquet
 from nanomed import InputError
 from nanomed.files import read_json, write_json
+from normalising import is_blank, words_of
 from scoring import score_path
 
 CORPUS = {"id": "string", "text": "string", "url": "string", "dump": "string", "date": "string", "score": "float32"}
@@ -35,6 +35,7 @@ class Job:
     text_key: str
     id_key: str
     identity: str  # of everything above that decides what is kept
+    kept_columns: tuple[tuple[str, object], ...] = ()  # (name, Arrow type) of more columns; None before the inputs are read
 
 
 def part_of(path: Path, out: Path, folder: str) -> Path:
@@ -54,7 +55,7 @@ def keep_file(job: Job, path: Path) -> dict:
                 raise InputError(f"{target}: from another run: {what}; choose another --out, or delete it")
         return found
     record |= {"counts": Counter(), "hits": []}
-    write_parquet(target, kept_documents(job, path, record), KEPT, {})
+    write_parquet(target, kept_documents(job, path, record), KEPT | dict(job.kept_columns), {})
     try:
         write_json(target.with_suffix(".json"), record)
     except OSError as error:
@@ -67,25 +68,34 @@ def kept_documents(job: Job, path: Path, record: dict) -> Iterator[dict]:
     questions, counts = load_questions(job.eval_sets), record["counts"]
     for row, (document, score) in enumerate(scored_documents(job, path)):
         counts["documents"] += 1
-        if score is None or score < job.threshold:
-            counts["empty" if score is None else "below_threshold"] += 1
-            continue
         text = document[job.text_key]
-        hits = find_hits(text, questions)
+        is_empty = score is None or is_blank(text)
+        if is_empty or score < job.threshold:
+            counts["empty" if is_empty else "below_threshold"] += 1
+            continue
+        words = words_of(text)
+        hits = find_hits_in_words(words, questions)
         record["hits"] += [{"id": document[job.id_key], "file": path.name, "row": row} | hit for hit in hits]
         if any(hit["drop"] for hit in hits):
             counts["contaminated"] += 1
             continue
-        kept = {"id": document[job.id_key], "text": text, "score": score} | {key: document[key] for key in EXTRA}
-        yield kept | {"text_hash": hash_of(normalise(text)), "id_hash": hash_of(kept["id"])}
+        kept = {"id": document[job.id_key], "text": text, "score": score}
+        kept |= {key: document[key] for key in (*EXTRA, *dict(job.kept_columns))}
+        yield kept | {"text_hash": text_hash(text, words), "id_hash": hash_of(kept["id"])}
+
+
+def scores_of(path: Path, job: Job) -> Path:
+    """The scores of an input; InputError where there are none."""
+    source = score_path(path, Path(job.scores))
+    if not source.exists():
+        raise InputError(f"{source}: missing, expected the scores of {path}; run data/sweep.py on it")
+    return source
 
 
 def scored_documents(job: Job, path: Path) -> Iterator[tuple[dict, float | None]]:
     """Documents beside their scores; InputError if the scores are not those of this file's documents."""
-    source = score_path(path, Path(job.scores))
-    if not source.exists():
-        raise InputError(f"{source}: missing, expected the scores of {path}; run data/sweep.py on it")
-    documents = read_documents(path, (job.id_key, job.text_key), EXTRA)
+    source = scores_of(path, job)
+    documents = read_documents(path, (job.id_key, job.text_key), (*EXTRA, *dict(job.kept_columns)))
     row = 0
     for batch in parquet_batches(source, 1024, ["id", "score"]):
         for identifier, score in zip(batch["id"].to_pylist(), batch["score"].to_pylist(), strict=True):
@@ -108,9 +118,9 @@ def load_questions(paths: tuple[str, ...]) -> Questions:
     return read_questions([Path(path) for path in paths])
 
 
-def normalise(text: str) -> str:
-    """What two texts must share to count as equal: the characters, composed, without the layout of white space."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
+def text_hash(text: str, words: list[str]) -> str:
+    """The hash that equal texts share: of the words, or of the characters that are not white space where there are no words."""
+    return hash_of(" ".join(words) if words else "".join(text.split()))
 
 
 def hash_of(text: str) -> str:

@@ -31,8 +31,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from documents import EXTRA, check_keys, find_files, read_about, read_documents, read_numbered, write_parquet
+from columns import check_names, types_of
+from documents import EXTRA, check_keys, read_about, read_documents, read_numbered, write_parquet
+from finding import find_files
 from nanomed import InputError, run_script
+from normalising import is_blank
 
 NO_LIMIT = np.iinfo(np.int64).max
 FAILED = 1  # user_version of a database whose run ended in an error
@@ -74,7 +77,7 @@ class Draw:
             hint = "another run is using it" if "locked" in str(error) else "choose another --out"
             raise InputError(f"{path}: cannot be opened ({error}); {hint}") from None
         if (was := json.loads(found[0])) != settings:
-            key = next(key for key in settings if was.get(key) != settings[key])
+            key = next(key for key in settings | was if was.get(key) != settings.get(key))
             raise InputError(f"{path}: of an interrupted run with another {key}; delete it to start over")
         self.lowest = np.empty(0, np.int64)
         self._lower(np.array([x for (x,) in self.db.execute("SELECT lot FROM lots")], np.int64))
@@ -166,11 +169,11 @@ def draw_lots(draw: Draw, file: int, path: Path, id_key: str, seed: int) -> int:
     return n_documents
 
 
-def fetch_documents(draw: Draw, path: Path, keys: tuple[str, str], lots: dict[int, int]) -> int:
+def fetch_documents(draw: Draw, path: Path, keys: tuple[str, str], more: tuple[str, ...], lots: dict[int, int]) -> int:
     """Second pass over a file: its chosen documents. keys: of id and text. lots: row → lot, of those not yet there."""
     batch, id_key, text_key = [], *keys
-    for row, found in read_numbered(path, keys, EXTRA, only=np.array(sorted(lots), np.int64)):
-        document = {"id": found[id_key], "text": found[text_key]} | {key: found[key] for key in EXTRA}
+    for row, found in read_numbered(path, keys, more, only=np.array(sorted(lots), np.int64)):
+        document = {"id": found[id_key], "text": found[text_key]} | {key: found[key] for key in more}
         batch.append((lots[row], json.dumps(document, default=str)))  # a date may be a timestamp
         if len(batch) == 256:
             draw.keep_documents(batch)
@@ -196,11 +199,13 @@ def each(draw: Draw, function, jobs: list[tuple], workers: int, total: int, **ba
             pool.shutdown(cancel_futures=True)
 
 
-def sample(inputs: list[str], out: Path, n: int, seed: int = 0, keys: tuple[str, str] = ("id", "text"), workers: int = 8) -> int:
+def sample(inputs: list[str], out: Path, n: int, seed: int = 0, keys: tuple[str, str] = ("id", "text"),
+           workers: int = 8, keep: Iterable[str] = ()) -> int:  # fmt: skip
     """Write the sample of n documents of `inputs` to `out`; how many documents there were to choose from.
 
     inputs: files, folders, globs or URLs, in any order. keys: names of id and text. Columns of `out`: id, text, url, dump,
-    date, as strings. InputError if there are fewer than n documents, or anything is wrong with one that is read.
+    date, as strings, and those of `keep`, with their types. InputError if there are fewer than n documents, or anything is
+    wrong with one that is read.
     """
     files = find_files(inputs)
     settings = {
@@ -209,12 +214,15 @@ def sample(inputs: list[str], out: Path, n: int, seed: int = 0, keys: tuple[str,
         "seed": seed,
         "keys": list(keys),
     }
+    if keep := check_names(keep, ("id", "text", *EXTRA), ()):
+        settings["keep_columns"] = keep
     if out.exists():
         found = read_about(out)
-        if differs := [key for key in settings if found.get(key) != settings[key]]:
+        if differs := [key for key in (*settings, "keep_columns") if found.get(key) != settings.get(key)]:
             raise InputError(f"{out}: exists, made with another {differs[0]}; choose another --out, or delete it")
         return found["n_documents"]
     check_keys(files[0], dict(zip(keys, ("--id-key", "--text-key"), strict=True)))
+    kept_types = types_of(files, keep)
     draw, failed = Draw(out.with_name(out.name + ".partial.sqlite"), settings, n), False
     try:
         jobs = [(file, files[file], keys[0], seed) for file in draw.todo(len(files))]
@@ -230,9 +238,9 @@ def sample(inputs: list[str], out: Path, n: int, seed: int = 0, keys: tuple[str,
         for x, file, row in chosen.tolist():
             if x not in there:
                 wanted.setdefault(file, {})[row] = x
-        jobs = [(files[file], keys, lots) for file, lots in sorted(wanted.items())]
+        jobs = [(files[file], keys, (*EXTRA, *keep), lots) for file, lots in sorted(wanted.items())]
         each(draw, fetch_documents, jobs, workers, n - len(there), desc="texts", unit="doc")
-        columns = dict.fromkeys(("id", "text", *EXTRA), "string")
+        columns = dict.fromkeys(("id", "text", *EXTRA), "string") | kept_types
         write_parquet(out, draw.documents(), columns, settings | {"n_documents": n_documents})
     except InputError:
         failed = True
@@ -267,6 +275,7 @@ def main() -> None:
     add("--seed", type=int, default=0, help="another seed draws other documents (default: %(default)s)")
     add("--id-key", default="id", metavar="KEY", help="key or column of the id (default: %(default)s)")
     add("--text-key", default="text", metavar="KEY", help="key or column of the text (default: %(default)s)")
+    add("--keep-columns", nargs="+", default=[], metavar="KEY", help="more columns to keep (url, dump and date always are)")
     add(
         "--workers",
         type=int,
@@ -277,10 +286,13 @@ def main() -> None:
     for name in ("n", "workers"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} is {getattr(args, name)}, expected 1 or more")
-    n_documents = sample(args.inputs, args.out, args.n, args.seed, (args.id_key, args.text_key), args.workers)
+    n_documents = sample(args.inputs, args.out, args.n, args.seed, (args.id_key, args.text_key), args.workers, args.keep_columns)
     print(f"{args.out}: {args.n:,} of {n_documents:,} documents, seed {args.seed}")
-    counts = [len(row["text"]) for row in read_documents(args.out, ("text",))]
-    print(f"characters: {np.median(counts):,.0f} in the median, {max(counts):,} in the longest, {counts.count(0):,} empty")
+    counts, n_blank = [], 0
+    for row in read_documents(args.out, ("text",)):
+        counts.append(len(row["text"]))
+        n_blank += is_blank(row["text"])
+    print(f"characters: {np.median(counts):,.0f} in the median, {max(counts):,} in the longest; {n_blank:,} texts are empty")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ Documents are collected in windows, sorted by length and cut into batches of equ
 documents of nearly equal length and next to no padding, and short documents come in large batches. Texts are capped in
 characters before they are tokenised: the Unigram tokenizer reads everything and truncates afterwards.
 
-The score is the softmax probability of class 1. On a GPU the encoder runs in bf16 (fp16 overflows in XLM-R), its
-last layer and the softmax in fp32. On the CPU all is fp32, and a batch gives the scores of one document at
+The score is the softmax probability of class 1. On a GPU the encoder runs in bf16; where the GPU has none (before
+Ampere) by autocast to fp16, since XLM-R may overflow where all of it is in fp16. Its last layer and the softmax are in
+fp32. On the CPU all is fp32, and a batch gives the scores of one document at
 a time. classify.py scores with this code, too, so a threshold is applied to the scores it was chosen from.
 
 The file of scores is committed by its rename and records the configuration it was made with: an input that has one is
@@ -24,10 +25,12 @@ from pathlib import Path
 
 import numpy as np
 
-from documents import find_files, first_twice, read_about, read_documents, write_parquet
+from documents import read_about, read_documents, write_parquet
+from finding import find_files, first_twice
 from nanomed import InputError, first_line
 from nanomed.files import sha256_of
 from nanomed.prefetch import Prefetch
+from normalising import is_blank
 from reading import SUFFIXES
 
 WINDOW = 8192  # documents that are sorted together
@@ -42,7 +45,7 @@ class Scoring:
     identity: str  # what decides the scores; in a sweep JSON, which goes into each file of scores
     max_chars: int
     max_tokens: int
-    dtype: str = "auto"  # or "bf16", "fp32"
+    dtype: str = "auto"  # or "bf16", "fp16", "fp32"
     batch_tokens: int = 0  # 0: 65,536 on a GPU, 4,096 on the CPU
     files: tuple[str, ...] = ()
     out: str = ""
@@ -129,7 +132,8 @@ def score_file(task: Scoring, path: Path) -> None:
                 row += 1
             place.write_text(str(row))
 
-    write_parquet(score_path(path, Path(task.out)), rows(), COLUMNS, about_scores(path, task.identity))
+    about = about_scores(path, task.identity) | {"computed_in": dtype_of(task)}
+    write_parquet(score_path(path, Path(task.out)), rows(), COLUMNS, about)
 
 
 def score_documents(task: Scoring, documents: Iterable[tuple[str, str]], source: Path) -> Iterator[list[tuple[str, float | None]]]:
@@ -165,7 +169,7 @@ def read_windows(task: Scoring, documents: Iterable[tuple[str, str]]) -> Iterato
 
     for identifier, text in documents:
         ids.append(identifier)
-        texts.append(text[: task.max_chars] if text[: task.max_chars].strip() else "")
+        texts.append("" if is_blank(text[: task.max_chars]) else text[: task.max_chars])
         if len(texts) == 512 or len(ids) == WINDOW:  # few texts at a time: they are long, their tokens not
             tokenise()
         if len(ids) == WINDOW:
@@ -188,6 +192,21 @@ def cut_batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
         order = order[count:]
 
 
+def dtype_of(task: Scoring) -> str:
+    """What the encoder runs in on this machine: "bf16", "fp16" or "fp32"."""
+    if task.dtype != "auto":
+        return task.dtype
+    device = claim_device()
+    return half_precision(device) if device.type == "cuda" else "fp32"
+
+
+def half_precision(device) -> str:
+    """ "bf16", or "fp16" for a GPU that has no bf16: V100, T4 and others of a compute capability below 8.0."""
+    import torch
+
+    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+
+
 @functools.lru_cache(maxsize=1)
 def load_scorer(task: Scoring):
     """The function list of token ids (N documents) → float32 (N,) scores, nan for a document without tokens."""
@@ -197,12 +216,13 @@ def load_scorer(task: Scoring):
 
     logging.disable_progress_bar()  # of loading, which would break ours
     device = claim_device()
-    bf16 = task.dtype == "bf16" or (task.dtype == "auto" and device.type == "cuda")
+    dtype = dtype_of(task)
+    autocast = torch.autocast(device.type, torch.float16, enabled=dtype == "fp16")
     try:
         model = AutoModelForSequenceClassification.from_pretrained(task.classifier, local_files_only=True)
     except (OSError, ValueError) as error:
         raise InputError(f"{task.classifier}: no classifier: {first_line(error)}") from None
-    model = model.to(device, torch.bfloat16 if bf16 else torch.float32).eval()
+    model = model.to(device, torch.bfloat16 if dtype == "bf16" else torch.float32).eval()
     keep_head_in_fp32(model)
     pad = model.config.pad_token_id or 0
     budget = task.batch_tokens or (65_536 if device.type == "cuda" else 4_096)
@@ -218,7 +238,8 @@ def load_scorer(task: Scoring):
                 ids[row, : lengths[index]] = tokens[index]
             mask = torch.from_numpy(np.arange(longest) < lengths[batch, None]).long()
             inputs = torch.from_numpy(ids).to(device, non_blocking=True)
-            logits = model(input_ids=inputs, attention_mask=mask.to(device, non_blocking=True)).logits
+            with autocast:
+                logits = model(input_ids=inputs, attention_mask=mask.to(device, non_blocking=True)).logits
             parts.append(logits.float().softmax(-1)[:, 1])  # stays on the device: one wait per window, not per batch
             chosen.append(batch)
         scores = np.full(len(tokens), np.nan, np.float32)
@@ -233,9 +254,13 @@ def keep_head_in_fp32(model) -> None:
     """The last layer in fp32, whatever the encoder's dtype: in bf16 a score of 0.95 is off by 0.004."""
     import torch
 
+    def in_fp32(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return torch.nn.functional.linear(hidden.float(), head.weight, head.bias)
+
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module.out_features == model.config.num_labels:
-            module.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+            module.float().forward = functools.partial(in_fp32, module)
 
 
 @functools.cache

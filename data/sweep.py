@@ -16,9 +16,11 @@ import argparse
 import importlib.metadata
 import json
 import os
+import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,9 +28,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from documents import read_record
+from documents import read_about
+from finding import read_record
 from nanomed import InputError, run_script
-from nanomed.files import lock, write_json
+from nanomed.files import write_json
+from outputs import claimed_folder
 from scoring import Scoring, classifier_identity, find_inputs, is_committed, score_path
 
 FINISHED = "sweep.json"
@@ -94,28 +98,42 @@ def make_executor(step: Scoring, args: argparse.Namespace):
 def progress_bar(step: Scoring) -> Iterator[None]:
     """Documents scored so far, from the notes that tasks leave, on whichever machine they run.
 
-    What datatrove and others print to stderr meanwhile goes to SWEEP/logs/console.log: it would break the bar.
+    What datatrove and others print to stderr meanwhile goes to SWEEP/logs/console.log: it would break the bar. InputError
+    where a worker of the local executor was killed, for which its pool would wait for ever.
     """
     folder, done, terminal = Path(step.out, "progress"), threading.Event(), os.dup(2)
     for note in folder.glob("*"):
         note.unlink()
+    workers, killed = {}, []
 
     def watch() -> None:
         with os.fdopen(terminal, "w") as file, tqdm(unit=" documents", desc="sweep", file=file, disable=None) as bar:
             last = False
             while not last:
                 last = done.wait(1)
+                workers.update((child.pid, child) for child in multiprocess.active_children())
+                killed.extend(child.exitcode for child in workers.values() if (child.exitcode or 0) < 0)
+                if killed and not last:
+                    signal.raise_signal(signal.SIGINT)
+                    last = True
                 counts = [note.read_text() for note in folder.glob("*")]
                 bar.set_postfix_str(f"{len(counts)} of {len(step.files)} files begun", refresh=False)
                 bar.update(sum(int(count or 0) for count in counts) - bar.n)
 
     Path(step.out, "logs").mkdir(parents=True, exist_ok=True)
+    import multiprocess  # datatrove's, a fork of multiprocessing
+
     thread, stderr = threading.Thread(target=watch, daemon=True), os.dup(2)
     with Path(step.out, "logs", "console.log").open("ab") as log:
         os.dup2(log.fileno(), 2)
     thread.start()
     try:
         yield
+    except KeyboardInterrupt:
+        if not killed:
+            raise
+        what = f"a worker was killed (signal {-killed[0]}), probably out of memory"
+        raise InputError(f"{what}; run again with fewer --workers (finished files are kept)") from None
     finally:
         done.set()
         thread.join()
@@ -123,43 +141,50 @@ def progress_bar(step: Scoring) -> Iterator[None]:
         os.close(stderr)
 
 
-def finish(step: Scoring, files: list[Path], threshold: float) -> dict:
+def finish(step: Scoring, files: list[Path], about: dict) -> dict:
     """The totals, written to SWEEP/sweep.json last; InputError names the first input that has no scores."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    out, totals = Path(step.out), {"documents": 0, "empty": 0, "at_or_above_threshold": 0}
+    out, threshold, computed_in = Path(step.out), about["threshold"], Counter()
+    totals = {"documents": 0, "empty": 0, "at_or_above_threshold": 0}
     for path in files:
         target, note = score_path(path, out), out / "errors" / f"{path.name}.txt"
         if not is_committed(path, out, step.identity):  # again: a sweep of another configuration may have run meanwhile
             missing = f"{path}: its scores are missing; see {out / 'logs'}, then run the same command again"
             raise InputError(note.read_text("utf-8").strip() if note.exists() else missing)
+        computed_in[read_about(target).get("computed_in", "unknown")] += 1
         scores = pq.read_table(target, columns=["score"])["score"]
         totals["documents"] += len(scores)
         totals["empty"] += scores.null_count
         totals["at_or_above_threshold"] += pc.sum(pc.greater_equal(scores, threshold)).as_py() or 0
     names = {path.name: score_path(path, out).name for path in files}
-    record = json.loads(step.identity) | totals | {"threshold": threshold, "files": names}
+    record = json.loads(step.identity) | totals | {"threshold": threshold, "files": names, "computed_in": computed_in}
+    warn_of_precisions(computed_in, about.get("computed_in"))
     record["versions"] = {name: importlib.metadata.version(name) for name in ("datatrove", "transformers", "torch")}
     write_json(out / FINISHED, record)
     return totals
 
 
+def warn_of_precisions(computed_in: Counter, chosen_in: str | None) -> None:
+    """Say so where scores were computed in several precisions, or in another one than those the threshold was chosen from."""
+    kinds = {name for name in (*computed_in, chosen_in) if name not in (None, "unknown")}
+    if len(kinds) > 1:
+        shown = ", ".join(f"{n} files in {name}" for name, n in sorted(computed_in.items()))
+        print(f"warning: the threshold was chosen from scores in {chosen_in or 'an unknown precision'}, these are of {shown}: "
+              "documents near it may fall on the other side; --dtype sets one precision", file=sys.stderr)  # fmt: skip
+
+
 def sweep(inputs: list[str], classifier: Path, out: Path, args: argparse.Namespace) -> None:
     """Score `inputs` into `out`; run again after an interruption, it scores what is missing."""
     step, files = plan(inputs, classifier, out, args)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be made: {error.strerror}; choose another --out") from None
-    descriptor = lock(out)
-    try:
-        score_missing(step, files, read_classifier(classifier)["threshold"], args)
-    finally:
-        os.close(descriptor)
+    first = next(out.glob("scores/*.parquet"), None)
+    is_ours = first is not None and "classifier_sha256" in read_about(first)  # of a version that left no mark
+    with claimed_folder(out, ("scores", "progress", "errors", "logs", FINISHED), "data/sweep.py", is_ours):
+        score_missing(step, files, read_classifier(classifier), args)
 
 
-def score_missing(step: Scoring, files: list[Path], threshold: float, args: argparse.Namespace) -> None:
+def score_missing(step: Scoring, files: list[Path], about: dict, args: argparse.Namespace) -> None:
     """Run the executor if there is anything to do; the totals."""
     started, out = time.perf_counter(), Path(step.out)
     missing = [path for path in files if not score_path(path, out).exists()]
@@ -172,7 +197,7 @@ def score_missing(step: Scoring, files: list[Path], threshold: float, args: argp
             return
         with progress_bar(step):
             executor.run()
-    totals = finish(step, files, threshold)
+    totals = finish(step, files, about)
     share = totals["at_or_above_threshold"] / max(1, totals["documents"])
     print(f"{out}: {totals['documents']:,} documents, {totals['empty']:,} of them empty, {len(files)} files; "
           f"{totals['at_or_above_threshold']:,} ({share:.2%}) at or above the threshold")  # fmt: skip
@@ -202,9 +227,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--dtype",
-        choices=("auto", "bf16", "fp32"),
+        choices=("auto", "bf16", "fp16", "fp32"),
         default="auto",
-        help="auto, as in classify.py: bf16 on a GPU, fp32 on the CPU, where bf16 may be far slower",
+        help="auto, as in classify.py: bf16 on a GPU, fp16 on one without bf16, fp32 on the CPU",
     )
     add("--text-key", default="text", metavar="KEY", help="column of the text (default: %(default)s)")
     add("--id-key", default="id", metavar="KEY", help="column of the identifier (default: %(default)s)")

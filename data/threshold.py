@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from documents import read_documents, read_record
+from documents import read_documents
+from finding import read_record
 from nanomed import InputError, run_script
 from nanomed.evaluation.stats import wilson
 from nanomed.figures import canvas, save

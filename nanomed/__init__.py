@@ -6,6 +6,7 @@ The way of the data is the order of the files: bins → batches → model → tr
 import difflib
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 
@@ -29,11 +30,16 @@ def first_line(error: BaseException, longest: int = 200) -> str:
 
     A long line ends after a whole sentence, or where its first one is too long after a whole word.
     """
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    line = lines[0]
+    if len(lines) > 1 and re.match(r"\d{3} \w+ Error", line):  # the hub's: what is wrong stands below the HTTP status
+        line = " ".join(lines[1:])
     if len(line) <= longest:
         return line
-    sentences, dot, _ = line[:longest].rpartition(". ")
-    return sentences + "." if dot else line[: longest - 4].rpartition(" ")[0] + " ..."
+    sentences = line[: longest + 1].rpartition(". ")[0]
+    if len(sentences) > 15:  # "Error." alone says nothing
+        return sentences + "."
+    return (line[: longest - 4].rpartition(" ")[0] or line[: longest - 4]) + " ..."
 
 
 def did_you_mean(wanted: str, names: Iterable[str]) -> str:

@@ -13,6 +13,7 @@ removed.
 """
 
 import contextlib
+import difflib
 import fcntl
 import hashlib
 import json
@@ -215,6 +216,20 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
             if not isinstance(record, dict):
                 raise InputError(f"{path}: line {number} is not a JSON object")
             yield number, record
+
+
+def similar_path(path: str | Path) -> str:
+    """For an error about a path that does not exist: "; did you mean X?" with a path like it that does, else ""."""
+    found = Path()
+    for part in Path(path).parts:
+        if not (found / part).exists():
+            names = os.listdir(found) if found.is_dir() and os.access(found, os.R_OK) else []
+            close = difflib.get_close_matches(part, names, n=1)
+            if not close:
+                return ""
+            part = close[0]
+        found = found / part
+    return f"; did you mean {found}?"
 
 
 def sha256(path: Path, progress: Callable[[int], object] = lambda n_bytes: None) -> str:

@@ -25,8 +25,8 @@ KNOBS = dict(epochs=2, lr=5e-3, batch_size=16, max_tokens=MAX_TOKENS, seed=0)
 COLUMNS = dict.fromkeys(("id", "text", "label", "model", "prompt_sha256"), "string")
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
+@pytest.fixture(name="base", scope="module")
+def fixture_base(tmp_path_factory):
     """An encoder to start from; its head is thrown away."""
     folder = make_classifier(tmp_path_factory.mktemp("base"))
     (folder / "tokenizer_config.json").write_text(json.dumps({
@@ -148,6 +148,7 @@ def test_a_precision_that_cannot_be_is_refused_before_anything_is_read(tmp_path)
 
 def test_settings_are_there_whole_and_damage_is_one_line(tmp_path):
     settings = Settings("a", "b", max_chars=1, **KNOBS)
+    (tmp_path / "p").mkdir()
     start(tmp_path / "p", settings)
     start(tmp_path / "p", settings)
     assert [path.name for path in (tmp_path / "p").iterdir()] == ["settings.json"]

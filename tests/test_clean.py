@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 import clean as script
 from card import write_card
 from clean import first_of_equals
-from decontaminate import words_of
 from documents import write_parquet
-from keeping import normalise
 from nanomed import InputError
+from normalising import words_of
 from personal import PATTERNS, count_personal
 from scoring import COLUMNS, classifier_identity, score_path
 from test_sweep import make_classifier, text_of, write_documents
@@ -97,6 +96,12 @@ def test_exactly_what_should_stay_stays(case):
     ):
         assert part in card
     assert json.loads((folder / "out/report.json").read_text("utf-8"))["counts"]["kept"] == 14
+
+
+def test_a_text_of_invisible_characters_is_empty_whatever_its_score(case):
+    folder, files, texts, _ = case
+    write_documents(files[0], ["\u200b \ufeff", *texts[1:10]])
+    assert run_clean(folder, files)["counts"]["empty"] == 2
 
 
 def test_the_card_loads_as_yaml(case):
@@ -211,10 +216,6 @@ def test_first_of_equals(values):
     assert first_of_equals(np.array(values, "S32")).tolist() == expected
 
 
-def test_normalise():
-    assert normalise(" Gro\u0308ße\n\n  x\u00a0y ") == "Größe x y"
-
-
 PERSONAL = {
     "e-mail": ("an max.muster@klinik-x.de.", "an max@"),
     "e-mail, FineWeb's placeholder": ("an email@example.com", "an a@klinik.de"),
@@ -238,8 +239,9 @@ def test_personal_data_is_counted(name):
 
 
 def small_report() -> dict:
-    return {"counts": Counter(kept=5, documents=9), "text_bytes": 7, "dumps": {}, "personal": {}, "eval_sets": {},
-              "eval_records": {"by_options": 0, "too_short": 0}, "threshold": 0.5, "source": "a/b", "language": "de"}  # fmt: skip
+    return {"counts": Counter(kept=5, documents=9), "text_bytes": 7, "columns": ["id"], "dumps": {}, "personal": {},
+            "eval_sets": {}, "eval_records": {"by_options": 0, "too_short": 0}, "threshold": 0.5, "source": "a/b",
+            "language": "de"}  # fmt: skip
 
 
 def test_the_card_says_what_is_unknown(tmp_path):

@@ -1,5 +1,6 @@
 """complete: a model continues a text, as transformers' generate does, without transformers."""
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from conftest import ROOT, save_reference
 from eval_command import fixture_command, refused  # noqa: F401
+from nanomed.evaluation import complete
 from nanomed.evaluation.complete import pieces, sampled
 from test_eval_scorer import CONFIGS, TINY, write_tokenizer
 
@@ -152,3 +154,17 @@ def test_byte_tokens_may_change_what_was_said():
 def test_a_temperature_below_float32_is_greedy():
     logits = torch.tensor([0.0, 3.0, 2.9])
     assert [sampled(t, 0)(logits) for t in (1e-30, 1e-50, 5e-324)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+def test_a_gpu_without_bf16_computes_in_fp32(capability, dtype, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    for name in ("fetch", "load_tokenizer", "tokenizer_config", "encode"):
+        monkeypatch.setattr(complete, name, lambda *_: tmp_path)
+    monkeypatch.setattr(complete, "load_decoder", lambda folder, dtype, device: asked.append(dtype) or sys.exit())
+    args = argparse.Namespace(model="m", text="t", tokens=1, temperature=0, seed=0)
+    with pytest.raises(SystemExit):
+        complete.run(args)
+    assert asked == [dtype]

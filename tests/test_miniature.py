@@ -200,6 +200,25 @@ def test_a_stage_notes_how_large_its_scripts_were(tmp_path):
     assert json.loads((tmp_path / "stages" / "corpus.json").read_text())["peak_gb"] > 0.005
 
 
+def test_lines_come_as_stages_end_and_the_help_names_the_command(tmp_path, monkeypatch):
+    """Into a file, too, where Python would keep them until the end."""
+    done = subprocess.run([sys.executable, "-m", "nanomed.miniature", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith("usage: python -m nanomed.miniature [-h]")
+    shown = tmp_path / "stdout"
+    seen = []
+
+    def stage(name):
+        return Stage(name, 1, lambda: seen.append(shown.read_text()) or [])
+
+    monkeypatch.setattr(miniature, "plan", lambda *_: [stage("one"), stage("two"), stage("three")])
+    monkeypatch.setattr(miniature.outcome, "measure", lambda *_: (_ for _ in ()).throw(InputError("end")))
+    with shown.open("w") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        with pytest.raises(InputError, match="end"):
+            miniature.run(tmp_path / "run", True, 0)
+    assert seen == ["", "one: 0 s\n", "one: 0 s\ntwo: 0 s\n"]
+
+
 @pytest.mark.timeout(900)  # three minutes alone on two cores; here every core has a worker's test already
 def test_a_fast_run_shows_the_order_and_goes_on_where_it_was_killed(tmp_path):
     """Every stage by its own script: continued above base, a merge between, no leak; killed once on the way."""

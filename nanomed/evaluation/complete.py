@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from nanomed import InputError
+from nanomed.config import has_bf16_hardware
 from nanomed.evaluation.inference import continuation, greedy
 from nanomed.evaluation.loading import load_decoder, load_tokenizer
 from nanomed.hf import fetch
@@ -45,7 +46,8 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(folder)
     tokens = encode(tokenizer, tokenizer_config(folder), args.text)
     on_gpu = torch.cuda.is_available()
-    model = load_decoder(folder, torch.bfloat16 if on_gpu else torch.float32, torch.device("cuda" if on_gpu else "cpu"))
+    dtype = torch.bfloat16 if on_gpu and has_bf16_hardware() else torch.float32
+    model = load_decoder(folder, dtype, torch.device("cuda" if on_gpu else "cpu"))
     context = model.config.max_position_embeddings
     if context and len(tokens) + args.tokens > context:
         raise InputError(f"TEXT has {len(tokens)} tokens, and with --tokens {args.tokens} exceeds the model's context of "

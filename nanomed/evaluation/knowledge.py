@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="more tasks: lm-eval YAML files on JSONL",
     )
     add("--include-defaults", action="store_true", help="lm-eval's own tasks too; finding them takes 9 seconds")
-    add("--dtype", choices=DTYPES, help="of weights and products (default: float32 on a CPU, bfloat16 on a GPU)")
+    add("--dtype", choices=DTYPES, help="of weights and products (default: bfloat16 on a GPU that has it, else float32)")
     add(
         "--batch-tokens",
         type=int,
@@ -86,6 +86,7 @@ def run(args: argparse.Namespace) -> None:
     """Score every model on every task without samples, then compare."""
     import torch
 
+    from nanomed.config import has_bf16_hardware
     from nanomed.evaluation import finding, loading, scorer, scoring  # of the extra: --help does without
 
     check_numbers(args)
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
     if foreign := [task.name for task in group.tasks() if task.test is None and args.cue != tasks.CUES[0]]:
         raise InputError(f"--cue {args.cue}: the prompt of {foreign[0]} is its own; leave --cue out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    dtype = args.dtype or ("bfloat16" if device.type == "cuda" and has_bf16_hardware() else "float32")
     config = {
         "models": {name: {"path": str(path), "fingerprint": record.fingerprint(path)} for name, path in models.items()},
         "tasks": {t.name: {k: v for k, v in t.config.items() if not (t.test and k == "dataset_kwargs")} for t in group.tasks()},

@@ -118,10 +118,15 @@ def run(out: Path, fast: bool, seed: int) -> bool:
                   disable=None) as bar:  # fmt: skip
             for stage in stages:
                 bar.set_description_str(stage.name)
-                if (out / "stages" / f"{stage.name}.json").exists():
+                done = out / "stages" / f"{stage.name}.json"
+                if done.exists():
                     bar.update(stage.seconds)
+                    what = "finished by an earlier run"
                 else:
                     run_stage(stage, out, bar)
+                    what = f"{read_json(done)['seconds']:.0f} s"
+                bar.write(f"{stage.name}: {what}")  # clears the bar, if there is one
+                sys.stdout.flush()  # into a file, too, lines go as they come
     results = outcome.measure(out, recipe.ts, [stage.name for stage in stages])
     results["fast"] = fast
     expected = outcome.expectations(results, fast)
@@ -135,7 +140,9 @@ def run(out: Path, fast: bool, seed: int) -> bool:
 
 def main() -> None:
     """The command line. Exit status 1 if something could not run, 2 if an expectation failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m nanomed.miniature", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/miniature-paper"), help="folder of the run (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the texts and of both trainings (default 0)")
     parser.add_argument("--fast", action="store_true", help="a world of a few facts: shows the order, not the distances")
