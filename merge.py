@@ -141,7 +141,12 @@ def run_mergekit(path: Path, out: Path, why: str, check: bool) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line, except tune's."""
-    parser = argparse.ArgumentParser(prog="merge.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="merge.py",
+        usage="merge.py [options] BASE CPT OUT | BASE CPT --stats-only | OUT --mergekit-yaml FILE",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("paths", nargs="+", metavar="BASE CPT OUT", help="with --mergekit-yaml only OUT, with --stats-only no OUT")
     add("--t", type=float, help="share of CPT for every tensor (default 0.5)")

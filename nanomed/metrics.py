@@ -16,6 +16,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -168,7 +169,7 @@ class Metrics:
         )
         self.bar.write(
             f"step {step:>6}  skipped: {why}; its documents: {some}; their text: "
-            f"python -m nanomed.batches show --run {self.run} --step {step}",
+            f"python -m nanomed.batches show --run {shlex.quote(str(self.run))} --step {step}",
             file=sys.stderr,
         )
 

@@ -239,7 +239,7 @@ def parse(argv: list[str]) -> Job:
     parser.add_argument("--gpus", type=int, default=1, help="how many, over all machines (default: 1)")
     parser.add_argument("--mfu", type=float, default=0.5, help="share of the GPU's peak, assumed (default: 0.5)")
     parser.add_argument("--price", type=float, default=3.0, help="dollars for a GPU hour, assumed (default: 3)")
-    parser.add_argument("--tokens", type=float, help="of one epoch (default: those of --data, else the paper's 5.1e9)")
+    parser.add_argument("--epoch-tokens", type=float, help="tokens of one epoch (default: those of --data, else the paper's 5.1e9)")
     args, rest = parser.parse_known_args(argv)
     config = parse_without_data(rest)
     name, gpu = devices.find(args.gpu)
@@ -247,12 +247,12 @@ def parse(argv: list[str]) -> Job:
         raise InputError(f"--gpus {args.gpus}: must be at least 1")
     if args.gpus % config.replicas:
         raise InputError(f"--replicas {config.replicas}: does not divide --gpus {args.gpus}")
-    for flag in ("mfu", "price", "tokens"):
+    for flag in ("mfu", "price", "epoch_tokens"):
         if (value := getattr(args, flag)) is not None and not value > 0:
-            raise InputError(f"--{flag} {value:g}: must be more than 0")
+            raise InputError(f"--{flag.replace('_', '-')} {value:g}: must be more than 0")
     if args.mfu > 1:
         raise InputError(f"--mfu {args.mfu:g}: is a share of the peak, 0.5 for 50 %")
-    tokens = args.tokens or sum(b.n_tokens * share for b, share in open_sources(config.data)) or CORPUS_TOKENS
+    tokens = args.epoch_tokens or sum(b.n_tokens * share for b, share in open_sources(config.data)) or CORPUS_TOKENS
     tokens = config.steps * config.batch_tokens if config.steps else tokens * config.epochs
     model = model_of(config.init)
     if config.seq_len > (model.max_position_embeddings or config.seq_len):

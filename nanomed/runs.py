@@ -48,6 +48,8 @@ def check_run(out: Path, config: Config, identity: dict) -> None:
     about = _read(out / "run.json")
     if "identity" not in about and (about or {p.name for p in out.iterdir()} - {"config.json"}):
         raise InputError(f"--out {out}: the folder is not empty and not a run's; choose another")
+    if (out / "hf").exists() and not is_finished(out):
+        raise InputError(f"--out {out}: {out / 'hf'} exists and is no model; move it away, or the model could not be written")
     if gives_way(out):
         return
     recorded, given = about.get("identity", {}), _flags(config)

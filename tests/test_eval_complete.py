@@ -47,8 +47,8 @@ def test_greedy_is_what_transformers_generates(command, model, capsys):
     before, after = generated(model, 40)
     assert len({*after}) > 5
     capsys.readouterr()  # transformers' progress bars
-    assert command("complete", model, TEXT, "--tokens", 40) == (0, spelled(model, before, after))
-    assert command("complete", model, TEXT, "--tokens", 7)[1] == spelled(model, before, after[:7])
+    assert command("complete", model, TEXT, "--max-new-tokens", 40) == (0, spelled(model, before, after))
+    assert command("complete", model, TEXT, "--max-new-tokens", 7)[1] == spelled(model, before, after[:7])
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -68,11 +68,11 @@ def test_a_model_that_ends_the_text_says_no_more(named, command, tmp_path, model
         rows[tokenizer.token_to_id("<|endoftext|>")] = 2 * rows[after[at]]  # twice its logit, so likelier in its place
         changed.save_pretrained(folder)
     capsys.readouterr()
-    assert command("complete", folder, TEXT, "--tokens", 40)[1] == spelled(model, before, after[:at])
+    assert command("complete", folder, TEXT, "--max-new-tokens", 40)[1] == spelled(model, before, after[:at])
 
 
 def test_a_seed_gives_the_same_sample(command, model):
-    say = lambda *flags: command("complete", model, TEXT, "--tokens", 30, *flags)[1]  # noqa: E731
+    say = lambda *flags: command("complete", model, TEXT, "--max-new-tokens", 30, *flags)[1]  # noqa: E731
     first = say("--temperature", 1, "--seed", 7)
     assert first == say("--temperature", 1, "--seed", 7)
     assert first != say("--temperature", 1, "--seed", 8)
@@ -103,7 +103,7 @@ def test_neither_transformers_nor_lm_eval_is_needed(model):
     """In a process in which every package of the extra `eval` is missing."""
     code = ("import runpy, sys; sys.modules.update(dict.fromkeys(('transformers', 'lm_eval', 'datasets', 'openai')));"
             "runpy.run_path('eval.py', run_name='__main__')")  # fmt: skip
-    command = [sys.executable, "-c", code, "complete", model, TEXT, "--tokens", "3"]
+    command = [sys.executable, "-c", code, "complete", model, TEXT, "--max-new-tokens", "3"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(TEXT)
@@ -112,10 +112,10 @@ def test_neither_transformers_nor_lm_eval_is_needed(model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--tokens", 0), "--tokens 0: expected 1 or more"),
+        (("--max-new-tokens", 0), "--max-new-tokens 0: expected 1 or more"),
         (("--temperature", -1), "--temperature -1.0: expected 0 or more"),
         (("--temperature", "nan"), "--temperature nan: expected 0 or more"),
-        (("--tokens", 511), "tokens, and with --tokens 511 exceeds the model's context of 512"),
+        (("--max-new-tokens", 511), "tokens, and with --max-new-tokens 511 exceeds the model's context of 512"),
         ("", "TEXT is empty"),
         ("\udcff", "TEXT is not UTF-8"),
         ("no model", "neither a local folder nor a hub id"),
@@ -164,7 +164,7 @@ def test_a_gpu_without_bf16_computes_in_fp32(capability, dtype, tmp_path, monkey
     for name in ("fetch", "load_tokenizer", "tokenizer_config", "encode"):
         monkeypatch.setattr(complete, name, lambda *_: tmp_path)
     monkeypatch.setattr(complete, "load_decoder", lambda folder, dtype, device: asked.append(dtype) or sys.exit())
-    args = argparse.Namespace(model="m", text="t", tokens=1, temperature=0, seed=0)
+    args = argparse.Namespace(model="m", text="t", max_new_tokens=1, temperature=0, seed=0)
     with pytest.raises(SystemExit):
         complete.run(args)
     assert asked == [dtype]

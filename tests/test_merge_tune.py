@@ -200,7 +200,7 @@ def test_the_front_is_what_no_other_beats():
 def test_tune_from_end_to_end(chat_pair, tiny, tmp_path, monkeypatch, capsys):
     base, cpt, prompts = chat_pair
     flags = ["tune", base, cpt, tmp_path / "tuned", "--domain", tiny.val, "--general", tiny.val, "--chat", prompts]
-    run(monkeypatch, *flags, "--budget", "9", "--seq-len", "64", "--tokens", "600", "--knots", "2")
+    run(monkeypatch, *flags, "--budget", "9", "--seq-len", "64", "--set-tokens", "600", "--knots", "2")
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("BASE", "CPT", "chosen", "--t-file"))
     record = json.loads((tmp_path / "tuned" / "trials.json").read_text())
@@ -242,7 +242,7 @@ def test_bad_input(chat_pair, tiny, tmp_path, monkeypatch):
     ):
         (tmp_path / "bad.jsonl").write_text(text)
         refused(tmp_path / "bad.jsonl", named=named)
-    refused(prompts, "--tokens", "60", named="tokens (--tokens 60) are less than two windows")
+    refused(prompts, "--set-tokens", "60", named="tokens (--set-tokens 60) are less than two windows")
     write_bins(tmp_path / "other", [[1, 2, 3]] * 9, 320)
     flags[5] = tmp_path / "other"
     refused(prompts, named="another tokenizer")

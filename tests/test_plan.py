@@ -177,7 +177,7 @@ def test_the_models_have_their_sizes():
 
 
 def test_time_and_money_by_hand():
-    job = plan.parse("--recipe qwen2.5-7b --gpus 8 --gpu h100 --mfu 0.5 --price 2 --tokens 1e9 --epochs 3".split())
+    job = plan.parse("--recipe qwen2.5-7b --gpus 8 --gpu h100 --mfu 0.5 --price 2 --epoch-tokens 1e9 --epochs 3".split())
     with torch.device("meta"):
         flop = flops_per_token(Decoder(job.model)) + 6 * 28 * 28 * 128 * 4096
     assert flop == pytest.approx(44.9e9, rel=0.01)

@@ -31,15 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder, hub id or run folder of train.py")
     add("text", metavar="TEXT", help="what the model continues")
-    add("--tokens", type=int, default=60, metavar="N", help="how many at most (default: %(default)s)")
+    add("--max-new-tokens", type=int, default=60, metavar="N", help="tokens to generate at most (default: %(default)s)")
     add("--temperature", type=float, default=0.0, metavar="T", help="of sampling; 0 is greedy (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of sampling (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the text and, as they come, the model's tokens. InputError for whatever cannot be done."""
-    if args.tokens < 1:
-        raise InputError(f"--tokens {args.tokens}: expected 1 or more")
+    if args.max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens {args.max_new_tokens}: expected 1 or more")
     if not 0 <= args.temperature < math.inf:
         raise InputError(f"--temperature {args.temperature}: expected 0 or more")
     folder = fetch(args.model, "MODEL")
@@ -49,15 +49,15 @@ def run(args: argparse.Namespace) -> None:
     dtype = torch.bfloat16 if on_gpu and has_bf16_hardware() else torch.float32
     model = load_decoder(folder, dtype, torch.device("cuda" if on_gpu else "cpu"))
     context = model.config.max_position_embeddings
-    if context and len(tokens) + args.tokens > context:
-        raise InputError(f"TEXT has {len(tokens)} tokens, and with --tokens {args.tokens} exceeds the model's context of "
+    if context and len(tokens) + args.max_new_tokens > context:
+        raise InputError(f"TEXT has {len(tokens)} tokens, and with --max-new-tokens {args.max_new_tokens} exceeds the model's context of "
                          f"{context}; shorten one of them")  # fmt: skip
     # Pre-training ends documents with a token that an instruct model's configuration need not name.
     ends = end_tokens(folder) | {i for name in ENDS if (i := tokenizer.token_to_id(name)) is not None}
     choose = sampled(args.temperature, args.seed) if args.temperature else greedy
     print(args.text, end="", flush=True)
     try:
-        for piece in pieces(tokenizer, tokens, continuation(model, folder, tokens, args.tokens, ends, choose)):
+        for piece in pieces(tokenizer, tokens, continuation(model, folder, tokens, args.max_new_tokens, ends, choose)):
             print(piece, end="", flush=True)
     finally:
         print()

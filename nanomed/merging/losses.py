@@ -41,8 +41,8 @@ class Text:
         self.stop = min(total, n_tokens)
         self.n_windows = -(-self.stop // seq_len)
         if self.n_windows < 2:
-            raise InputError(f"{flag} {folder}: {self.stop:,} of its {total:,} tokens (--tokens {n_tokens}) are less than two "
-                             f"windows of {seq_len}; give more text, or a larger --tokens")  # fmt: skip
+            raise InputError(f"{flag} {folder}: {self.stop:,} of its {total:,} tokens (--set-tokens {n_tokens}) are less than two "
+                             f"windows of {seq_len}; give more text, or a larger --set-tokens")  # fmt: skip
         self.shape = Shape(seq_len, 1)
         self.bytes_per_label = bins.n_bytes / (total - bins.n_docs)
 

@@ -139,7 +139,8 @@ def _open_run(run: Path, name: str, role: str) -> Checkpoint:
     if not steps:
         return _of_folder(name, exported, role, "safetensors of hf/")
     step, path = steps[-1]
-    init = hf.exported(Path(read_json(run / "config.json").get("init", "")), role)
+    kept = run / "source"  # what the run began with; a run of an older version has only the path of --init
+    init = kept if kept.is_dir() else hf.exported(Path(read_json(run / "config.json").get("init", "")), role)
     folder = exported or (init if (init / "config.json").is_file() else None)
     identity = read_json(run / "run.json").get("identity", {})
     tokenizer = {"tokenizer.json": identity["tokenizer_sha256"]} if "tokenizer_sha256" in identity else {}

@@ -163,7 +163,7 @@ def search_and_write(args: argparse.Namespace, base: Checkpoint, cpt: Checkpoint
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = model_config(base.folder)
     seq_len = min(args.seq_len, config.max_position_embeddings or args.seq_len)
-    text = {flag: Text(getattr(args, flag), config.vocab_size, base.tokenizer["tokenizer.json"], seq_len, args.tokens, f"--{flag}")
+    text = {flag: Text(getattr(args, flag), config.vocab_size, base.tokenizer["tokenizer.json"], seq_len, args.set_tokens, f"--{flag}")
             for flag in ("domain", "general")}  # fmt: skip
     resident = Resident(base, cpt, device)
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
@@ -266,7 +266,7 @@ def main(argv: list[str]) -> None:
     add("--budget", type=int, default=40, help="trials of the search (default %(default)s)")
     add("--knots", type=int, default=3, help="knots over depth of attention's and MLP's gradient (default %(default)s)")
     add(
-        "--tokens",
+        "--set-tokens",
         type=int,
         default=65536,
         help="of each set, half to search with and half to check with (default %(default)s)",
