@@ -50,8 +50,10 @@ def run(args: argparse.Namespace) -> None:
     model = load_decoder(folder, dtype, torch.device("cuda" if on_gpu else "cpu"))
     context = model.config.max_position_embeddings
     if context and len(tokens) + args.max_new_tokens > context:
-        raise InputError(f"TEXT has {len(tokens)} tokens, and with --max-new-tokens {args.max_new_tokens} exceeds the model's context of "
-                         f"{context}; shorten one of them")  # fmt: skip
+        raise InputError(
+            f"TEXT has {len(tokens)} tokens, and with --max-new-tokens {args.max_new_tokens} exceeds the model's context "
+            f"of {context}; shorten one of them"
+        )
     # Pre-training ends documents with a token that an instruct model's configuration need not name.
     ends = end_tokens(folder) | {i for name in ENDS if (i := tokenizer.token_to_id(name)) is not None}
     choose = sampled(args.temperature, args.seed) if args.temperature else greedy

@@ -163,8 +163,8 @@ def search_and_write(args: argparse.Namespace, base: Checkpoint, cpt: Checkpoint
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = model_config(base.folder)
     seq_len = min(args.seq_len, config.max_position_embeddings or args.seq_len)
-    text = {flag: Text(getattr(args, flag), config.vocab_size, base.tokenizer["tokenizer.json"], seq_len, args.set_tokens, f"--{flag}")
-            for flag in ("domain", "general")}  # fmt: skip
+    of_all = (config.vocab_size, base.tokenizer["tokenizer.json"], seq_len, args.set_tokens)
+    text = {flag: Text(getattr(args, flag), *of_all, f"--{flag}") for flag in ("domain", "general")}
     resident = Resident(base, cpt, device)
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
     warn(report.warnings(report.rows(resident.stats, dict.fromkeys(resident.stats, 0.0), shapes), f"CPT {cpt.name}"))
