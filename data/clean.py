@@ -37,7 +37,7 @@ import normalising
 from card import write_card, write_report
 from columns import check_names, types_of
 from decontaminate import Questions
-from documents import EXTRA, read_documents, write_parquet
+from documents import EXTRA, read_documents, remove_orphans, write_parquet
 from encoding import start_worker
 from finding import check_file, read_record
 from keeping import CORPUS, Job, keep_file, load_questions, part_of, scores_of
@@ -118,7 +118,11 @@ def clean(inputs: list[str], job: Job, facts: dict, workers: int) -> dict:
     job = replace(job, kept_columns=tuple(types_of(files, [name for name, _ in job.kept_columns]).items()))
     columns = CORPUS | dict(job.kept_columns)
     with claimed_folder(out, ("kept", "corpus", "corpus.partial", *REPORTS), SCRIPT):
-        records = list(tqdm(keep_all(job, files, workers), total=len(files), desc="keep", unit=" files", disable=None))
+        try:
+            records = list(tqdm(keep_all(job, files, workers), total=len(files), desc="keep", unit=" files", disable=None))
+        finally:
+            for path in files:
+                remove_orphans(part_of(path, out, "kept"))  # of workers that were ended
         counts = sum((Counter(record["counts"]) for record in records), Counter())
         stays = choose_first(files, out, counts)
         if not any(rows.any() for rows in stays):

@@ -164,11 +164,11 @@ def write_parquet(path: Path, documents: Iterable[dict], columns: dict, about: d
     schema = pa.schema({name: pa.type_for_alias(kind) if isinstance(kind, str) else kind for name, kind in columns.items()})
     schema = schema.with_metadata({"nanomed": json.dumps(about, ensure_ascii=False)})
     spelled = lambda value, kind: str(value) if isinstance(kind, str) and kind == "string" and value is not None else value  # noqa: E731
-    prefix, n_written, rows = f"{path.name}.{socket.gethostname()}.", 0, []
-    tmp = path.with_name(f"{prefix}{os.getpid()}.tmp")  # of this process alone: another may be writing the same file
+    n_written, rows = 0, []
+    tmp = path.with_name(f"{temporary_prefix(path)}{os.getpid()}.tmp")  # another process may write the same file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_orphans(path.parent, prefix)
+        remove_orphans(path)
         with tmp.open("wb") as file:
             with pq.ParquetWriter(file, schema, compression="zstd") as writer:
                 for document in documents:
@@ -188,14 +188,20 @@ def write_parquet(path: Path, documents: Iterable[dict], columns: dict, about: d
     return n_written + len(rows)
 
 
-def remove_orphans(folder: Path, prefix: str) -> None:
-    """Remove the folder's PREFIX+PID.tmp whose process, which ran on this machine, has ended."""
-    for path in folder.glob(f"{glob.escape(prefix)}*.tmp"):
-        pid = path.name.removeprefix(prefix).removesuffix(".tmp")
+def temporary_prefix(path: Path) -> str:
+    """How the names of the files begin that this machine's processes write before they are renamed to `path`."""
+    return f"{path.name}.{socket.gethostname()}."
+
+
+def remove_orphans(path: Path) -> None:
+    """Remove the temporary files of `path` whose process, which ran on this machine, has ended."""
+    prefix = temporary_prefix(path)
+    for orphan in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
+        pid = orphan.name.removeprefix(prefix).removesuffix(".tmp")
         try:
             os.kill(int(pid), 0)
         except ProcessLookupError:
-            path.unlink(missing_ok=True)
+            orphan.unlink(missing_ok=True)
         except (PermissionError, ValueError):
             pass  # alive and another user's; or of another machine, whose name begins like ours
 

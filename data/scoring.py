@@ -31,6 +31,7 @@ from nanomed import InputError, first_line
 from nanomed.files import sha256_of
 from nanomed.prefetch import Prefetch
 from normalising import is_blank
+from orphans import end_with_parent
 from reading import SUFFIXES
 
 WINDOW = 8192  # documents that are sorted together
@@ -57,6 +58,8 @@ class Scoring:
     def __call__(self, data, rank: int, world_size: int) -> None:
         """Score the files of this task; an InputError is left where sweep.py finds it, and fails the task at its end."""
         failed: InputError | None = None
+        if not self.raises:
+            end_with_parent()
         os.environ["RAYON_NUM_THREADS"] = str(self.threads)  # of the tokenizer
         os.environ["TOKENIZERS_PARALLELISM"] = "true"
         for name in self.files[rank::world_size]:

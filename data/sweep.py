@@ -28,10 +28,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from documents import read_about
+from documents import read_about, remove_orphans
 from finding import read_record
 from nanomed import InputError, run_script
 from nanomed.files import write_json
+from orphans import end_forks_with_parent
 from outputs import claimed_folder
 from scoring import Scoring, classifier_identity, find_inputs, is_committed, score_path
 
@@ -78,6 +79,7 @@ def make_executor(step: Scoring, args: argparse.Namespace):
     here = str(Path(__file__).resolve().parent)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, str(Path(here).parent), os.environ.get("PYTHONPATH"))))
     if args.executor == "local":
+        end_forks_with_parent()
         return LocalPipelineExecutor(**common, start_method="spawn")
     if args.executor == "slurm":
         if not args.slurm_partition:
@@ -195,8 +197,12 @@ def score_missing(step: Scoring, files: list[Path], about: dict, args: argparse.
             executor.run()
             print(f"{len(missing)} tasks submitted to Slurm; run the same command again when they have finished")
             return
-        with progress_bar(step):
-            executor.run()
+        try:
+            with progress_bar(step):
+                executor.run()
+        finally:
+            for path in missing:
+                remove_orphans(score_path(path, out))  # of workers that were ended
     totals = finish(step, files, about)
     share = totals["at_or_above_threshold"] / max(1, totals["documents"])
     print(f"{out}: {totals['documents']:,} documents, {totals['empty']:,} of them empty, {len(files)} files; "

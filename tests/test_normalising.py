@@ -4,6 +4,7 @@ import html
 import json
 import random
 import re
+import time
 import unicodedata
 from html.entities import codepoint2name
 
@@ -173,3 +174,16 @@ def test_decoding_entities_changes_no_words(text):
 def test_a_text_that_shows_nothing_is_blank(text):
     assert is_blank(text)
     assert not is_blank(f"{text}.{text}")
+
+
+LONG = ["<", "<a ", "&", "&#", "[1", "](", "-", "- ", "-\n", "a-", "\u00ad", "\u200b", "\u0301", "a\u0323\u0301", "A-\n", " "]
+
+
+@pytest.mark.parametrize("piece", LONG)
+def test_words_are_formed_in_linear_time(piece):
+    """Half a million characters, twice, within seconds; the square of that takes hours."""
+    started = time.process_time()
+    for text in (piece * (500_000 // len(piece)), "a" + piece * (500_000 // len(piece)) + "b"):
+        words_of(text)
+        is_blank(text)
+    assert time.process_time() - started < 4

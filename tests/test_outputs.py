@@ -165,21 +165,39 @@ def test_two_processes_that_clean_into_one_folder(case):
 
 def test_a_killed_worker_of_the_sweep_ends_it(tmp_path, clf):
     """datatrove's pool would wait for it for ever."""
-    texts = [text_of(i) for i in range(20_000)]
-    files = [write_documents(tmp_path / f"{name}.jsonl", texts) for name in "abc"]
-    command = [sys.executable, ROOT / "data/sweep.py", *files, "--classifier", clf, "--out", tmp_path / "out"]
-    command = [*map(str, command), "--workers", "2", "--threads", "1", "--batch-tokens", "512"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENV, cwd="/")
-    notes, deadline = tmp_path / "out/progress", time.monotonic() + 90
-    while len([*notes.glob("*.jsonl")]) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    [victim, *_] = workers_of(process.pid)
+    process, [victim, *_] = start_sweep(tmp_path, clf)
     os.kill(victim, signal.SIGKILL)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1, stderr
     assert "Traceback" not in stderr
     assert "error: a worker was killed (signal 9), probably out of memory" in stderr
     assert not (tmp_path / "out/sweep.json").exists()
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+def test_no_worker_of_the_sweep_outlives_it(tmp_path, clf):
+    """It would keep its GPU, and the next run would find none."""
+    process, workers = start_sweep(tmp_path, clf)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def start_sweep(folder: Path, clf: Path) -> tuple[subprocess.Popen, list[int]]:
+    """A sweep with two workers that takes a while, and the workers once they score."""
+    texts = [text_of(i) for i in range(20_000)]
+    files = [write_documents(folder / f"{name}.jsonl", texts) for name in "abc"]
+    command = [sys.executable, ROOT / "data/sweep.py", *files, "--classifier", clf, "--out", folder / "out"]
+    command = [*map(str, command), "--workers", "2", "--threads", "1", "--batch-tokens", "512"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENV, cwd="/")
+    notes, deadline = folder / "out/progress", time.monotonic() + 90
+    while len([*notes.glob("*.jsonl")]) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return process, workers_of(process.pid)
 
 
 def workers_of(pid: int) -> list[int]:
