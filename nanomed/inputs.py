@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from nanomed import InputError, hf
 from nanomed.batches import Shape
+from nanomed.checkpoint import whole
 from nanomed.config import MINIATURE, Config
 from nanomed.hf import ModelConfig
 from nanomed.model_files import kept_record
@@ -57,7 +58,7 @@ def get_source(config: Config, world: World) -> Path:
 def find_source(config: Config) -> Path:
     """The folder of --init; RUN/source where that is gone and the run's own checkpoints have the weights."""
     kept = Path(config.out) / "source"
-    can_do_without = kept_record(kept) is not None and any(kept.parent.glob("checkpoints/step-*/DONE"))
+    can_do_without = kept_record(kept) is not None and bool(whole(kept.parent / "checkpoints"))
     try:
         source = hf.fetch(config.init)
     except InputError as error:

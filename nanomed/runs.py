@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from nanomed import InputError
+from nanomed.checkpoint import whole
 from nanomed.config import FREE_FIELDS, Config
 from nanomed.files import lock, read_json, write_durably
 from nanomed.identity import PACKAGES, first_difference
@@ -36,7 +37,7 @@ def gives_way(out: Path) -> bool:
     if not ("identity" in _read(out / "run.json") and "recipe" in _read(out / "config.json")) or is_finished(out):
         return False  # an evaluation's folder, a model's, or none
     rows = out / "metrics.jsonl"
-    return not (any((out / "checkpoints").glob("step-*/DONE")) or (rows.exists() and '"loss"' in rows.read_text()))
+    return not (whole(out / "checkpoints") or (rows.exists() and '"loss"' in rows.read_text()))
 
 
 def check_run(out: Path, config: Config, identity: dict) -> None:
@@ -90,9 +91,9 @@ def _with_resume(out: Path, config: Config, identity: dict, device: torch.device
     about.setdefault("id", hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:12])  # as older versions computed it
     about["identity"]["val"] = identity["val"] | about["identity"].get("val", {})
     began = _read(out / "config.json")
-    steps = sorted(path.parent.name for path in (out / "checkpoints").glob("step-*/DONE"))
+    complete = whole(out / "checkpoints")
     resume = {
-        "step": int(steps[-1].removeprefix("step-")) if steps else 0,
+        "step": complete[-1][0] if complete else 0,
         "changed_flags": {field: value for field, value in flags.items() if began.get(field) != value},
     }
     about["resumes"] = [*about.get("resumes", []), resume | _circumstances(device, n_ranks)]

@@ -275,7 +275,7 @@ def main(argv: list[str]) -> None:
     add("--weights", type=weights, default=(1.0, 1.0, 1.0), metavar="D,G,C",
         help="weights of domain, general and chat in the score (default 1,1,1)")  # fmt: skip
     args = parser.parse_args(argv)
-    for flag, least in (("budget", 5), ("knots", 1), ("seq_len", 2), ("tokens", 4)):
+    for flag, least in (("budget", 5), ("knots", 1), ("seq_len", 2), ("set_tokens", 4)):
         if getattr(args, flag) < least:
             parser.error(f"--{flag.replace('_', '-')} must be at least {least}")
     tune(args)
