@@ -119,7 +119,10 @@ def json_records(path: Path, only: np.ndarray | None = None) -> Iterator[tuple[i
                     json.dumps(record, ensure_ascii=False).encode()  # JSON can spell half a surrogate pair
             except (ValueError, RecursionError) as error:
                 what = "UTF-8" if isinstance(error, UnicodeError) else "JSON"
-                raise InputError(f"{path}: line {number}: not valid {what}: {first_line(error)}") from None
+                why = first_line(error)
+                if isinstance(error, json.JSONDecodeError):  # which counts lines, too: there is one
+                    why = f"{error.msg} at column {error.colno}"
+                raise InputError(f"{path}: line {number}: not valid {what}: {why}") from None
             if not isinstance(record, dict):
                 raise InputError(f"{path}: line {number}: a JSON {type(record).__name__}, expected an object")
             yield number, record

@@ -1,10 +1,11 @@
-"""Output folders: one command at a time writes into a folder, and nothing is replaced that it has not made."""
+"""Outputs: one command at a time writes into a folder, and nothing is replaced that it has not made."""
 
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from documents import read_about
 from nanomed import InputError
 from nanomed.files import lock
 
@@ -30,6 +31,25 @@ def claimed_folder(out: Path, names: Iterable[str], script: str, is_ours: bool =
         yield
     finally:
         os.close(descriptor)
+
+
+def read_made(out: Path, script: str) -> dict | None:
+    """What the script noted in the Parquet file that it has made; None if there is no such file.
+
+    InputError if something else has the name, or if it is no name of a Parquet file: later stages go by the ending.
+    """
+    if out.suffix != ".parquet":
+        raise InputError(f"--out {out}: expected a name that ends with .parquet")
+    if not os.path.lexists(out):
+        return None
+    try:
+        about = read_about(out)
+    except InputError:
+        about = None
+    if not about:
+        kind = "a folder" if out.is_dir() else f"no whole file of {script}"
+        raise InputError(f"{out}: exists, and is {kind}; choose another --out, or move it away")
+    return about
 
 
 def mark_of(out: Path, script: str) -> Path:

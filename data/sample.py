@@ -32,10 +32,11 @@ import numpy as np
 from tqdm import tqdm
 
 from columns import check_names, types_of
-from documents import EXTRA, check_keys, read_about, read_documents, read_numbered, write_parquet
+from documents import EXTRA, check_keys, read_documents, read_numbered, write_parquet
 from finding import find_files
 from nanomed import InputError, run_script
 from normalising import is_blank
+from outputs import read_made
 
 NO_LIMIT = np.iinfo(np.int64).max
 FAILED = 1  # user_version of a database whose run ended in an error
@@ -216,8 +217,7 @@ def sample(inputs: list[str], out: Path, n: int, seed: int = 0, keys: tuple[str,
     }
     if keep := check_names(keep, ("id", "text", *EXTRA), ()):
         settings["keep_columns"] = keep
-    if out.exists():
-        found = read_about(out)
+    if found := read_made(out, "data/sample.py"):
         if differs := [key for key in (*settings, "keep_columns") if found.get(key) != settings.get(key)]:
             raise InputError(f"{out}: exists, made with another {differs[0]}; choose another --out, or delete it")
         return found["n_documents"]

@@ -219,7 +219,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def similar_path(path: str | Path) -> str:
-    """For an error about a path that does not exist: "; did you mean X?" with a path like it that does, else ""."""
+    """For an error about a path that does not exist: "; did you mean X?" with a path like it that does, else
+    ""."""
     found = Path()
     for part in Path(path).parts:
         if not (found / part).exists():

@@ -124,6 +124,12 @@ def test_the_record_of_a_folder(tmp_path):
     assert read_record(tmp_path / "sweep/sweep.json", "data/sweep.py") == {}
 
 
+def test_a_line_that_is_no_json_has_one_number(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": "1"}\n{"id": }\n')
+    with pytest.raises(InputError, match=r"a\.jsonl: line 2: not valid JSON: Expecting value at column 8$"):
+        list(read_documents(tmp_path / "a.jsonl", ("id",)))
+
+
 def test_two_columns_of_one_name(tmp_path):
     table = pa.table([pa.array(["1"]), pa.array(["a"]), pa.array(["b"])], names=["id", "text", "text"])
     pq.write_table(table, tmp_path / "a.parquet")

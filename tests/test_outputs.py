@@ -125,6 +125,26 @@ def test_two_samples_at_once_are_refused(tmp_path):
     assert pq.read_metadata(out).num_rows == 10
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("folder.parquet", r"folder\.parquet: exists, and is a folder; choose another --out"),
+        ("other.parquet", r"other\.parquet: exists, and is no whole file of data/sample\.py; choose another"),
+        ("table.parquet", r"table\.parquet: exists, and is no whole file of data/sample\.py"),
+        ("s.jsonl", r"--out .*s\.jsonl: expected a name that ends with \.parquet"),
+    ],
+)
+def test_sample_replaces_nothing_that_it_has_not_made(tmp_path, name, message):
+    path = write(tmp_path / "a.jsonl", make(50))
+    (tmp_path / "folder.parquet").mkdir()
+    (tmp_path / "other.parquet").write_text("mine")
+    write(tmp_path / "table.parquet", make(3))
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match=message):
+        sample_script.sample([path], tmp_path / name, 10)
+    assert contents(tmp_path) == before
+
+
 SLOW = """
 import sys, time
 sys.path[:0] = {path!r}
