@@ -105,7 +105,7 @@ class Resident:
     """BASE, CPT and a model to merge them into, all in memory. InputError if BASE's tensors are not those of its config.json."""
 
     def __init__(self, base: Checkpoint, cpt: Checkpoint, device: torch.device):
-        low = device.type == "cuda" or has_bf16_hardware()
+        low = has_bf16_hardware()  # of the GPU where there is one
         with torch.device("meta"):
             self.model = Decoder(model_config(base.folder), torch.bfloat16 if low else torch.float32)
         check_weights(self.model, base.folder)
