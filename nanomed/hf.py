@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nanomed import InputError, first_line
-from nanomed.files import read_json
+from nanomed.files import read_json, similar_path
 from nanomed.model_files import ALL_PATTERNS, INDEX, SINGLE
 from nanomed.model_files import CARRIED as CARRIED  # the names under which others use this module
 from nanomed.model_files import check_copied_head as check_copied_head
@@ -195,7 +195,9 @@ def fetch(init: str, flag: str = "--init") -> Path:
         return folder
     name, _, revision = init.partition("@")
     if init.startswith((".", "/")) or name.count("/") != 1:
-        raise InputError(f"{flag} {init}: neither a local folder nor a hub id (owner/name, or owner/name@revision)")
+        raise InputError(
+            f"{flag} {init}: neither a local folder nor a hub id (owner/name, or owner/name@revision){similar_path(init)}"
+        )
     if Path(name).is_dir():
         raise InputError(f"{flag} {init}: {name} is a local folder, which has no revisions; leave out @{revision}")
     from huggingface_hub import snapshot_download  # slow to import, and a local folder does without

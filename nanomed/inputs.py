@@ -36,7 +36,8 @@ def open_inputs(config: Config, world: World) -> Inputs:
     source = get_source(config, world)
     model_config = hf.model_config(source)
     if config.seq_len > (model_config.max_position_embeddings or config.seq_len):
-        raise InputError(f"--seq-len {config.seq_len}: the model was made for {model_config.max_position_embeddings}")
+        most = model_config.max_position_embeddings
+        raise InputError(f"--seq-len {config.seq_len}: the model was made for {most}; give --seq-len {most} or less")
     stream, vals = open_data(config, source, model_config.vocab_size)
     n_steps = count_steps(config, stream)
     return Inputs(source, model_config, stream, vals, Shape(config.seq_len, config.micro_batch), n_steps)
