@@ -200,7 +200,7 @@ class Endpoint:
         self.n_paid = self.n_retries = 0
         self.stop = asyncio.Event()
         self.pace = Pace(concurrency, self.stop)
-        key = os.environ.get("OPENAI_API_KEY") or "none"  # one's own server wants no key, but the package does
+        key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"  # one's own server wants no key, but the package does
         self._secrets = [key, unquote(urlsplit(url).password or "")]
         self._listens_at, self.url = url, self._redact(url)  # the second to be shown
         self.client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=0, timeout=timeout_s)
