@@ -166,7 +166,10 @@ class Checkpointer:
         return bool(sound)
 
     def _seal(self, path: Path, written: Future) -> None:
-        """In the sealing thread: when all has been written, on every rank, DONE with every file's SHA-256."""
+        """Once every rank has written, write DONE with every file's SHA-256, then remove the oldest checkpoint.
+
+        In the sealing thread, since rank 0 must not wait for the disk in a step: the others' time-out is short.
+        """
         written.result()
         mine = [*path.glob(f"__{self.world.rank}_*"), *([path / ".metadata"] if self.world.first() else [])]
         everyone = [None] * self.world.size
@@ -174,9 +177,13 @@ class Checkpointer:
         digests = {name: digest for files in everyone for name, digest in files.items()}
         if self.world.first():
             write_durably(path / "DONE", json.dumps(digests, indent=1))
+            try:
+                self._prune()
+            except OSError as error:  # the new checkpoint is complete all the same
+                print0(f"warning {self.folder}: an old checkpoint could not be removed ({first_line(error)})")
 
     def poll(self) -> None:
-        """Let the checkpoint in flight, if it has become whole, take the oldest's place. InputError if it could not be written."""
+        """Note that the checkpoint in flight has become whole. InputError if it could not be written."""
         if self._pending and self._pending[1].done():
             self.wait()
 
@@ -195,8 +202,6 @@ class Checkpointer:
                 f"{path}: the checkpoint could not be written ({_reason(error)}; {free_gb:.1f} GB free); earlier ones are "
                 "intact, the same command resumes from the newest"
             ) from error
-        if self.world.first():
-            self._prune()
 
     def save_and_wait(self, step: int) -> None:
         """Block until the checkpoint of step is on disk, which is saved now if it was not before."""

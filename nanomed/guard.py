@@ -124,7 +124,6 @@ class StopSignal:
     def __init__(self, world: World):
         self.world, self._asked, self._tick, self._stop_at = world, "", 0, None
         self._store = dist.PrefixStore("stop", dist.distributed_c10d._get_default_store())
-        self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # torchrun
         self._group = dist.new_group(backend="gloo", timeout=START_TIMEOUT) if world.size > 1 else None
         self._last_poll: tuple[int, Tensor, dist.Work] | None = None  # once the store is gone
         self._ours, theirs = socket.socketpair()
@@ -153,7 +152,7 @@ class StopSignal:
         Rank 0 decides, one poll ahead, and publishes how far it is; no other rank is more than one poll before it.
         """
         self._tick += 1
-        if self._parent not in (None, os.getppid()) and not self._asked:
+        if self.world.launcher not in (None, os.getppid()) and not self._asked:
             self._asked = "the end of torchrun"
         if self.world.size == 1:
             self._stop_at = self._tick if self._asked else None

@@ -52,6 +52,7 @@ class World:
     size: int
     device: torch.device
     slow: dist.ProcessGroup  # gloo, IO_TIMEOUT: for waits in which one rank downloads or writes
+    launcher: int | None = None  # process id of the torchrun that started this process; None without torchrun
 
     def first(self) -> bool:
         """Is this the process that prints and writes?"""
@@ -65,6 +66,8 @@ class World:
 def start(config: Config) -> World:
     """Join the process group that torchrun describes, or be a group of one without it."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    # Asked first of all: once torchrun has ended, another process is the parent.
+    launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
     on_gpu = torch.cuda.is_available()
     if on_gpu and local_rank >= torch.cuda.device_count():
         raise InputError(f"--nproc-per-node: process {local_rank} finds only {torch.cuda.device_count()} GPUs")
@@ -77,7 +80,8 @@ def start(config: Config) -> World:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    world = World(dist.get_rank(), local_rank, dist.get_world_size(), device, dist.new_group(backend="gloo", timeout=IO_TIMEOUT))
+    slow = dist.new_group(backend="gloo", timeout=IO_TIMEOUT)
+    world = World(dist.get_rank(), local_rank, dist.get_world_size(), device, slow, launcher)
     if world.size % config.replicas:
         raise InputError(f"--replicas {config.replicas}: does not divide the {world.size} processes")
     return world

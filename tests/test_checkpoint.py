@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
 
 import pytest
@@ -102,6 +103,23 @@ def test_a_write_that_failed_is_told_before_the_next_one_begins(tiny, run, tmp_p
     monkeypatch.setattr(checkpoint.Checkpointer, "_seal", full)
     assert not run(tiny.flags(tmp_path / "run"))
     assert "step-00000005: the checkpoint could not be written" in capsys.readouterr().err
+
+
+def test_no_step_waits_for_the_removal_of_a_checkpoint(tiny, run, tmp_path, monkeypatch, capsys):
+    """On a slow disk the other ranks would run into a step's time-out. A removal that fails costs no checkpoint."""
+    threads = []
+
+    def fails(self):
+        threads.append(threading.current_thread())
+        raise PermissionError(13, "Permission denied", "DONE")
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "_prune", fails)
+    assert run(tiny.flags(tmp_path / "run", keep=1))
+    assert threads
+    assert threading.main_thread() not in threads
+    warning = "an old checkpoint could not be removed ([Errno 13] Permission denied: 'DONE')"
+    assert warning in capsys.readouterr().err
+    assert [step for step, _ in whole(tmp_path / "run" / "checkpoints")] == [5, 10, 15, 20]
 
 
 def test_the_oldest_goes_as_soon_as_the_newest_is_whole(tiny, run, tmp_path, monkeypatch):

@@ -142,3 +142,40 @@ def test_the_end_of_torchrun_ends_its_processes_with_a_checkpoint(n_ranks, tiny,
     said = log.read_text()
     assert f"stopped by the end of torchrun after step {step}" in said, said
     assert "Traceback" not in said
+
+
+# train.py whose launcher ends while the weights are read.
+LOSES_ITS_LAUNCHER = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import train
+real, launcher = train.weights.load_weights, os.getppid()
+def load_weights(*args):
+    Path({marker!r}).touch()
+    while os.getppid() == launcher:
+        time.sleep(0.01)
+    real(*args)
+train.weights.load_weights = load_weights
+train.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_end_of_torchrun_before_the_first_step_is_noticed(tiny, tmp_path):
+    """The process that is its parent afterwards must not be taken for torchrun."""
+    out, marker, script, log = (tmp_path / name for name in ("run", "reading", "slow.py", "stderr.log"))
+    script.write_text(LOSES_ITS_LAUNCHER.format(root=str(ROOT), marker=str(marker)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", str(script)]
+    with log.open("w") as stderr:
+        process = subprocess.Popen([*torchrun, *tiny.flags(out)], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=stderr)
+    while not marker.exists():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.05)
+    ranks = children_of(process.pid)
+    process.kill()
+    process.wait()
+    while any(map(is_alive, ranks)):
+        time.sleep(0.05)
+    assert "stopped by the end of torchrun after step 0" in log.read_text()
+    assert not (out / "hf").exists()
