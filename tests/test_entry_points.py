@@ -39,6 +39,17 @@ def test_the_wait_policy_is_set_before_torch_is_loaded(how, name):
     assert done.stdout == "policy PASSIVE\n", done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("name", ["data", "data_sweep", "eval", "merge", "train"])
+def test_benchmarks_give_their_peers_the_same_policy(name):
+    """The sides run in processes of their own, which inherit the environment."""
+    code = "import os, runpy, sys; runpy.run_path(sys.argv[1]); print(os.environ['OMP_WAIT_POLICY'])"
+    path = ROOT / "tests" / "bench" / f"{name}.py"
+    env = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    env["PYTHONPATH"] = os.pathsep.join((str(path.parent), str(ROOT)))
+    done = subprocess.run([sys.executable, "-c", code, path], env=env, capture_output=True, text=True)
+    assert done.stdout == "PASSIVE\n", done.stdout + done.stderr
+
+
 def test_a_policy_of_the_users_stays():
     code = "import nanomed, os; print(os.environ['OMP_WAIT_POLICY'])"
     env = os.environ | {"OMP_WAIT_POLICY": "ACTIVE"}

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from machine import cpu_name
 
 SHAPE = dict(vocab_size=8192, hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6,
              num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=False)  # fmt: skip
@@ -197,7 +198,7 @@ def main() -> None:
         "python": platform.python_version(),
     }
     report = {
-        "device": cpu_name(),
+        "device": cpu_name() + bf16_flags(),
         "threads": args.threads,
         "versions": versions,
         "rounds": args.rounds,
@@ -210,14 +211,11 @@ def main() -> None:
     print(path)
 
 
-def cpu_name() -> str:
-    """The processor as Linux names it, and what of bf16 it can do."""
+def bf16_flags() -> str:
+    """What the processor can do with bf16, as Linux names it."""
     info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return platform.processor()
-    text = info.read_text()
-    name = text.split("model name")[1].split(":")[1].split("\n")[0].strip()
-    return name + "".join(f" {flag}" for flag in ("amx_bf16", "avx512_bf16") if flag in text)
+    text = info.read_text() if info.exists() else ""
+    return "".join(f" {flag}" for flag in ("amx_bf16", "avx512_bf16") if flag in text)
 
 
 if __name__ == "__main__":
