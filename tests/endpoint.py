@@ -36,7 +36,7 @@ def serving(behave: Callable[[dict, int], object]) -> Iterator[Endpoint]:
 
     behave returns a text (a good answer), a dict (this JSON), bytes (this body), a status, (status, headers),
     (status, {"error": ...}), "hang",
-    "cut" (half a body), "trickle" (byte after byte for six seconds), "drop" (no answer at all), or
+    "cut" (half a body), "trickle" (byte after byte, without end), "drop" (no answer at all), or
     ("after", seconds, one of these).
     """
     endpoint = Endpoint(behave)
@@ -67,9 +67,8 @@ def serving(behave: Callable[[dict, int], object]) -> Iterator[Endpoint]:
                 self.close_connection = True
             elif action == "trickle":
                 self.send(200, b" ", declared=10_000)
-                for _ in range(60):
+                while not endpoint.closing.wait(0.1):
                     self.wfile.write(b" ")
-                    time.sleep(0.1)
             elif action == "drop":
                 self.close_connection = True
                 self.connection.close()

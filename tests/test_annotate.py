@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -179,7 +180,14 @@ def test_a_failing_endpoint_leaves_nothing_and_the_next_run_goes_on(tmp_path):
 
 def test_kill_9_pays_only_for_what_was_in_flight(tmp_path):
     sample, out = write(tmp_path / "sample.parquet", [f"Fieber {i}" for i in range(150)]), tmp_path / "labels.parquet"
-    with serving(lambda request, n: ("after", 0.03, by_text(request, n))) as endpoint:
+    dead = threading.Event()
+
+    def behave(request, number):
+        if len(endpoint.bodies) > 60:  # so that it is not through before it is killed
+            dead.wait()
+        return by_text(request, number)
+
+    with serving(behave) as endpoint:
         command = [sys.executable, ROOT / "data/annotate.py", sample, "--url", endpoint.url, "--model", "tiny",
                    "--out", out, "--concurrency", "4"]  # fmt: skip
         killed = subprocess.Popen(command, stderr=subprocess.DEVNULL)
@@ -187,6 +195,7 @@ def test_kill_9_pays_only_for_what_was_in_flight(tmp_path):
             time.sleep(0.01)
         os.kill(killed.pid, signal.SIGKILL)
         killed.wait()
+        dead.set()
         assert not out.exists()
         done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -6,7 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
+import threading
 
 import pytest
 from hypothesis import given, settings
@@ -109,13 +109,20 @@ for key, answer in ask(requests, sys.argv[1], Path(sys.argv[2]), concurrency=4):
 
 def test_kill_9_pays_only_for_what_was_in_flight(tmp_path):
     command = [sys.executable, "-c", RUN]
-    with serving(lambda request, n: ("after", 0.02, echo(request, n))) as endpoint:
+    killed = threading.Event()
+
+    def behave(request, number):
+        if len(endpoint.bodies) > 100:  # so that it is not through before it is killed
+            killed.wait()
+        return echo(request, number)
+
+    with serving(behave) as endpoint:
         run = subprocess.Popen([*command, endpoint.url, tmp_path / "cache"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         seen = [run.stdout.readline() for _ in range(40)]
         os.kill(run.pid, signal.SIGKILL)
         seen += run.stdout.read().splitlines()
         run.wait()
-        time.sleep(0.1)
+        killed.set()
         assert 40 <= len(seen) < 200
         done = subprocess.run([*command, endpoint.url, tmp_path / "cache"], cwd=ROOT, capture_output=True, text=True)
     assert sorted(done.stdout.splitlines()) == sorted(f"{i} to text {i}" for i in range(200))

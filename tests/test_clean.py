@@ -199,10 +199,10 @@ def test_the_command_line(case):
         "--classifier",
         folder / "clf",
     ]
-    done = subprocess.run([*command, "--out", folder / "out"], capture_output=True, text=True, cwd="/", timeout=60)
+    done = subprocess.run([*command, "--out", folder / "out"], capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr
     assert "15 of 20 documents kept" in done.stdout
-    bad = subprocess.run([*command, "--out", files[0]], capture_output=True, text=True, cwd="/", timeout=60)
+    bad = subprocess.run([*command, "--out", files[0]], capture_output=True, text=True, cwd="/")
     assert (bad.returncode, bad.stderr.count("\n")) == (1, 1)
     assert "cannot be made" in bad.stderr
 

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import clean as script
-from conftest import ROOT
+from conftest import ROOT, assert_linear
 from nanomed import InputError
 from nanomed.files import lock
 from personal import PATTERNS, count_personal
@@ -120,7 +119,7 @@ import operator
 import clean
 if __name__ == "__main__":
     clean.keep_file = operator.call  # exec(code), in a worker
-    list(clean.keep_all(exec, ["import os, time; os.write(1, b'busy\\\\n'); time.sleep(60)"] * 4, 2))
+    list(clean.keep_all(exec, ["import os, time; os.write(1, b'busy\\\\n'); time.sleep(10_000)"] * 4, 2))
 """
 
 
@@ -133,10 +132,8 @@ def test_no_worker_outlives_its_parent(tmp_path, number):
         [sys.executable, tmp_path / "busy.py"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env
     ) as run:
         assert [run.stdout.readline() for _ in range(2)] == [b"busy\n"] * 2
-        started = time.monotonic()
         run.send_signal(number)
         assert run.stdout.read() == b""
-        assert time.monotonic() - started < 30
 
 
 def test_a_timestamp_as_date(tmp_path):
@@ -173,9 +170,6 @@ def test_a_score_that_is_not_a_number_is_refused(case):
         run_clean(folder, files)
 
 
-@pytest.mark.parametrize("text", ["a" * 40_000, "a.b-" * 10_000, "x@" + "a" * 40_000, "x@a." + "-" * 40_000])
-def test_personal_data_is_counted_in_linear_time(text):
-    """Within a second; the square of 40 thousand takes ten."""
-    started = time.perf_counter()
-    count_personal(text, {name: Counter() for name in PATTERNS})
-    assert time.perf_counter() - started < 1
+@pytest.mark.parametrize(("start", "repeated"), [("", "aaaa"), ("", "a.b-"), ("x@", "aaaa"), ("x@a.", "----")])
+def test_personal_data_is_counted_in_linear_time(start, repeated):
+    assert_linear(lambda n: count_personal(start + repeated * n, {name: Counter() for name in PATTERNS}), 5_000)

@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from bpe import with_bos
+from conftest import assert_linear
 from conversations import conversation_engine, mark, renderer
 from miniature import CHAT_TEMPLATE
 from nanomed import InputError
@@ -96,14 +96,11 @@ def test_a_noncharacter_is_refused():
 
 
 def test_many_special_tokens_take_one_pass():
-    """Within a second; the square of 20 thousand takes twenty."""
-    started = time.perf_counter()
-    marked = mark("<|im_end|>" * 20_000, re.compile(re.escape("<|im_end|>")))
-    assert time.perf_counter() - started < 1
-    assert marked == "<\ufdd0|im_end|>" * 20_000
+    special = re.compile(re.escape("<|im_end|>"))
+    assert_linear(lambda n: mark("<|im_end|>" * n, special), 5_000)
+    assert mark("<|im_end|>" * 20_000, special) == "<\ufdd0|im_end|>" * 20_000
 
 
-@pytest.mark.timeout(20)  # it did not end
 def test_a_special_token_of_one_character_is_refused():
     with pytest.raises(ValueError, match="it contains '<', a special token of one character, which cannot be broken"):
         mark("a<b", re.compile(re.escape("<|im_end|>") + "|<"))

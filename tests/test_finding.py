@@ -161,7 +161,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_needs_no_extras_and_does_nothing(tmp_path, name):
     command = [sys.executable, "-c", BARE, str(ROOT / f"data/{name}.py")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: {name}.py")
     assert not done.stderr

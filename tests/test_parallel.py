@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import shutil
-import socket
 
 import pytest
 import torch
@@ -188,15 +187,14 @@ def test_bf16_is_close_to_fp32_over_fp32_parameters():
 
 def spawn(function, *args, n_ranks: int = 2) -> None:
     """function(rank, *args) in n_ranks processes that parallel.start finds each other in, as under torchrun."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_in_rank, (n_ranks, port, function, args), nprocs=n_ranks)
+    # As torchrun does: a port that is chosen here and used by rank 0 could be taken in between.
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    torch.multiprocessing.spawn(_in_rank, (n_ranks, store.port, function, args), nprocs=n_ranks)
 
 
 def _in_rank(rank, n_ranks, port, function, args):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n_ranks),
-                   "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}  # fmt: skip
+                   "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
     function(rank, *args)
 
 

@@ -1,10 +1,11 @@
 """nanomed/prefetch.py: the items in their order, the thread's error where it was wanted, an end that is one."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 
-from nanomed import InputError
+from nanomed import InputError, prefetch
 from nanomed.prefetch import Prefetch
 
 
@@ -18,6 +19,28 @@ def test_items_and_errors_pass():
         for _ in range(2):
             with pytest.raises(InputError, match="twentieth"):
                 next(ahead)
+
+
+def test_waits_are_counted(monkeypatch):
+    """On a clock that goes on only while an item is waited for."""
+    now, readings, waiting = [0.0], [], threading.Semaphore(0)
+
+    def clock():
+        readings.append(now[0])
+        if len(readings) % 2:  # before the wait; after it the clock is read again
+            waiting.release()
+        return readings[-1]
+
+    def items():
+        for i in range(3):
+            waiting.acquire()
+            now[0] += 0.25
+            yield i
+
+    monkeypatch.setattr(prefetch, "time", SimpleNamespace(perf_counter=clock))
+    with Prefetch(items()) as slow:
+        assert [next(slow) for _ in range(3)] == [0, 1, 2]
+        assert slow.wait_s == 0.75
 
 
 def test_the_end_stays_the_end():

@@ -1,10 +1,8 @@
 """Exactly N documents, the same ones whatever the order, sharding and workers; and a kill costs nothing."""
 
-import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from unittest.mock import Mock
@@ -194,6 +192,23 @@ def test_files_that_are_done_are_not_read_again(tmp_path, monkeypatch):
     assert pq.read_table(out).to_pylist() == obvious(documents, 50)
 
 
+# data/sample.py that kills itself at the nth call of a method of Draw.
+DIES = """
+import os, signal, sys
+sys.path[:0] = {path!r}
+import sample
+real, calls = sample.Draw.{name}, []
+def dies(self, *args):
+    calls.append(args)
+    if len(calls) == {nth}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(self, *args)
+sample.Draw.{name} = dies
+sys.argv = {arguments!r}
+sample.main()
+"""
+
+
 def test_kill_9(tmp_path):
     documents = make(60_000)
     for i in range(6):
@@ -211,13 +226,11 @@ def test_kill_9(tmp_path):
         "2",
     ]
     partial = tmp_path / "s.parquet.partial.sqlite"
-    for seconds in (0.1, 0.5):
-        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while run.poll() is None and not partial.exists():
-            time.sleep(0.01)
-        time.sleep(seconds)
-        os.kill(run.pid, signal.SIGKILL)
-        run.wait()
+    for name, nth in (("keep_lots", 3), ("keep_documents", 20)):  # in the first pass, in the second
+        code = DIES.format(name=name, nth=nth, arguments=[*map(str, command[1:])], path=[str(ROOT / "data"), str(ROOT)])
+        killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert partial.exists()
         assert not out.exists()
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -87,18 +88,28 @@ def send_during(patch, phase: str, number: int) -> None:
 
 def test_a_second_signal_ends_the_process_at_once(monkeypatch):
     """Even if the main thread is inside a call that never returns; but a repeated first one (torchrun's) does not."""
-    world, codes = parallel.start(Config()), []
+    world, codes, asked = parallel.start(Config()), [], []
     monkeypatch.setattr(guard.os, "_exit", codes.append)
     stop = StopSignal(world)
+
+    def send_at(second: float, number: int) -> None:
+        """Send the signal, and let the thread read this time when it notes it."""
+        n_asked = len(asked)
+        monkeypatch.setattr(guard, "time", SimpleNamespace(monotonic=lambda: asked.append(second) or second))
+        os.kill(os.getpid(), number)
+        while len(asked) == n_asked:
+            time.sleep(0.001)
+
     try:
         stop.poll()
-        send(signal.SIGTERM)
-        send(signal.SIGTERM)
+        send_at(7.0, signal.SIGTERM)
+        send_at(7.9, signal.SIGTERM)
         with pytest.raises(Stopped, match="SIGTERM"):
             stop.poll()
         assert codes == []
-        time.sleep(1.1)
-        send(signal.SIGINT)
+        send_at(8.1, signal.SIGINT)
+        while not codes:
+            time.sleep(0.001)
         assert codes == [128 + signal.SIGINT]
     finally:
         stop.close()

@@ -2,17 +2,15 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
-import time
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import command, read_losses, run_train
-from nanomed import hf, plot
+from conftest import ROOT, command, read_losses, rows_of, run_train
+from nanomed import plot
 
 
 @pytest.fixture(scope="module")
@@ -82,20 +80,18 @@ def test_more_ranks_same_losses(nproc, flags, tiny, undisturbed, tmp_path):
         torch.testing.assert_close(many[name], weight, rtol=0.02, atol=1e-3, msg=name)
 
 
-def kill_after(flags, out, step: int, nproc: int = 1) -> None:
-    """Start a run and kill -9 it as soon as metrics.jsonl shows the step."""
-    process = subprocess.Popen(command(nproc, flags), stderr=subprocess.DEVNULL, start_new_session=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
-    while f'"step": {step},' not in ((out / "metrics.jsonl").read_text() if (out / "metrics.jsonl").exists() else ""):
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def kill_at_step_15(flags, folder) -> None:
+    """A run that is killed when metrics.jsonl shows step 15. Step 10's checkpoint was begun, so step 5's is whole."""
+    script = folder / "dies.py"
+    script.write_text(KILL.format(root=str(ROOT)))
+    killed = run_train(["step", *flags], script=script)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
 
 
 def test_kill_and_resume_is_bit_identical(tiny, undisturbed, tmp_path):
     out = tmp_path / "run"
-    kill_after(tiny.flags(out), out, 11)  # step 10's checkpoint was begun, so step 5's was whole before
+    kill_at_step_15(tiny.flags(out), tmp_path)
+    assert rows_of(out)[-1]["step"] == 15
     assert not (out / "hf").exists()
     resumed = run_train(tiny.flags(out))
     assert resumed.returncode == 0, resumed.stderr
@@ -107,14 +103,14 @@ def test_kill_and_resume_is_bit_identical(tiny, undisturbed, tmp_path):
 
 def test_resume_on_another_number_of_ranks(tiny, undisturbed, tmp_path):
     out = tmp_path / "run"
-    kill_after(tiny.flags(out), out, 11)
+    kill_at_step_15(tiny.flags(out), tmp_path)
     resumed = run_train(tiny.flags(out), nproc=2)
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming from" in resumed.stderr
     assert read_losses(out) == pytest.approx(read_losses(undisturbed), rel=1e-5)
 
 
-# A train.py that kills itself at a chosen moment inside a checkpoint: step 10's, once.
+# A train.py that kills itself at a chosen moment: after step 15, or inside step 10's checkpoint.
 KILL = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
@@ -127,6 +123,8 @@ def dies_before(module, name, when):
         return real(*args, **kwargs)
     setattr(module, name, wrapper)
 moment = sys.argv.pop(1)
+if moment == "step":      # its row is written, its checkpoint not yet begun
+    dies_before(checkpoint.Checkpointer, "save", lambda self, step: step == 15)
 if moment == "data":      # nothing of the tensors is on disk yet
     dies_before(filesystem.FileSystemWriter, "write_data", lambda self, *_: "00000010" in str(self.path))
 if moment == "metadata":  # all tensors are, their index is not
@@ -142,7 +140,7 @@ train.main()
 @pytest.mark.parametrize(("moment", "resumes_from"), [("data", 5), ("metadata", 5), ("done", 5), ("prune", 10)])
 def test_kill_while_a_checkpoint_is_written(moment, resumes_from, tiny, undisturbed, tmp_path):
     out, script = tmp_path / "run", tmp_path / "dies.py"
-    script.write_text(KILL.format(root=str(hf.__file__.rsplit("/", 2)[0])))
+    script.write_text(KILL.format(root=str(ROOT)))
     flags = tiny.flags(out, keep=1 if moment == "prune" else 2)
     killed = run_train([moment, *flags], script=script)
     assert killed.returncode == -signal.SIGKILL, killed.stderr

@@ -82,10 +82,10 @@ def test_the_command_line(made):
         *inputs,
         "--deep",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "292 documents re-encoded from the text, with the same ids" in done.stdout
     inputs[0].unlink()
-    bad = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    bad = subprocess.run(command, capture_output=True, text=True)
     assert (bad.returncode, bad.stderr.count("\n")) == (1, 1)
     assert "a.jsonl: cannot be read" in bad.stderr

@@ -233,30 +233,30 @@ def test_all_replicas_decide_on_one_norm_and_the_planner_counts_their_sums(tmp_p
 
 # --- slow files ----------------------------------------------------------------------------------------------------
 
-# train.py whose rank 0 takes three seconds for a write to metrics.jsonl, where a step's collectives may take one.
+# train.py whose rank 0 takes a second for a write to metrics.jsonl; rank 1 fails if it begins a step meanwhile:
+# it would wait for rank 0 with the short time-out of steps.
 SLOW_DISK = """
-import sys, time
-from datetime import timedelta
+import os, sys, time
+from pathlib import Path
 sys.path.insert(0, {root!r})
-import torch.distributed as dist
 import train
-real_append, real_add, shortened = train.Metrics._append, train.Metrics.add, []
+writing = Path({writing!r})
+real_append, real_step = train.Metrics._append, train.forward_backward
 def append(self, rows):
-    if shortened:
-        time.sleep(3)
+    writing.touch()
+    time.sleep(1)
     real_append(self, rows)
-def add(self, *args):
-    if not shortened:
-        shortened.append(True)
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
-    real_add(self, *args)
-train.Metrics._append, train.Metrics.add = append, add
+    writing.unlink()
+def step(*args):
+    assert os.environ["RANK"] == "0" or not writing.exists()
+    return real_step(*args)
+train.Metrics._append, train.forward_backward = append, step
 train.main()
 """
 
 
 def test_a_slow_disk_is_not_waited_for_in_a_step(tiny, tmp_path):
     script = tmp_path / "slow_disk.py"
-    script.write_text(SLOW_DISK.format(root=str(ROOT)))
+    script.write_text(SLOW_DISK.format(root=str(ROOT), writing=str(tmp_path / "writing")))
     done = run_train(tiny.flags(tmp_path / "run", steps=6, log_every=3, checkpoint_every=6, eval_every=6), nproc=2, script=script)
     assert done.returncode == 0, done.stderr
