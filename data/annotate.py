@@ -6,8 +6,10 @@
     python data/annotate.py labels.parquet --audit 300     # writes a sheet for a physician; run again when it is filled
 
 The prompt is a file with a version in its name that also defines the two answer words: another language or field is
-another file (`--prompt`). Temperature 0, a few tokens of answer, the text capped. Nothing is guessed: what is not
-clearly one of the two words is labelled `invalid`, never "not medical", and its raw text is kept beside it.
+another file (`--prompt`). Temperature 0, a few tokens of answer, the text capped; --body changes what is sent. Nothing is
+guessed: what is not clearly one of the two words is labelled `invalid`, never "not medical", and its raw text is kept
+beside it. Thoughts (<think>...</think>) are no part of an answer. If most of the first 100 answers are invalid, the run
+ends.
 
 Answers are cached in OUT.answers.sqlite as they come (nanomed/chat.py): a killed run resumes where it stopped and pays for
 nothing twice. OUT is written at the end, in the sample's order, whole or not at all. Memory: a few hundred bytes per
@@ -17,20 +19,25 @@ document; texts are read twice instead of kept.
 import argparse
 import hashlib
 import re
+import sys
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from audit import audit
 from documents import read_about, read_documents, write_parquet
 from nanomed import InputError, run_script
-from nanomed.chat import Answer, ask, parse_body, with_extra
-from nanomed.evaluation.answers import without_thoughts
+from nanomed.chat import BODY_HELP, Answer, ask, parse_body, with_extra
+from nanomed.evaluation.answers import normalised
+from nanomed.prompts import fill
+from nanomed.redaction import masked
+from nanomed.thoughts import without_thoughts
+from nanomed.validity import Validity
 
-PROMPT = Path(__file__).resolve().parent / "prompts" / "medical-de-v1.toml"
-N_CHECKED = 100  # answers, after which a run whose answers are mostly invalid stops
+PROMPT = Path(__file__).resolve().parent / "prompts" / "medical-de-v2.toml"
 COLUMNS = dict.fromkeys(("id", "text", "label", "answer", "finish_reason", "model", "prompt_sha256"), "string")
 
 
@@ -44,10 +51,8 @@ class Prompt:
     sha256: str  # of the file
 
     def parse(self, answer: str) -> str:
-        """medical, not_medical or invalid: the answer begins with one word, in any case, and does not contain the other.
-
-        <think>...</think> blocks are not part of the answer.
-        """
+        """medical, not_medical or invalid: the answer, without its thoughts, begins with one word, in any case, and does not
+        contain the other."""
         answer = without_thoughts(answer)
         found = {label for label in ("medical", "not_medical") if _has_word(answer, getattr(self, label))}
         if len(found) == 1:
@@ -60,7 +65,7 @@ class Prompt:
 def _has_word(answer: str, word: str, at_start: bool = False) -> bool:
     """Whether the answer contains the word by itself; at_start: begins with it, save for quotes, brackets and asterisks."""
     before = r"^[\s\"'„“«»*_`(\[]*" if at_start else r"(?<!\w)"
-    return re.search(before + re.escape(word) + r"(?!\w)", answer, re.IGNORECASE) is not None
+    return re.search(before + re.escape(normalised(word)) + r"(?!\w)", normalised(answer), re.IGNORECASE) is not None
 
 
 def read_prompt(path: Path) -> Prompt:
@@ -75,6 +80,8 @@ def read_prompt(path: Path) -> Prompt:
             raise InputError(f"{path}: has no {key!r}; expected the text of the prompt and the two words of the answer")
     if spec["prompt"].count("{text}") != 1:
         raise InputError(f"{path}: contains {{text}} {spec['prompt'].count('{text}')} times, expected once")
+    if "{nonce}" not in spec["prompt"]:
+        print(f"warning: {path}: has no {{nonce}} in the marks around {{text}}, so a document can imitate them", file=sys.stderr)
     words = [spec["medical"].strip(), spec["not_medical"].strip()]
     if _has_word(words[0], words[1]) or _has_word(words[1], words[0]):
         raise InputError(f"{path}: one of the words {words[0]!r} and {words[1]!r} contains the other; choose two distinct ones")
@@ -91,18 +98,6 @@ def read_sample(path: Path) -> Iterator[dict]:
         yield document
 
 
-def check_first(answers: dict[int, Answer], prompt: Prompt) -> None:
-    """InputError if most of the first N_CHECKED answers are invalid: the rest would be paid for in vain."""
-    invalid = [answer for answer in answers.values() if prompt.parse(answer.text) == "invalid"]
-    if len(invalid) <= len(answers) / 2:
-        return
-    example = " ".join((invalid[0].text or invalid[0].finish_reason).split())[:120]
-    raise InputError(
-        f"{len(invalid)} of the first {len(answers)} answers are neither {prompt.medical!r} nor {prompt.not_medical!r}, such as "
-        f"{example!r}; another model or prompt is needed, more --max-tokens, or thinking switched off by --body"
-    )
-
-
 def annotate(
     sample: Path,
     out: Path,
@@ -116,12 +111,11 @@ def annotate(
 ) -> Counter:
     """Label every document of the sample into `out`; returns the count of each label.
 
-    An empty text is `invalid` and not asked about. extra: fields of --body. how: concurrency, timeout_s, tries of nanomed.chat.ask.
-    InputError if anything is wrong with what was given, or the endpoint gives up; run again to resume.
+    An empty text is `invalid` and not asked about. extra: fields of --body. how: concurrency, timeout_s, tries of
+    nanomed.chat.ask. InputError if an input is wrong, most answers are invalid, or the endpoint fails; run again to resume.
     """
     settings = {"model": model, "prompt_sha256": prompt.sha256, "max_chars": max_chars, "max_tokens": max_tokens}
-    if extra:
-        settings["body"] = extra
+    settings["body"] = masked(extra) if extra else None
     n_documents, digest = 0, hashlib.sha256()
     for document in read_sample(sample):  # everything is checked before the first request is paid for
         n_documents += 1
@@ -135,16 +129,18 @@ def annotate(
     def requests() -> Iterator[tuple[int, dict]]:
         for number, document in enumerate(read_sample(sample)):
             if text := document["text"].strip():
-                content = prompt.template.replace("{text}", text[:max_chars])
+                content = fill(prompt.template, {"text": text[:max_chars]})
                 body = {"model": model, "messages": [{"role": "user", "content": content}]}
                 yield number, with_extra(body | {"temperature": 0, "max_tokens": max_tokens}, extra or {})
 
     answers: dict[int, Answer] = {}
     cache = out.with_name(out.name + ".answers.sqlite")
-    for number, answer in ask(requests(), url, cache, n_documents, desc="annotate", **how):
-        answers[number] = answer
-        if len(answers) == N_CHECKED:
-            check_first(answers, prompt)
+    validity = Validity(f"{prompt.medical!r} or {prompt.not_medical!r}", "--max-tokens")
+    with closing(ask(requests(), url, cache, n_documents, desc="annotate", **how)) as asked:
+        for number, answer in asked:
+            answers[number] = answer
+            validity.add(answer, prompt.parse(answer.text) != "invalid")
+    validity.end()
 
     counts: Counter = Counter()
 
@@ -193,7 +189,7 @@ def main() -> None:
     add("--max-tokens", type=int, default=8, metavar="N", help="tokens per answer (default: %(default)s)")
     add("--concurrency", type=int, default=64, metavar="N", help="requests in flight (default: %(default)s)")
     add("--timeout", type=float, default=120, metavar="S", help="seconds per attempt (default: %(default)s)")
-    add("--body", metavar="JSON", help='fields to add to every request; null removes one: {"max_tokens": null}')
+    add("--body", metavar="JSON", help=BODY_HELP)
     add("--audit", type=int, metavar="N", help="write a sheet of N documents to label by hand; once filled in, print F1")
     args = parser.parse_args()
     for name in ("max_chars", "max_tokens", "concurrency", "timeout", "audit"):
@@ -204,8 +200,7 @@ def main() -> None:
         return
     if missing := [f"--{name}" for name in ("url", "model", "out") if getattr(args, name) is None]:
         raise InputError(f"{', '.join(missing)} is missing; see --help for an example")
-    how = {"concurrency": args.concurrency, "timeout_s": args.timeout}
-    how["extra"] = parse_body(args.body)
+    how = {"concurrency": args.concurrency, "timeout_s": args.timeout, "extra": parse_body(args.body)}
     prompt = read_prompt(args.prompt)
     counts = annotate(args.input, args.out, args.url, args.model, prompt, args.max_chars, args.max_tokens, **how)
     total = sum(counts.values())

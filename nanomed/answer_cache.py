@@ -1,6 +1,5 @@
-"""Answers of an endpoint on disk, in an SQLite file keyed by the hash of the request."""
+"""Answers of an endpoint, and the SQLite file that keeps them by the hash of their request."""
 
-import hashlib
 import json
 import sqlite3
 from dataclasses import asdict, dataclass
@@ -11,21 +10,30 @@ from nanomed import InputError
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back. An answer without words is "", its reason in finish_reason ("length", "content_filter", or
-    "answers 400 (...)" where the endpoint refused the request)."""
+    """One answer. Without words its text is "" and finish_reason says why: "length", "content_filter", or "answers 400 (...)"
+    where the endpoint refused the request."""
 
     text: str
     finish_reason: str
     model: str  # as the endpoint names it
     prompt_tokens: int
     completion_tokens: int
+    thoughts: str = ""  # beginning of what a reasoning model thought, where the server reports it apart from the text
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether this stands for a request that the endpoint refused or failed to answer."""
+        return not self.text and self.finish_reason.startswith(("answers ", "no answer", "no connection"))
 
 
 class Cache:
-    """Answers on disk by the hash of their request. One process at a time; InputError otherwise, or if it is no cache."""
+    """Answers on disk by the hash of their request, for one process at a time.
+
+    InputError if another process uses the file, or if it is no cache.
+    """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self._is_new = path, not path.exists()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, isolation_level=None, timeout=1)
@@ -40,7 +48,7 @@ class Cache:
             raise InputError(f"{path}: cannot be used as the cache of answers ({error}); {hint}") from None
 
     def is_empty(self) -> bool:
-        """Has no run kept an answer yet?"""
+        """Whether no run has kept an answer yet."""
         return self._db.execute("SELECT 1 FROM answers").fetchone() is None
 
     def get(self, request: str) -> Answer | None:
@@ -49,17 +57,16 @@ class Cache:
         return Answer(**json.loads(row[0])) if row else None
 
     def put(self, request: str, answer: Answer) -> None:
-        """Keep an answer; committed on return. InputError if the disk is full."""
+        """Store an answer; it is on disk on return. InputError if the disk is full."""
         try:
             self._db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (request, json.dumps(asdict(answer))))
         except sqlite3.Error as error:
             raise InputError(f"{self.path}: an answer cannot be kept ({error}); make room and run again") from None
 
     def close(self) -> None:
-        """Let the next process in."""
+        """Release the file. One that this run created and that has no answer is removed."""
+        unused = self._is_new and self.is_empty()
         self._db.close()
-
-
-def request_hash(body: dict) -> str:
-    """SHA-256 of the body's canonical JSON."""
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        if unused:
+            for name in (self.path.name, f"{self.path.name}-wal", f"{self.path.name}-shm"):
+                self.path.with_name(name).unlink(missing_ok=True)

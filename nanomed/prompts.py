@@ -4,6 +4,9 @@ Templates are rendered by transformers' own function, in jinja's sandbox: models
 what it offers templates (dates, tools as JSON). Importing it costs a second, so it is imported where it is used.
 """
 
+import hashlib
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +36,18 @@ def read_prompts(path: Path) -> dict[str, list[dict]]:
     if not prompts:
         raise InputError(f"{path}: has no prompts")
     return prompts
+
+
+def fill(template: str, texts: dict[str, str]) -> str:
+    """The template with {name} replaced by each text, and {nonce} by a number for the marks around them.
+
+    The nonce is a hash of template and texts: the same for the same texts, so that a cache finds the answer, and unknown to
+    whoever wrote one of the texts, which therefore cannot contain a mark. Inserted texts are not searched for fields.
+    """
+    parts = json.dumps([template, *sorted(texts.items())])
+    values = texts | {"nonce": hashlib.sha256(parts.encode()).hexdigest()[:16]}
+    fields = "|".join(map(re.escape, values))
+    return re.sub(rf"\{{({fields})\}}", lambda match: values[match[1]], template)
 
 
 def is_conversation(messages: object) -> bool:

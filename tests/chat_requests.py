@@ -11,7 +11,13 @@ def _quick(monkeypatch):
     """Waits between tries of milliseconds, and no key from the environment."""
     monkeypatch.setattr(chat, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(chat, "LONGEST_WAIT_S", 0.1)
-    monkeypatch.setattr(chat, "PATIENCE_S", 0.0)  # gives up after `tries`
+    monkeypatch.setattr(chat, "PATIENCE_S", 0.0)  # the run ends after `tries`, or LEAST_TRIES
+
+
+@pytest.fixture(name="patient")
+def fixture_patient(monkeypatch):
+    """The run does not end for lack of answers."""
+    monkeypatch.setattr(chat, "PATIENCE_S", 60.0)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 

@@ -21,6 +21,7 @@ class Endpoint:
 
     def __init__(self, behave: Callable[[dict, int], object]):
         self.behave, self.bodies, self.tries = behave, [], {}
+        self.headers: list[dict] = []  # of every request
         self.now = self.most = 0
         self.lock, self.closing = threading.Lock(), threading.Event()
         self.url = ""
@@ -48,6 +49,7 @@ def serving(behave: Callable[[dict, int], object]) -> Iterator[Endpoint]:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             with endpoint.lock:
                 endpoint.bodies.append(body)
+                endpoint.headers.append({name.lower(): value for name, value in self.headers.items()})
                 key = json.dumps(body, sort_keys=True)
                 endpoint.tries[key] = endpoint.tries.get(key, 0) + 1
                 number = endpoint.tries[key]

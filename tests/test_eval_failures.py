@@ -2,9 +2,12 @@
 
 import json
 import shutil
+import time
 import unicodedata
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bpe import with_bos
 from conftest import ROOT
@@ -12,6 +15,7 @@ from eval_command import answers, fixture_command, refused, write  # noqa: F401
 from nanomed import InputError
 from nanomed.evaluation import language, verbosity
 from nanomed.evaluation.answers import Sample, read_answers
+from nanomed.thoughts import without_thoughts
 
 
 def test_mixing_is_found_and_german_is_left_alone():
@@ -28,39 +32,79 @@ def test_mixing_is_found_and_german_is_left_alone():
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
-def test_abbreviations_and_titles_are_no_mixing(form):
-    """A second labelled set: abbreviations spelled out, titles of journals and studies, and sentences that do mix."""
-    found = {"german": [], "mixed": []}
-    for line in (ROOT / "tests/language_answers.tsv").read_text(encoding="utf-8").splitlines():
-        kind, text = line.split("\t")
-        found[kind].append(language.examine(unicodedata.normalize(form, text)))
-    assert [len(found[kind]) for kind in found] == [70, 42]
-    assert sum(x.mixed or x.wholly_english for x in found["german"]) <= 0.02 * 70
-    assert sum(x.mixed or x.wholly_english for x in found["mixed"]) >= 0.95 * 42
+def test_both_error_rates_on_labelled_answers(form, monkeypatch):
+    """Abbreviations, titles and quotations beside mixing of all kinds; on the half that no rule was made with."""
+    monkeypatch.syspath_prepend(ROOT / "tests" / "bench")
+    from language import measure
+
+    found = measure(form, "test")
+    assert (found["false positives"]["n"], found["misses"]["n"]) == (55, 49)
+    assert found["false positives"]["rate"] <= 0.05
+    assert found["misses"]["rate"] <= 0.05
+
+
+EXPANSIONS = {
+    "SIRS": "systemic inflammatory response syndrome", "COPD": "Chronic Obstructive Pulmonary Disease", "GERD":
+    "gastroesophageal reflux disease", "HFrEF": "heart failure with reduced ejection fraction", "NSAIDs":
+    "non-steroidal anti-inflammatory drugs", "MS": "multiple sclerosis", "POTS": "postural orthostatic tachycardia syndrome",
+    "mRNA": "messenger RNA", "PEEP": "positive end-expiratory pressure", "STEMI": "ST-elevation myocardial infarction",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("abbreviation", "words", "expected"),
-    [
-        ("GERD", "gastroesophageal reflux disease", True),
-        ("HFpEF", "heart failure with preserved ejection fraction", True),
-        ("ROSC", "return of spontaneous circulation", True),
-        ("ROSC", "return of the patient", False),
-        ("SIRS", "a serious condition", False),
-        ("DNA", "do not delay", False),
-    ],
-)
-def test_initials_tell_what_an_abbreviation_stands_for(abbreviation, words, expected):
-    assert language.stands_for(abbreviation, words.split()) == expected
+    "frame",
+    ["Die {0} ({1}) ist häufig.", "Die {1} ({0}) ist häufig.", "Die {0}, engl. {1}, ist häufig.",
+     "Bei {0} (von engl. {1}) hilft Ruhe.",
+     "{0} = {1}, eine häufige Krankheit.", "- **{0}** – {1}: häufig im Alter", "{0} steht für {1} und ist häufig."],
+)  # fmt: skip
+@pytest.mark.parametrize("short", EXPANSIONS)
+def test_what_an_abbreviation_stands_for_is_no_mixing(short, frame):
+    assert not language.examine(frame.format(short, EXPANSIONS[short])).mixed
+    said = frame.format(short, EXPANSIONS[short]) + " Bei Fieber you should call a doctor, sagt der Arzt."
+    assert language.examine(said).mixed
 
 
-def test_turns_written_with_special_tokens_count(tmp_path):
-    """They are not in the answer's text: generate counts them before it removes them."""
-    sample = Sample("1", [{"role": "user", "content": "Was hilft?"}], "Ruhe.user Und nun?", "length", 9, "m", turn_tokens=2)
-    (tmp_path / "a.jsonl").write_text(sample.line())
-    read = read_answers(tmp_path / "a.jsonl")["1"]
-    assert read.turn_tokens == 2
-    assert verbosity.examine(read, len).continued
+@pytest.mark.parametrize(
+    ("short", "words"),
+    [("COPD", "caused by smoking in most people"), ("CT", "which shows the bleeding"), ("MS", "and the many symptoms"),
+     ("IST", "is still taken daily"), ("HIV", "has an infection of the blood")],
+)  # fmt: skip
+def test_other_words_beside_an_abbreviation_are_mixing(short, words):
+    assert language.examine(f"Die {short} ({words}) ist häufig.").mixed
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["AB " * 5000, "A of " * 5000, "ABCD (a a a a a a a b) " * 500, "Smith A. " * 3000, "(engl. " * 3000,
+     "*A" * 5000, "CT computed " * 2000],
+)  # fmt: skip
+def test_a_text_that_repeats_itself_is_read_in_time(text):
+    """A model that repeats itself must not stop the evaluation."""
+    started = time.perf_counter()
+    language.examine(text)
+    assert time.perf_counter() - started < 10  # milliseconds; quadratic it would be minutes
+
+
+WORDS = st.sampled_from("Fieber Müdigkeit für können the treatment Übelkeit größere weiß Ärzte should Blut über patient".split())
+
+
+@given(st.lists(WORDS, min_size=1, max_size=30))
+@settings(max_examples=100, deadline=None)
+def test_the_form_of_umlauts_changes_nothing(words):
+    """Nor do soft hyphens and zero-width spaces inside words."""
+    text = " ".join(words)
+    found = [
+        (
+            language.examine(said),
+            verbosity.examine(Sample("q", [{"role": "user", "content": text}], said, "stop", 1, "m"), len_words),
+        )
+        for said in (text, unicodedata.normalize("NFD", text), text.replace("e", "e\u00ad"), text.replace("t", "\u200bt"))
+    ]
+    assert found == [found[0]] * 4
+
+
+def len_words(text: str) -> int:
+    return verbosity.counter(None)[1](text)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +134,16 @@ def test_other_scripts(text, expected):
         ("Zur Anamnese:\nFrage: Seit wann?\nFrage: Wie oft?", "continued", False),
         ("Zur Anamnese:\n\nFrage: Seit wann?\nDas grenzt die Ursachen ein.", "continued", False),
         ("Ruhe.<|im_start|>user", "continued", True),
+        ("Ruhe.<|im_end|>", "continued", False),
+        ("Ruhe.</s>\n<|endoftext|>", "continued", False),
+        ("Ruhe.</s>", "empty", False),
+        ("<|im_end|>", "empty", True),
+        ("Ruhe.<|im_end|>\n<|im_start|>user\nUnd dann?", "continued", True),
+        ("Ruhe.<end_of_turn>\n<start_of_turn>user\nUnd dann?", "continued", True),
+        ("Ruhe.<｜end▁of▁sentence｜><｜User｜>Und dann?", "continued", True),
+        ("Ruhe.<|turn_token|>nutzer", "continued", True),
+        ("Ruhe. [INST] Und dann? [/INST]", "continued", True),
+        ("Bei Werten < 3 oder |x| > 5 hilft Ruhe.", "continued", False),
         ("Was hilft bei starkem Husten und Fieber? Ruhe.", "echo", True),
         ("Ruhe hilft bei starkem Husten.", "echo", False),
         ("   ", "empty", True),
@@ -144,6 +198,7 @@ RECORD = {"id": "q", "prompt": [{"role": "user", "content": "?"}], "answer": "Ja
     [
         ([RECORD | {"prompt": "?"}], "line 1 has no id or no prompt"),
         ([{key: RECORD[key] for key in RECORD if key != "id"}], "line 1 has no id or no prompt"),
+        ([RECORD, RECORD | {"id": "r", "turn_tokens": "2"}], "line 2: turn_tokens is '2', expected int"),
         ([RECORD, RECORD | {"id": "r", "completion_tokens": "2"}], "line 2: completion_tokens is '2', expected int"),
         ([RECORD, RECORD], "id 'q'"),
         ([RECORD, RECORD | {"id": "r", "model": "n"}], "has answers of m and of n"),
@@ -197,9 +252,9 @@ def test_lengths_in_tokens_are_those_of_the_text_alone(tmp_path):
     with pytest.raises(InputError, match="cannot be read as a tokenizer"):
         verbosity.counter(str(tmp_path))
     with_bos().save(str(path))
-    for given in (tmp_path, path):
-        unit, length, files = verbosity.counter(str(given))
-        assert unit == f"tokens of {given}"
+    for place in (tmp_path, path):
+        unit, length, files = verbosity.counter(str(place))
+        assert unit == f"tokens of {place}"
         assert files == [path]
         assert (length(""), length("a"), length("a a")) == (0, 1, 3)
 
@@ -221,3 +276,21 @@ def test_what_is_thought_aloud_is_not_counted(command, tmp_path):
     assert [sample.answer for sample in found.values()] == [*["Ruhe hilft hier sehr gut."] * 2, "", texts["q4"]]
     assert json.loads(path.read_text().splitlines()[0])["answer"] == texts["q1"]
     assert "thought" not in json.loads(found["q1"].line())
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<thinking>The patient</thinking>Ruhe.", "[THINK]The patient[/THINK]\nRuhe.", "<THINK>a</THINK> Ruhe.",
+     "The patient</think>Ruhe.",
+     "<|channel|>analysis<|message|>The<|end|><|start|>assistant<|channel|>final<|message|>Ruhe."],
+)  # fmt: skip
+def test_thoughts_in_the_marks_of_several_models(text):
+    assert without_thoughts(text) == "Ruhe."
+    assert without_thoughts(text.replace("Ruhe.", "")) == ""
+
+
+@pytest.mark.parametrize(
+    "text", ["<think>The", "[THINK]The", "<reasoning>The", "a</think>b<think>", "<|channel|>analysis<|message|>The"]
+)
+def test_thoughts_without_an_end_are_no_answer(text):
+    assert without_thoughts(text) == ""

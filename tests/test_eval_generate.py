@@ -1,6 +1,9 @@
 """generate: from prompts to answers, at a server with faults and in this process."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +43,62 @@ def test_answers_from_an_endpoint_survive_its_faults_and_are_paid_once(command, 
         assert len(endpoint.bodies) == 5
         line = refused(command, *arguments, "--max-new-tokens", 9)
         assert "max_new_tokens = 512, this one 9" in line
+
+
+def test_a_model_that_only_thinks_ends_the_run(command, tmp_path):
+    """At a server that reports thoughts apart from the text. With few prompts at their end, with many after the first hundred."""
+    thinking = completion(None, "length")
+    thinking["choices"][0]["message"]["reasoning_content"] = "Okay, the user asks"
+    for n in (20, 300):
+        prompts = write(tmp_path / "p.jsonl", [{"prompt": f"Frage {i}?"} for i in range(n)])
+        with serving(lambda *_: thinking) as endpoint:
+            flags = ("--model", "m", "--prompts", prompts, "--out", tmp_path / f"{n}.jsonl")
+            line = refused(command, "generate", endpoint.url, *flags)
+            assert len(endpoint.bodies) <= 100 + 2 * 64
+        assert "answers are not text after the thoughts, for example 'Okay, the user asks'" in line
+        assert '{"chat_template_kwargs": {"enable_thinking": false}}' in line
+        assert not (tmp_path / f"{n}.jsonl").exists()
+
+
+def test_body_of_generate(command, tmp_path, tiny):
+    prompts = write(tmp_path / "p.jsonl", [{"prompt": "Frage?"}])
+    flags = ("--model", "m", "--prompts", prompts, "--out", tmp_path / "a.jsonl")
+    with serving(lambda *_: "Ja.") as endpoint:
+        body = '{"max_tokens": null, "max_completion_tokens": 9, "chat_template_kwargs": {"enable_thinking": false}}'
+        assert command("generate", endpoint.url, *flags, "--body", body)[0] == 0
+        (sent,) = endpoint.bodies
+        assert "a run with body = max_tokens, max" in refused(command, "generate", endpoint.url, *flags)
+        assert "already finished" in command("generate", endpoint.url, *flags, "--body", body)[1]
+    assert sent["max_completion_tokens"] == 9
+    assert sent["chat_template_kwargs"] == {"enable_thinking": False}
+    assert "max_tokens" not in sent
+    line = refused(command, "generate", tiny.model, "--prompts", prompts, "--out", tmp_path / "b.jsonl", "--body", "{}")
+    assert "--body: changes what is sent to a URL" in line
+
+
+def test_an_address_without_http_is_named(command):
+    line = refused(command, "generate", "localhost:8000/v1", "--model", "m", "--out", "x.jsonl")
+    assert line.endswith("did you mean http://localhost:8000/v1?")
+
+
+WITHOUT_EXTRAS = """
+import runpy, sys
+for name in ("openai", "pyarrow", "transformers", "lm_eval", "datatrove", "triton", "scipy", "sklearn"):
+    sys.modules[name] = None
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.path[0] if "/" not in sys.argv[0] else sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("arguments", [["data/annotate.py"], *(["eval.py", name] for name in ("generate", "judge", "failures"))])
+def test_help_needs_no_extra_and_leaves_nothing(arguments, tmp_path):
+    script, *rest = arguments
+    command = [sys.executable, "-c", WITHOUT_EXTRAS, str(ROOT / script), *rest, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: {Path(script).name}")
+    assert list(tmp_path.iterdir()) == []
 
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -140,3 +199,52 @@ def test_the_prompts_of_the_project():
     assert len(texts) >= 80
     assert len(set(texts)) == len(texts)
     assert sum(language.examine(text).mixed for text in texts) == 2  # one to translate, one to correct
+
+
+def test_turns_written_with_special_tokens_are_counted():
+    """They are removed from the text. The token that ends the answer, and those before its first words, are no turns."""
+    from transformers import PreTrainedTokenizerFast
+
+    from nanomed.evaluation.generate import _read
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=chat_tokenizer())
+    start, end, eos = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"))
+    word = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    read = lambda ids: _read(tokenizer, ids, [eos], {start, end})  # noqa: E731
+    plain = [*word("Ruhe."), eos, eos]
+    assert read(plain) == ("Ruhe.", "stop", len(plain) - 1, 0)
+    assert read([*word("Ruhe."), end, eos])[3] == 0
+    assert read([start, *word("assistant Ruhe."), eos])[3] == 0
+    text, reason, _, n_turns = read([*word("Ruhe."), end, *word("\n"), start, *word("user\nUnd dann?")])
+    assert (text, reason, n_turns) == ("Ruhe.\nuser\nUnd dann?", "length", 2)
+
+
+def chat_tokenizer():
+    """A byte-level tokenizer with chat tokens."""
+    from bpe import byte_level
+
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+    return tokenizer
+
+
+def test_a_model_that_goes_on_with_the_users_turn(command, tmp_path, tiny, monkeypatch):
+    """From generate to failures: the file says so, though its text has no special token."""
+    from nanomed.evaluation import generate
+
+    model = chat_model(tmp_path / "model", tiny.model)
+    set_template(model, "{% for m in messages %}<|endoftext|>{{ m.role }}: {{ m.content }}{% endfor %}<|endoftext|>assistant:")
+    prompts = write(tmp_path / "p.jsonl", [{"prompt": "Das Herz"}])
+    real = generate._read
+
+    def continued(tok, ids, ends, turns):
+        assert turns == {0}  # of the template, from the prompts
+        said = tok("Ruhe.", add_special_tokens=False)["input_ids"]
+        return real(tok, [*said, 0, *said], [], turns)
+
+    monkeypatch.setattr(generate, "_read", continued)
+    assert command("generate", model, "--prompts", prompts, "--max-new-tokens", 2, "--out", tmp_path / "a.jsonl")[0] == 0
+    record = json.loads((tmp_path / "a.jsonl").read_text())
+    assert (record["answer"], record["turn_tokens"]) == ("Ruhe.Ruhe.", 1)
+    assert command("failures", tmp_path / "a.jsonl", "--out", tmp_path / "run")[0] == 0
+    assert json.loads((tmp_path / "run/results.json").read_text())["verbosity"]["continued_turns"]["value"] == 1

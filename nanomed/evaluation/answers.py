@@ -1,13 +1,15 @@
 """Answers to prompts: the JSONL files that generate writes and judge and failures read.
 
-    {id, prompt: messages, answer, finish_reason, completion_tokens, model}
+    {id, prompt: messages, answer, finish_reason, completion_tokens, model, turn_tokens}
 
-finish_reason is "stop" if the model ended its answer, "length" if it was cut off. The file holds what the model wrote;
-<think>...</think> blocks are removed when answers are read. No torch is imported here.
+finish_reason is "stop" if the model ended its answer, "length" if it was cut off. The file holds what the model wrote
+without its special tokens; turn_tokens counts those that begin a further turn of the conversation. Thoughts
+(<think>...</think>) are removed when answers are read. No torch is imported here.
 """
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +17,9 @@ from pathlib import Path
 from nanomed import InputError
 from nanomed.files import read_jsonl
 from nanomed.prompts import is_conversation
+from nanomed.thoughts import without_thoughts
 
-THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
+INVISIBLE = re.compile("[\u00ad\u200b-\u200d\u2060\ufeff]")  # soft hyphens, zero-width spaces: they split words
 ROLES = {"system": "System", "user": "Nutzer", "assistant": "Assistent"}  # in the judge's language
 
 
@@ -30,7 +33,7 @@ class Sample:
     finish_reason: str
     completion_tokens: int  # in the model's own tokens, the end token included
     model: str
-    turn_tokens: int = 0  # special tokens inside the answer with which the chat template marks turns
+    turn_tokens: int = 0  # special tokens of the chat template with text after them
     thought: bool = False  # whether a <think> block was removed from the answer
 
     @property
@@ -63,9 +66,11 @@ def read_answers(path: Path) -> dict[str, Sample]:
                 raise InputError(f"{where}: {field} is {record.get(field)!r}, expected {kind.__name__}")
         said = without_thoughts(record["answer"])
         about = (record[field] for field in kinds if field != "answer")
-        turn_tokens = record.get("turn_tokens", 0)
-        turn_tokens = turn_tokens if isinstance(turn_tokens, int) else 0
-        sample = Sample(str(record["id"]), record["prompt"], said, *about, turn_tokens, said != record["answer"])
+        turn_tokens = record.get("turn_tokens", 0)  # absent in older files
+        if not isinstance(turn_tokens, int):
+            raise InputError(f"{where}: turn_tokens is {turn_tokens!r}, expected int")
+        thought = said != record["answer"]
+        sample = Sample(str(record["id"]), record["prompt"], said, *about, turn_tokens=turn_tokens, thought=thought)
         if sample.id in samples:
             raise InputError(f"{where}: duplicate id {sample.id!r}")
         samples[sample.id] = sample
@@ -74,12 +79,9 @@ def read_answers(path: Path) -> dict[str, Sample]:
     return samples
 
 
-def without_thoughts(text: str) -> str:
-    """The text without thoughts; some templates open <think> themselves. "" if a thought has no end: then there is no answer."""
-    said = THOUGHT.sub("", text).rpartition("</think>")[2]
-    if "<think>" in said:
-        return ""
-    return said if said == text else said.strip()
+def normalised(text: str) -> str:
+    """The text as it is matched: composed characters (NFC), no invisible ones inside words."""
+    return INVISIBLE.sub("", unicodedata.normalize("NFC", text))
 
 
 def thoughts_left_out(samples: list[Sample]) -> Iterator[str]:

@@ -23,7 +23,7 @@ from nanomed.evaluation import language, verbosity
 from nanomed.evaluation.answers import Sample, model_name, read_answers, read_pair, thoughts_left_out
 from nanomed.evaluation.record import finish_run, open_run
 from nanomed.evaluation.win_rate import geometric_ratio, mean, ratio_of_sums, share
-from nanomed.files import sha256_of
+from nanomed.files import sha256_of, write_durably
 
 LABELS = {
     "line_pass_rate": "line pass rate", "english_per_100": "English function words per 100 words",
@@ -69,9 +69,7 @@ def run(args: argparse.Namespace) -> None:
         figures["a"]["verbosity"]["ratio_to_ref"] = ratio
     results = {"a": names["a"], "ref": names.get("ref"), "n": len(sides["a"]), "unit": unit, **figures["a"]}
     results |= {"of_ref": figures.get("ref"), "samples": "samples.jsonl"}
-    (out / "samples.jsonl").write_text(
-        "".join(sample_line(side, *row) for side, rows in found.items() for row in rows), encoding="utf-8"
-    )
+    write_durably(out / "samples.jsonl", "".join(sample_line(side, *row) for side, rows in found.items() for row in rows))
     finish_run(out, results)
     print_results(results)
     print(f"{out}: samples.jsonl lists what was found in each answer")

@@ -18,15 +18,21 @@ those with --batch 1, which gives what `transformers serve` gives, token for tok
 
 import argparse
 import os
+import re
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 from nanomed import InputError, first_line
+from nanomed.chat import BODY_HELP, Answer, ask, parse_body, with_extra
 from nanomed.evaluation.answers import Sample, model_name, read_answers
 from nanomed.evaluation.record import fingerprint, finish_run, open_run, undone_on_failure
 from nanomed.files import read_jsonl, write_durably
 from nanomed.hf import fetch
 from nanomed.prompts import prompt_renderer, read_prompts
+from nanomed.redaction import masked
+from nanomed.thoughts import without_thoughts
+from nanomed.validity import Validity
 
 PROMPTS = Path(__file__).resolve().parents[2] / "data" / "tasks" / "prompts_de.jsonl"
 
@@ -45,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", type=int, default=512, metavar="N", help="limit of an answer (default: %(default)s)")
     add("--limit", type=int, metavar="N", help="only the first N prompts")
     add("--batch", type=int, default=8, metavar="N", help="prompts at once, in this process (default: %(default)s)")
-    add("--body", metavar="JSON", help='at a URL: fields to add to every request; null removes one: {"max_tokens": null}')
+    add("--body", metavar="JSON", help=f"at a URL: {BODY_HELP}")
     add("--concurrency", type=int, default=64, metavar="N", help="requests in flight, at a URL (default: %(default)s)")
     add(
         "--timeout",
@@ -60,12 +66,12 @@ def run(args: argparse.Namespace) -> None:
     """The command; InputError for whatever cannot be done."""
     check_positive(args, "max_new_tokens", "limit", "batch", "concurrency", "timeout")
     at_url = args.source.startswith(("http://", "https://"))
+    if not at_url and re.match(r"[\w.\-]+:\d+(?:/|$)", args.source):
+        raise InputError(f"{args.source}: is neither a model nor a URL; did you mean http://{args.source}?")
     if at_url and not args.model:
         raise InputError("--model is missing: the name of the model at this URL (curl URL/models lists them)")
-    from nanomed.chat import parse_body
-
     if args.body and not at_url:
-        raise InputError("--body: is for a model at a URL; in this process there is no request")
+        raise InputError("--body: changes what is sent to a URL; MODEL runs in this process")
     extra = parse_body(args.body)
     if args.out.suffix != ".jsonl":
         raise InputError(f"--out {args.out}: expected a name that ends in .jsonl")
@@ -73,12 +79,12 @@ def run(args: argparse.Namespace) -> None:
     name = args.model or args.source
     folder = args.out.with_suffix(".run")
     config = {"model": name, "max_new_tokens": args.max_new_tokens, "limit": args.limit}
+    config["body"] = masked(extra) if extra else None
     config |= {"batch": None if at_url else args.batch, "where": "endpoint" if at_url else "in process"}
     if args.out.exists() and not (folder / "run.json").exists():
         raise InputError(f"--out {args.out}: exists already, without {folder}; choose another, or delete it")
     model = None if at_url else fetch(args.source, "MODEL")
     config |= {"fingerprint": fingerprint(model)} if model else {}
-    config |= {"body": extra} if extra else {}
     existed = folder.exists()
     if open_run(folder, "generate", config, [args.prompts]) and args.out.exists():
         return print(f"{args.out}: already finished")
@@ -115,12 +121,16 @@ def summary(samples: list[Sample], path: Path) -> dict:
 
 def from_url(args: argparse.Namespace, prompts: dict[str, list[dict]], cache: Path, extra: dict) -> None:
     """Ask the endpoint; the file is written when all answers are there, in the order of the prompts. extra: of --body."""
-    from nanomed.chat import ask, with_extra
-
     settings = {"model": args.model, "temperature": 0, "max_tokens": args.max_new_tokens}
     requests = [(name, with_extra({"messages": messages} | settings, extra)) for name, messages in prompts.items()]
     how = {"concurrency": args.concurrency, "timeout_s": args.timeout, "desc": "generate"}
-    answers = dict(ask(requests, args.source, cache, len(requests), **how))
+    answers: dict[str, Answer] = {}
+    validity = Validity("text after the thoughts", "--max-new-tokens")
+    with closing(ask(requests, args.source, cache, len(requests), **how)) as asked:
+        for name, found in asked:
+            answers[name] = found
+            validity.add(found, bool(without_thoughts(found.text).strip()))
+    validity.end()
     lines = []
     for name, messages in prompts.items():
         found = answers[name]
@@ -147,10 +157,9 @@ def in_process(args: argparse.Namespace, prompts: dict[str, list[dict]], name: s
     bar = tqdm(total=len(prompts), initial=n_done, desc="generate", unit="answer", smoothing=0, disable=None)
     with bar, args.out.open("ab") as file:
         for batch in answer(model, tokenizer, tokens, args.batch, args.max_new_tokens):
-            lines = [
-                Sample(i, prompts[i], text, reason, n_tokens, name, turn_tokens=n_turn).line()
-                for i, (text, reason, n_tokens, n_turn) in batch
-            ]
+            lines = []
+            for i, (text, reason, n_tokens, n_turns) in batch:
+                lines.append(Sample(i, prompts[i], text, reason, n_tokens, name, n_turns).line())
             file.write("".join(lines).encode())
             file.flush()
             os.fsync(file.fileno())
@@ -213,7 +222,7 @@ def check_lengths(prompts: dict[str, list[int]], model, max_new_tokens: int) -> 
 def answer(
     model, tokenizer, prompts: dict[str, list[int]], batch: int, max_new_tokens: int
 ) -> Iterator[list[tuple[str, tuple[str, str, int, int]]]]:
-    """For every slice of `batch` prompts: [(id, (answer, finish_reason, completion_tokens, turn tokens))]."""
+    """For every slice of `batch` prompts: [(id, (answer, finish_reason, completion_tokens, turn_tokens))]."""
     import torch
     from transformers import GenerationConfig
 
@@ -230,6 +239,8 @@ def answer(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
     model.generation_config = GenerationConfig()  # ignore its sampling and penalties
     settings = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    turns = special & set().union(*prompts.values())  # with which the template marks turns
     names = list(prompts)
     for start in range(0, len(names), batch):
         part = names[start : start + batch]
@@ -243,24 +254,19 @@ def answer(
                 generation_config=settings,
                 logits_processor=[checked],
             )
-        yield [(name, _read(tokenizer, ids, ends)) for name, ids in zip(part, full[:, length:].tolist(), strict=True)]
+        yield [(name, _read(tokenizer, ids, ends, turns)) for name, ids in zip(part, full[:, length:].tolist(), strict=True)]
 
 
-def turn_token_ids(tokenizer) -> set[int]:
-    """Special tokens with which the model's chat template marks turns: those whose text occurs in it."""
-    template = tokenizer.chat_template
-    text = " ".join(template.values()) if isinstance(template, dict) else template or ""
-    return {i for i, token in zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True) if token in text}
+def _read(tokenizer, ids: list[int], ends: list[int], turns: set[int]) -> tuple[str, str, int, int]:
+    """(answer, finish_reason, tokens with the end, turn tokens) of what was generated, without the padding after the end.
 
-
-def _read(tokenizer, ids: list[int], ends: list[int]) -> tuple[str, str, int, int]:
-    """(answer, finish_reason, tokens with the end, turn tokens inside) of what was generated, without the padding after it.
-
-    The answer's text has no special tokens, so turns that the model wrote with them are counted before they are removed.
+    Special tokens are removed from the answer. Those of the template that have text after them continue the conversation.
     """
     n_tokens = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
     ended = bool(ids) and ids[n_tokens - 1] in ends
-    text = tokenizer.decode(ids[:n_tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    inside = ids[: n_tokens - ended]
-    n_turn_tokens = sum(token in turn_token_ids(tokenizer) for token in inside) if text.strip() else 0
-    return text, "stop" if ended else "length", n_tokens, n_turn_tokens
+    decode = lambda part: tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)  # noqa: E731
+    n_turns, written = 0, ids[: n_tokens - ended]
+    for place, token in enumerate(written):
+        if token in turns and decode(written[:place]).strip() and decode(written[place + 1 :]).strip():
+            n_turns += 1
+    return decode(ids[:n_tokens]), "stop" if ended else "length", n_tokens, n_turns

@@ -9,9 +9,8 @@ results say how many. The prompt is a versioned file (data/tasks/judge-de-v2.tom
 expected, so language mixing counts here too: `failures` measures it separately.
 
 Reported beside the win rate and its interval: the rate at equal lengths, how often both orders agree, how often the first
-position wins; where the orders mostly disagree there is a warning. The marks around the answers carry a number that no
-answer's writer can know, so that no answer can forge the other's block. A judge favours models of its own family: then
-there is a warning.
+position wins. There is a warning where the orders mostly disagree, where nearly all verdicts are ties, and where the judge is
+of a model's own family, which judges favour. The marks around the answers carry a number that no answer can contain.
 
 OUT/games.jsonl holds every game with the judge's replies; thanks to OUT/answers.sqlite each is paid for once
 (nanomed/chat.py). Costs two requests per prompt, each with both answers.
@@ -24,19 +23,27 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanomed import InputError
-from nanomed.chat import Answer, ask, parse_body, with_extra
-from nanomed.evaluation.answers import Sample, model_name, read_pair, thoughts_left_out, without_thoughts
+from nanomed.chat import BODY_HELP, Answer, ask, parse_body, with_extra
+from nanomed.evaluation.answers import Sample, model_name, read_pair, thoughts_left_out
 from nanomed.evaluation.generate import check_positive
 from nanomed.evaluation.record import finish_run, open_run, undone_on_failure
 from nanomed.evaluation.win_rate import summarise
+from nanomed.files import write_durably
+from nanomed.prompts import fill
+from nanomed.redaction import masked
+from nanomed.thoughts import without_thoughts
+from nanomed.validity import Validity
 
 PROMPT = Path(__file__).resolve().parents[2] / "data" / "tasks" / "judge-de-v2.toml"
 UNREADABLE = 0.1  # share of verdicts above which there is a warning
-LEAST_AGREEMENT = 0.6  # share of prompts with one verdict in both orders, below which there is a warning
+LOW_AGREEMENT = 0.6  # share of prompts with one verdict in both orders, below which there is a warning: by chance 0.5
+MANY_TIES = 0.9  # share of verdicts that are ties, above which there is a warning
+LEAST_GAMES = 4  # for these two warnings
 N_AGAIN = 2  # times that an unreadable verdict is asked for again
 # A line of its own, maybe after a word (Mein URTEIL), with brackets before or after the verdict: both quote the prompt.
 BRACKETS = r"(?:\([^()\n]*\)\W*)?"
@@ -68,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--out", type=Path, help="folder of the run (default: runs/eval/judge-A-B)")
     add("--max-tokens", type=int, default=256, metavar="N", help="of a verdict with its reasons (default: %(default)s)")
-    add("--body", metavar="JSON", help='fields to add to every request; null removes one: {"max_tokens": null}')
+    add("--body", metavar="JSON", help=BODY_HELP)
     add("--concurrency", type=int, default=64, metavar="N", help="requests in flight (default: %(default)s)")
     add("--timeout", type=float, default=120, metavar="S", help="seconds for one try (default: %(default)s)")
 
@@ -82,9 +89,9 @@ def run(args: argparse.Namespace) -> None:
     for line in warnings(pairs, a, b, args.judge):
         print(f"warning: {line}", file=sys.stderr)
     out = args.out or Path("runs/eval") / f"judge-{args.a.stem}-{args.b.stem}"
-    config = {"judge": args.judge, "prompt": f"{prompt.version} ({prompt.sha256[:12]})", "max_tokens": args.max_tokens}
     extra = parse_body(args.body)
-    config |= {"body": extra} if extra else {}
+    config = {"judge": args.judge, "prompt": f"{prompt.version} ({prompt.sha256[:12]})", "max_tokens": args.max_tokens}
+    config["body"] = masked(extra) if extra else None
     existed = out.exists()
     if open_run(out, "judge", config, [args.a, args.b]):
         print(f"{out}: already finished")
@@ -102,29 +109,29 @@ def run(args: argparse.Namespace) -> None:
     results = {"a": a, "b": b, "judge": args.judge, "prompt": prompt.version}
     lengths = [[len(pair[i].answer) for pair in pairs] for i in (0, 1)]
     results |= summarise(worth, *lengths) | behaviour
-    results["warning"] = doubtful(behaviour)
     results["points"] = [{"id": pair[0].id, "worth": w, "length_a": la, "length_b": lb}
                          for pair, w, la, lb in zip(pairs, worth, *lengths, strict=True)]  # fmt: skip
     results |= {"cut": {key: sum(pair[i].finish_reason == "length" for pair in pairs) for i, key in enumerate("ab")},
                 "samples": "games.jsonl"}  # fmt: skip
+    results["warnings"] = list(doubts(behaviour, cut_replies(behaviour, args)))
     finish_run(out, results)
     print_results(results)
-    if behaviour["unreadable"] > len(games) * UNREADABLE:
-        print(f"warning: {behaviour['unreadable']} of {len(games)} verdicts are unreadable and count as no decision, "
-              f"{cut_replies(behaviour, args)}: these rates say little", file=sys.stderr)  # fmt: skip
-    if results["warning"]:
-        print(f"warning: {results['warning']}", file=sys.stderr)
     print(f"{out}: every verdict is in games.jsonl")
 
 
-def doubtful(behaviour: dict) -> str | None:
-    """Why the rates say little: the judge's verdicts follow the order of the answers; None if they do not."""
-    agreement, first = behaviour["consistency"], behaviour["first_position_rate"]
-    if agreement is None or agreement >= LEAST_AGREEMENT:
-        return None
-    shown = f", and the first position wins {first:.0%} of decisions" if first is not None else ""
-    return (f"the judge gives the same verdict in both orders for only {agreement:.0%} of prompts{shown}: "
-            "it follows the order of the answers, and these rates say little; use a stronger judge")  # fmt: skip
+def doubts(behaviour: dict, cut: str) -> Iterator[str]:
+    """Why the rates say little about the answers, by the judge's behaviour."""
+    n_games, agreement, first = behaviour["games"], behaviour["consistency"], behaviour["first_position_rate"]
+    if behaviour["unreadable"] > n_games * UNREADABLE:
+        yield (f"{behaviour['unreadable']} of {n_games} verdicts are unreadable and count as no decision, {cut}: "
+               "these rates say little")  # fmt: skip
+    if n_games >= LEAST_GAMES and agreement is not None and agreement < LOW_AGREEMENT:
+        position = f"; the first position wins {first:.0%} of the decided games" if first is not None else ""
+        yield (f"the judge's verdicts agree in both orders for only {agreement:.0%} of the prompts{position}: they follow the "
+               "position more than the answers, and these rates say little; use another judge")  # fmt: skip
+    if n_games >= LEAST_GAMES and behaviour["ties"] > MANY_TIES * (n_games - behaviour["unreadable"]):
+        yield (f"the judge calls {behaviour['ties']} of {n_games} games a tie: it does not tell the answers apart; "
+               "use another judge")  # fmt: skip
 
 
 def cut_replies(behaviour: dict, args: argparse.Namespace) -> str:
@@ -147,11 +154,8 @@ class Prompt:
 
     def messages(self, question: str, answer_1: str, answer_2: str) -> list[dict]:
         """The conversation that asks for a verdict. Inserted texts are never searched for fields."""
-        texts = {"question": question, "answer_1": answer_1, "answer_2": answer_2}
-        # Known to nobody who wrote one of the texts; the same for the same game, so that the cache finds its answer.
-        texts["nonce"] = hashlib.sha256(json.dumps([self.sha256, question, answer_1, answer_2]).encode()).hexdigest()[:12]
-        content = re.sub(r"\{(question|answer_1|answer_2|nonce)\}", lambda match: texts[match[1]].strip(), self.template)
-        return [{"role": "user", "content": content}]
+        texts = {"question": question.strip(), "answer_1": answer_1.strip(), "answer_2": answer_2.strip()}
+        return [{"role": "user", "content": fill(self.template, texts)}]
 
 
 def read_prompt(path: Path) -> Prompt:
@@ -168,7 +172,7 @@ def read_prompt(path: Path) -> Prompt:
         if (n := spec["prompt"].count(field)) != 1:
             raise InputError(f"{path}: {field} occurs {n} times in its prompt, expected once")
     if "{nonce}" not in spec["prompt"]:
-        raise InputError(f"{path}: has no {{nonce}} in its prompt; put it into the marks around the answers, as {PROMPT.name} does")
+        print(f"warning: {path}: has no {{nonce}} in the marks around the answers, so an answer can imitate them", file=sys.stderr)
     texts = (spec[key].strip() for key in ("version", "prompt", "again"))
     return Prompt(*texts, hashlib.sha256(raw).hexdigest())
 
@@ -196,7 +200,13 @@ def play(pairs: list[tuple[Sample, Sample]], prompt: Prompt, settings: dict, url
     for attempt in range(1 + N_AGAIN):
         requests = ((i, settings | {"messages": conversation(games[i], prompt)}) for i in todo)
         desc = f"judge, asked again ({attempt})" if attempt else "judge"
-        answers: dict[int, Answer] = dict(ask(requests, url, cache, len(todo), desc=desc, **how))
+        answers: dict[int, Answer] = {}
+        validity = Validity("an answer after the thoughts", "--max-tokens")
+        with closing(ask(requests, url, cache, len(todo), desc=desc, **how)) as asked:
+            for i, reply in asked:
+                answers[i] = reply
+                validity.add(reply, bool(without_thoughts(reply.text).strip()))  # others may be readable when asked again
+        validity.report_failures()
         for i in todo:
             cut = answers[i].finish_reason == "length"
             games[i]["replies"].append(answers[i].text)
@@ -234,6 +244,7 @@ def orders(games: list[dict]) -> dict:
         "consistency": sum(x == y for x, y in read) / len(read) if read else None,
         "first_position_rate": sum(g["winner"] == g["first"] for g in decided) / len(decided) if decided else None,
         "unreadable": sum(game["winner"] is None for game in games), "games": len(games),
+        "ties": sum(game["winner"] == "tie" for game in games),
         "asked_again": sum(len(game["replies"]) - 1 for game in games), "replies_cut": sum(game["cut"] for game in games),
     }  # fmt: skip
 
@@ -242,7 +253,7 @@ def write_games(path: Path, games: list[dict]) -> None:
     """One line per game: id, first, winner, replies and messages."""
     keys = ("id", "first", "winner", "replies", "messages")
     lines = [json.dumps({key: game[key] for key in keys}, ensure_ascii=False) + "\n" for game in games]
-    path.write_text("".join(lines), encoding="utf-8")
+    write_durably(path, "".join(lines))
 
 
 # --- words ---------------------------------------------------------------------------------------------------------
@@ -278,3 +289,5 @@ def print_results(r: dict) -> None:
     rate = lambda value: "none" if value is None else f"{value:.1%}"  # noqa: E731
     print(f"  both orders agree  {rate(r['consistency'])}; the first position wins {rate(r['first_position_rate'])}; "
           f"{r['unreadable']} of {r['games']} verdicts unreadable")  # fmt: skip
+    for line in r.get("warnings", ()):
+        print(f"warning: {line}", file=sys.stderr)

@@ -6,30 +6,24 @@ German sentence mixed. The lists are in data/tasks/words/; tests/language_cases.
 to tune on and half to test on.
 
 Not counted: code, URLs, text in quotation marks, words in capitals (WHO, IT), hyphenated words (Point-of-Care-Test),
-the loans of english_loans.txt (watch and wait), what an abbreviation stands for (chronic obstructive pulmonary disease beside
-COPD), and titles of journals, guidelines and studies (New England Journal of Medicine). Text is compared in Unicode's composed
-form (NFC). Costs some 50 µs a sentence.
+the loans of english_loans.txt (watch and wait), and names (nanomed/evaluation/names.py): what an abbreviation stands for,
+cited titles, journals and societies. Error rates on labelled answers: tests/bench/language.py.
 """
 
 import re
-import unicodedata
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
-WORDS = Path(__file__).resolve().parents[2] / "data" / "tasks" / "words"
+from nanomed.evaluation.answers import normalised
+from nanomed.evaluation.names import without_names
+from nanomed.evaluation.words import WORDS, word_list
+
 WORD = re.compile(r"[^\W\d_]++(?:['’\-][^\W\d_]++)*+(?!-)")  # not the first half of "Be- oder Verarbeitung"
 SKIPPED = re.compile(
-    r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+|„[^“”\"\n]{1,300}[“”\"]|\"[^\"\n]{1,300}\"|»[^«\n]{1,300}«", re.DOTALL
+    r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+|„[^“”\"\n]{1,300}[“”\"]|\"[^\"\n]{1,300}\"|“[^“”\n]{1,300}”"
+    r"|»[^«\n]{1,300}«|«[^»\n]{1,300}»|‚[^‘’\n]{1,300}[‘’]|›[^‹\n]{1,300}‹",
+    re.DOTALL,
 )
-ABBREVIATION = r"[A-ZÄÖÜ][A-ZÄÖÜ0-9a-z]{0,2}[A-ZÄÖÜ0-9]{1,6}"
-# COPD (chronic obstructive pulmonary disease); (COPD, chronic obstructive pulmonary disease), (COPD: ..., engl. ...)
-EXPANDED = re.compile(rf"\b({ABBREVIATION})(?:-\w+)?\s*[(,:–-]\s*((?:engl(?:isch)?\.?:?\s*)?[A-Za-z][^()\n]{{5,90}}?)(?=\))")
-SPELLED = re.compile(rf"((?:[A-Za-z][\w'’-]*[ \u00a0]){{1,7}}[A-Za-z][\w'’-]*)\s*\(({ABBREVIATION})[),;]")
-LABEL = re.compile(r"^engl(?:isch)?\.?:?\s*|^(?:auf Englisch|von englisch):?\s*", re.IGNORECASE)
-SMALL = frozenset("of and the in for with to a an on by or".split())  # words that an abbreviation may leave out
-TITLE = re.compile(r"\b(?:The )?[A-Z][\w’'-]*(?:[ \u00a0](?:of|the|and|in|for|on|to|with|[A-Z][\w’'-]*)){1,12}")
-TITLE_WORDS = frozenset("Journal Lancet Guideline Guidelines Trial Study Review Annals Archives Statement Manual Handbook".split())
 SENTENCE_END = re.compile(r"(?<=[.!?:;])\s+(?=[\w„\"])|\n+")
 LINE_WORDS = 5  # a shorter line is not judged, as in the Language Confusion Benchmark
 SCRIPTS = {
@@ -38,13 +32,6 @@ SCRIPTS = {
     "Thai": r"\u0e00-\u0e7f", "Hebrew": r"\u0590-\u05ff",
 }  # fmt: skip
 FOREIGN = re.compile(f"[{''.join(SCRIPTS.values())}]")  # without Greek: α-Blocker, µ, Ω
-
-
-@cache
-def word_list(name: str) -> frozenset[str]:
-    """The words of data/tasks/words/NAME.txt, in lower case."""
-    lines = (WORDS / f"{name}.txt").read_text(encoding="utf-8").splitlines()
-    return frozenset(word for line in lines if not line.startswith("#") for word in line.split())
 
 
 @cache
@@ -88,57 +75,8 @@ def count(text: str) -> Counts:
 
 def visible(text: str) -> str:
     """The text without what does not count. A text that is nothing but a quotation stays as it is."""
-    shown = loans().sub(" ", without_titles(without_expansions(SKIPPED.sub(" ", text))))
+    shown = loans().sub(" ", without_names(SKIPPED.sub(" ", text)))
     return shown if WORD.search(shown) or FOREIGN.search(shown) else loans().sub(" ", text)
-
-
-def without_expansions(text: str) -> str:
-    """The text without the words that an abbreviation beside them stands for."""
-    text = EXPANDED.sub(lambda m: m[0].replace(m[2], " ") if stands_for(m[1], LABEL.sub("", m[2]).split()) else m[0], text)
-
-    def shorter(match: re.Match) -> str:
-        words = match[1].split()
-        for n in range(2, len(words) + 1):  # the words just before the bracket, as few as will do
-            if stands_for(match[2], words[-n:]):
-                return " ".join(words[:-n]) + match[0][len(match[1]) :]
-        return match[0]
-
-    return SPELLED.sub(shorter, text)
-
-
-def stands_for(abbreviation: str, words: list[str]) -> bool:
-    """Whether the words spell the abbreviation: each gives its first letter and perhaps some inside, small words need not."""
-    letters = "".join(letter for letter in abbreviation.lower() if letter.isalpha())
-    parts = [part.lower() for word in words for part in re.split(r"[-/]", word.strip(".,;:")) if part]
-
-    def spelled(at: int, index: int) -> bool:
-        """Whether the parts from index on spell the letters from at on."""
-        if index == len(parts):
-            return at == len(letters)
-        part = parts[index]
-        if part in SMALL and spelled(at, index + 1):
-            return True
-        if at == len(letters) or part[0] != letters[at]:
-            return False
-        place = 0  # of the first letter; more may follow inside, as the E of GERD in gastroesophageal
-        while place >= 0:
-            at += 1
-            if spelled(at, index + 1):
-                return True
-            place = part.find(letters[at], place + 1) if at < len(letters) else -1
-        return False
-
-    return len(letters) > 1 and spelled(0, 0)
-
-
-def without_titles(text: str) -> str:
-    """The text without titles of English journals, guidelines and studies."""
-
-    def shorter(match: re.Match) -> str:
-        words = match[0].split()
-        return " " if TITLE_WORDS & set(words) and any(word in SMALL or word in TITLE_WORDS for word in words) else match[0]
-
-    return TITLE.sub(shorter, text)
 
 
 def sentences(text: str) -> list[str]:
@@ -166,7 +104,7 @@ class Language:
 
 def examine(answer: str) -> Language:
     """One answer."""
-    text = visible(unicodedata.normalize("NFC", answer))
+    text = visible(normalised(answer))
     counts = [count(sentence) for sentence in sentences(text)]
     lines = [x for x in text.splitlines() if max(len(x.split()), len(FOREIGN.findall(x))) >= LINE_WORDS]
     kinds = [c.kind for c in counts if c.words]

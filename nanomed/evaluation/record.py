@@ -23,7 +23,7 @@ from pathlib import Path
 from nanomed import InputError
 from nanomed.files import read_json, sha256, write_json
 from nanomed.model_files import MODEL_PATTERNS, carried_files, find_weights
-from nanomed.redaction import redact
+from nanomed.redaction import redacted_command
 from nanomed.versions import git_commit, versions
 
 LOCK = "lock.tmp"  # there while a run is being written, and after a kill
@@ -66,7 +66,7 @@ def _open(out: Path, wanted: dict) -> bool:
         raise InputError(f"--out {out}: the folder is not empty and not from an evaluation; choose another")
     out.mkdir(parents=True, exist_ok=True)
     about = {
-        "command": [redact(argument, os.environ.get("OPENAI_API_KEY", "")) for argument in sys.argv],
+        "command": redacted_command(sys.argv, os.environ.get("OPENAI_API_KEY", "")),
         "git_commit": git_commit(),
         "versions": versions(*PACKAGES),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -142,8 +142,7 @@ def judge(runs: list[dict], out: Path, called: Namer) -> list[tuple]:
                      "–" if r["length_controlled"] is None else rate(r["length_controlled"], r["length_controlled_ci"]),
                      share(r["consistency"]),
                      share(r["first_position_rate"]), f"{r['unreadable']}"])  # fmt: skip
-        if r.get("warning"):
-            doubts.append(("text", f"Warning, {label}: {r['warning']}."))
+        doubts += [("text", f"{label}: {line}.") for line in r.get("warnings", ())]
         if r.get("points"):
             blocks.append(("picture", f"length-{number}", pictures.length_and_win(label, r["points"], r["length_controlled"])))
     header = ["comparison", "judge", "prompts", "win / tie / loss", "win rate", "at equal lengths", "orders agree",

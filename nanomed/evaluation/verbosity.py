@@ -6,7 +6,6 @@ answers, then writes the user's next question too.
 """
 
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,13 +13,16 @@ from itertools import pairwise
 from pathlib import Path
 
 from nanomed import InputError, first_line
-from nanomed.evaluation.answers import Sample
+from nanomed.evaluation.answers import Sample, normalised
 
 WORD = re.compile(r"\w+(?:[-'’]\w+)*")
-TURN = re.compile(  # what a German answer does not contain
+TURN = re.compile(  # what a German answer does not contain: roles, and special tokens where a server leaves them in the text
     r"^[\s#*>\-]*(?:user|human|assistant|instruction)\**\s*:|"
-    r"<\|[a-z][a-z_]*\|>|<(?:start|end)_of_turn>|\[/?INST\]|</?s>",
+    r"<[|｜][^|｜<>\s]{1,40}[|｜]>|<(?:start|end)_of_(?:turn|role)>|\[/?INST\]|</?s>",
     re.IGNORECASE | re.MULTILINE,
+)
+END = re.compile(  # tokens that end an answer, at its end
+    r"(?:\s|<[|｜][^|｜<>\s]*(?:end|eot|eos|eom)[^|｜<>\s]*[|｜]>|</s>|<end_of_turn>)+\Z", re.IGNORECASE
 )
 ROLE = re.compile(r"^(?:#+ *|\*\*)?(?:(frage|anfrage|nutzer|benutzer)|antwort|assistent)\**\s*:", re.IGNORECASE | re.MULTILINE)
 ECHO_WORDS = 12  # this many consecutive words of the prompt make an echo
@@ -43,7 +45,7 @@ def counter(tokenizer: str | None) -> tuple[str, Callable[[str], int], list[Path
     """(name of the unit, length of a text in it, files it depends on). tokenizer: a folder with a tokenizer.json, or that file;
     None: words. InputError if it cannot be read."""
     if tokenizer is None:
-        return "words", lambda text: len(WORD.findall(text)), []
+        return "words", lambda text: len(WORD.findall(normalised(text))), []
     from tokenizers import Tokenizer
 
     path = Path(tokenizer)
@@ -58,16 +60,16 @@ def counter(tokenizer: str | None) -> tuple[str, Callable[[str], int], list[Path
 
 
 def examine(sample: Sample, length: Callable[[str], int]) -> Verbosity:
-    """One answer, in Unicode's composed form (NFC): else ä is two characters in some files, and no letter."""
-    answer, question = (unicodedata.normalize("NFC", text) for text in (sample.answer, sample.question))
-    words = [word.lower() for word in WORD.findall(answer)]
+    """One answer. Lengths in tokens are those of the text as it was written."""
+    said, question = normalised(sample.answer), normalised(sample.question)
+    words = [word.lower() for word in WORD.findall(said)]
     return Verbosity(
-        length=length(answer),
+        length=length(sample.answer),
         ended=sample.finish_reason != "length",
         repeated=repeated_share(words),
-        continued=sample.turn_tokens > 0 or continues(answer),
+        continued=sample.turn_tokens > 0 or continues(said),
         echo=echoes(words, [word.lower() for word in WORD.findall(question)]),
-        empty=not answer.strip(),
+        empty=not END.sub("", said),
     )
 
 
@@ -83,6 +85,7 @@ def continues(answer: str) -> bool:
     German labels occur in good answers too: a letter's "Patientin:", "**Antwort:** B" at the end, an anamnesis as a list of
     "Frage:". So a user's label counts if an assistant's comes next, or if it is the only label and begins the last line: a
     user's turn ends with the token that ends answers."""
+    answer = END.sub("", answer)
     behind = lambda match: bool(answer[: match.start()].strip())  # noqa: E731
     if any(map(behind, TURN.finditer(answer))):
         return True

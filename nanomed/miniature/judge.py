@@ -15,7 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from nanomed.miniature.forms import FORMS
 
-PARTS = re.compile(r"<<<(ANFRAGE|ANTWORT 1|ANTWORT 2) (\w+)\n(.*?)\n?\1 \2>>>", re.DOTALL)  # of data/tasks/judge-de-v2.toml
+# of data/tasks/judge-de-v2.toml: name, number in the marks, text
+PARTS = re.compile(r"<<<(ANFRAGE|ANTWORT 1|ANTWORT 2) (\w+)\n(.*?)\n?\1 \2>>>", re.DOTALL)
 
 
 def has_form(prompt: str, answer: str) -> bool:
